@@ -1,0 +1,313 @@
+"""The parts of ops/demo that are no shell: the plan, the counting, the proof.
+
+    demo.py plan DIR     makes keys in the stand-in for AWS KMS, source key files, requests and what is expected of them
+    demo.py check DIR    compares jobs, events, dead letters and what KMS saw with the plan
+    demo.py prove DIR    uses the keys in KMS and checks the answers with the bytes in the source key files
+"""
+
+import base64
+import collections
+import datetime
+import hashlib
+import hmac
+import json
+import os
+import pathlib
+import random
+import secrets
+import sys
+import time
+import urllib.parse
+import urllib.request
+
+ACCOUNT = "111122223333"
+EU, US = "eu-central-1", "us-east-1"
+SYMMETRIC = "SYMMETRIC_DEFAULT"
+LENGTHS = {SYMMETRIC: 32, "HMAC_224": 28, "HMAC_256": 32, "HMAC_384": 48, "HMAC_512": 64}
+HMACS = [kind for kind in LENGTHS if kind != SYMMETRIC]
+
+
+def http(method, url, body=None):
+    parts = urllib.parse.urlsplit(url)
+    headers = {"content-type": "application/json"}
+    if parts.username:
+        headers["authorization"] = "Basic " + base64.b64encode(f"{parts.username}:{parts.password}".encode()).decode()
+    bare = parts._replace(netloc=f"{parts.hostname}:{parts.port}").geturl()
+    data = None if body is None else json.dumps(body).encode()
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(urllib.request.Request(bare, data, headers, method=method), timeout=30) as answer:
+        return json.loads(answer.read() or "null")
+
+
+# --- plan -------------------------------------------------------------------------------------------------------
+
+
+def plan(directory):
+    endpoint = os.environ["AWS_ENDPOINT_URL_KMS"]
+    now = datetime.datetime.now(datetime.timezone.utc).replace(microsecond=0)
+
+    def kms_keys(count, spec=SYMMETRIC, region=EU, **more):
+        return http("POST", f"{endpoint}/_fake/keys", {"count": count, "spec": spec, "region": region, **more})["arns"]
+
+    def in_days(days):
+        return (now + datetime.timedelta(days=days)).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+    # The bytes are made here and nowhere else; the proof reads these files and never asks Keyferry.
+    (directory / "source-keys").mkdir(mode=0o700)
+    source_keys = {}
+    for kind, count in [(SYMMETRIC, 12)] + [(kind, 3) for kind in HMACS]:
+        for number in range(1, count + 1):
+            name = f"{kind.lower().replace('_', '-')}-{number:02}"
+            path = directory / "source-keys" / f"{name}.hex"
+            with open(path, "x", opener=lambda p, flags: os.open(p, flags, 0o600)) as file:
+                file.write(secrets.token_hex(LENGTHS[kind]))
+            source_keys[name] = kind
+    symmetric = [name for name, kind in source_keys.items() if kind == SYMMETRIC]
+
+    requests, expected = [], {}
+    named, enabled, untouched, refused, expiry = {}, [], [], [], {}
+
+    def ask(outcome, code, key, **fields):
+        request = {"id": f"demo-{len(requests) + 1:03}", "key": key, **fields}
+        requests.append(request)
+        expected[request["id"]] = [outcome, code]
+
+    def succeed(key, name=None, valid_to=None, **fields):
+        if name:
+            fields["source_key_identifier"] = name
+            named[key] = name
+        if valid_to:
+            fields |= {"key_expiration": True, "valid_to": valid_to}
+            expiry[key] = valid_to
+        enabled.append(key)
+        ask("succeeded", None, key, **fields)
+
+    # First imports of named source keys, each into three KMS keys.
+    for name, *keys in zip(symmetric, kms_keys(12), kms_keys(12), kms_keys(12, region=US)):
+        for key in keys:
+            succeed(key, name, operation="import", source_key_tier="local")
+    for kind in HMACS:
+        names = [name for name, its_kind in source_keys.items() if its_kind == kind]
+        for name, key in zip(names, kms_keys(3, kind)):
+            succeed(key, name)
+    # First imports of keys that Keyferry generates.
+    for key in kms_keys(60) + kms_keys(30, region=US):
+        succeed(key)
+    for kind in HMACS:
+        for key in kms_keys(8, kind, US if kind == "HMAC_512" else EU):
+            succeed(key)
+    # Material that expires.
+    for name, key in zip(symmetric, kms_keys(12)):
+        succeed(key, name, in_days(30))
+    for key in kms_keys(18, region=US):
+        succeed(key, valid_to=in_days(60))
+    # What AWS or the source says no to.
+    for key in kms_keys(3):
+        untouched.append(key)
+        ask("failed", "source_key_unknown", key, source_key_identifier="no-such-key")
+    for key in kms_keys(3, origin="AWS_KMS"):
+        ask("failed", "key_not_external", key)
+    # What the worker itself refuses.
+    for key in kms_keys(3):
+        refused.append(key)
+        ask("rejected", "valid_to_past", key, key_expiration=True, valid_to=in_days(-1))
+    for key in kms_keys(3):
+        refused.append(key)
+        ask("rejected", "unknown_target", key.replace(ACCOUNT, "444455556666"))
+    random.shuffle(requests)
+
+    # After their first imports: the same material again, with a later expiry where it expires.
+    fixed = [key for key in named if key not in expiry]
+    for key in random.sample(fixed, 36):
+        succeed(key, named[key])
+    for key in [key for key in expiry if key in named][:6]:
+        succeed(key, named[key], in_days(90))
+    # Copies of messages, with the same id.
+    copies = random.sample([request for request in requests if expected[request["id"]][0] == "succeeded"], 40)
+
+    with open(directory / "requests.jsonl", "w") as file:
+        for request in requests + copies:
+            file.write(json.dumps(request) + "\n")
+    with open(directory / "source-keys.txt", "w") as file:
+        for name, kind in source_keys.items():
+            file.write(f"{name} {kind} {directory / 'source-keys' / name}.hex\n")
+    with open(directory / "plan.json", "w") as file:
+        facts = {"expected": expected, "copies": len(copies), "named": named, "kinds": source_keys, "expiry": expiry,
+                 "imports": collections.Counter(enabled), "untouched": untouched + refused, "refused": refused}
+        json.dump(facts, file, indent=1)
+    print(f"{len({*enabled, *untouched, *refused}) + 3} KMS keys, {len(source_keys)} source keys, "
+          f"{len(requests)} requests and {len(copies)} copies of some of them")
+
+
+# --- check ------------------------------------------------------------------------------------------------------
+
+
+def waiting_in(queue):
+    """All messages of a queue, which keeps them."""
+    url = f"{os.environ['DEMO_RABBITMQ_API']}/api/queues/%2f/{queue}/get"
+    return http("POST", url, {"count": 5000, "ackmode": "ack_requeue_true", "encoding": "auto"})
+
+
+def check(directory):
+    facts = json.loads((directory / "plan.json").read_text())
+    jobs = json.loads((directory / "jobs.json").read_text())
+    expected = collections.Counter(map(tuple, facts["expected"].values()))
+    wrong = []
+
+    refused = [request for request, (outcome, _) in facts["expected"].items() if outcome == "rejected"]
+    # Events are published after the outcome is committed: a moment's patience.
+    end = time.monotonic() + 30
+    while True:
+        events = {}
+        for message in waiting_in("keyferry.events.all"):
+            event = json.loads(message["payload"])
+            events.setdefault(event["id"], event)
+        dead = [json.loads(message["payload"]) for message in waiting_in("keyferry.dead")]
+        if (len(events) >= len(facts["expected"]) and len(dead) >= len(refused)) or time.monotonic() > end:
+            break
+        time.sleep(0.1)
+
+    def verdict(job):
+        return job["request_id"], (job["state"], (job["error"] or {}).get("code"))
+
+    found = [verdict(job) for job in jobs if job["state"] != "rejected"]
+    found += [(event["data"]["job"]["request_id"], ("rejected", event["data"]["error"]["code"]))
+              for event in events.values() if event["type"] == "io.keyferry.job.rejected"]
+    counts = collections.Counter(outcome for _, outcome in found)
+    lines = [(outcome, code or "", expected[outcome, code], counts[outcome, code])
+             for outcome, code in sorted(expected | counts, key=lambda pair: (pair[0] != "succeeded", pair[0], pair[1] or ""))]
+    messages = len(facts["expected"]) + facts["copies"]
+    lines.append(("copies", "", facts["copies"], messages - len(found)))
+    lines.append(("messages", "", messages, messages))
+    print(f"{'outcome':12}{'code':24}{'expected':>9}{'found':>9}")
+    for outcome, code, want, have in lines:
+        print(f"{outcome:12}{code:24}{want:9}{have:9}{'' if want == have else '   <-- differs'}")
+
+    for request, outcome in found:
+        if facts["expected"].get(request) != list(outcome):
+            wrong.append(f"{request}: expected {facts['expected'].get(request)}, found {list(outcome)}")
+    for request, times in collections.Counter(request for request, _ in found).items():
+        if times != 1:
+            wrong.append(f"{request} ended {times} times")
+    wrong += [f"{request} never ended" for request in facts["expected"].keys() - {request for request, _ in found}]
+
+    told = collections.Counter((event["data"]["job"]["request_id"], event["type"].rsplit(".")[-1]) for event in events.values())
+    due = {(request, outcome) for request, (outcome, _) in facts["expected"].items()}
+    wrong += [f"no event says that {request} {outcome}" for request, outcome in sorted(due - told.keys())]
+    wrong += [f"an event says that {request} {outcome}" for request, outcome in sorted(told.keys() - due)]
+    wrong += [f"{times} different events for {request}" for (request, _), times in told.items() if times > 1]
+    if sorted(message.get("id", "?") for message in dead) != sorted(refused):
+        wrong.append(f"keyferry.dead holds {len(dead)} messages, and not just the {len(refused)} refused ones")
+    print(f"\n{len(events)} events, one for each outcome; {len(dead)} refused messages in keyferry.dead")
+
+    # What KMS saw, by its own record: one import for each request that succeeded, none for a copy, no call for a refusal.
+    journal = http("GET", f"{os.environ['AWS_ENDPOINT_URL_KMS']}/_fake/journal?limit=100000")["entries"]
+    imports = collections.Counter(entry["key_arn"] for entry in journal if "imported" in (entry["effect"] or {}))
+    for key in imports.keys() | facts["imports"].keys():
+        if imports[key] != facts["imports"].get(key, 0):
+            wrong.append(f"{key}: {imports[key]} imports, expected {facts['imports'].get(key, 0)}")
+    calls = [entry for entry in journal if entry["access_key"]]
+    wrong += [f"{entry['key_arn']}: {entry['operation']} for a refused request" for entry in calls
+              if entry["key_arn"] in facts["refused"]]
+    operations = ", ".join(f"{name} {count}" for name, count in
+                           collections.Counter(entry["operation"] for entry in calls).most_common())
+    print(f"calls that KMS saw: {operations}")
+
+    example = next((event for event in events.values()
+                    if event["type"] == "io.keyferry.job.succeeded" and event["subject"] in facts["named"]), None)
+    if example:
+        print("\nA result:\n" + json.dumps(example["data"]["result"], indent=2))
+        short = {**example, "data": {**example["data"], "result": "(as above)"}}
+        print("\nIts event:\n" + json.dumps(short, indent=2))
+    finish(wrong)
+
+
+# --- prove ------------------------------------------------------------------------------------------------------
+
+
+def prove(directory):
+    import botocore.session
+    from cryptography.exceptions import InvalidTag
+    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+    facts = json.loads((directory / "plan.json").read_text())
+    held = {name: bytes.fromhex((directory / "source-keys" / f"{name}.hex").read_text()) for name in facts["kinds"]}
+    session = botocore.session.get_session()
+    clients = {region: session.create_client("kms", region_name=region, endpoint_url=os.environ["AWS_ENDPOINT_URL_KMS"])
+               for region in (EU, US)}
+    wrong, decrypted, verified = [], 0, 0
+    macs = sum(facts["kinds"][name] != SYMMETRIC for name in facts["named"].values())
+    ciphers = len(facts["named"]) - macs
+
+    def kms(key):
+        return clients[key.split(":")[3]]
+
+    def opened(material, blob):
+        # 0x01, id of the material, nonce, then AES-256-GCM with its tag.
+        if blob[0] != 1 or len(blob) < 1 + 32 + 12 + 16:
+            raise ValueError("a ciphertext of another layout")
+        return AESGCM(material).decrypt(blob[33:45], blob[45:], b"")
+
+    for key, name in facts["named"].items():
+        message, kind = secrets.token_bytes(48), facts["kinds"][name]
+        try:
+            if kind == SYMMETRIC:
+                blob = kms(key).encrypt(KeyId=key, Plaintext=message)["CiphertextBlob"]
+                if opened(held[name], blob) == message:
+                    decrypted += 1
+                else:
+                    wrong.append(f"{key}: decrypts to something else")
+            else:
+                bits = kind.removeprefix("HMAC_")
+                mac = kms(key).generate_mac(KeyId=key, Message=message, MacAlgorithm=f"HMAC_SHA_{bits}")["Mac"]
+                if hmac.compare_digest(mac, hmac.digest(held[name], message, getattr(hashlib, f"sha{bits}"))):
+                    verified += 1
+                else:
+                    wrong.append(f"{key}: the MAC is not that of {name}")
+        except InvalidTag:
+            wrong.append(f"{key}: does not hold {name}")
+        except Exception as error:  # each key is reported, whatever goes wrong with it
+            wrong.append(f"{key}: {type(error).__name__}: {error}")
+    print(f"{decrypted} of {ciphers} symmetric keys: what KMS encrypted was decrypted with the held bytes")
+    print(f"{verified} of {macs} HMAC keys: KMS's MAC is the one computed from the held bytes")
+
+    # A check that cannot fail proves nothing.
+    key, name = next((key, name) for key, name in facts["named"].items() if facts["kinds"][name] == SYMMETRIC)
+    blob = kms(key).encrypt(KeyId=key, Plaintext=b"control")["CiphertextBlob"]
+    try:
+        opened(next(material for other, material in held.items() if other != name and len(material) == 32), blob)
+        wrong.append("control: other bytes decrypt, too")
+    except InvalidTag:
+        print("control: other bytes do not decrypt it")
+
+    def state(key):
+        return kms(key).describe_key(KeyId=key)["KeyMetadata"]
+
+    before = len(wrong)
+    for key in facts["imports"]:
+        if (metadata := state(key))["KeyState"] != "Enabled":
+            wrong.append(f"{key}: {metadata['KeyState']}, expected Enabled")
+        has = metadata.get("ValidTo")
+        has = has and has.astimezone(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+        if has != facts["expiry"].get(key):
+            wrong.append(f"{key}: expires {has}, expected {facts['expiry'].get(key)}")
+    if len(wrong) == before:
+        print(f"{len(facts['imports'])} keys are enabled, {len(facts['expiry'])} of them expire at the time asked for")
+    before = len(wrong)
+    for key in facts["untouched"]:
+        if (metadata := state(key))["KeyState"] != "PendingImport":
+            wrong.append(f"{key}: {metadata['KeyState']}, expected PendingImport")
+    if len(wrong) == before:
+        print(f"{len(facts['untouched'])} keys of refused and failed requests are as they were")
+    finish(wrong)
+
+
+def finish(wrong):
+    for line in wrong[:20]:
+        print(f"WRONG: {line}", file=sys.stderr)
+    if wrong:
+        sys.exit(f"{len(wrong)} things are not as expected")
+
+
+if __name__ == "__main__":
+    {"plan": plan, "check": check, "prove": prove}[sys.argv[1]](pathlib.Path(sys.argv[2]))

@@ -1,0 +1,484 @@
+# shellcheck shell=bash
+# shellcheck disable=SC2034  # what is set here is for the scripts that source this
+# Shared by the scripts in ops/. Source it; it runs nothing by itself.
+#
+# The private servers of a run live in one folder: `DIR/postgres`, `DIR/rabbitmq`, each with a `state` file from
+# which any later call knows ports, passwords and processes. Starting what runs, and stopping what does not, is harmless.
+
+set -euo pipefail
+
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+TARGET=$(realpath -m "${CARGO_TARGET_DIR:-$ROOT/target}")
+# Binaries are taken from here, whatever a user's own Cargo settings say.
+export CARGO_TARGET_DIR=$TARGET
+# Everything is on this machine; a proxy from the environment must not see it.
+export NO_PROXY=127.0.0.1,localhost no_proxy=127.0.0.1,localhost
+
+# The Python that Debian's python3-venv belongs to, not one that happens to come first in PATH.
+PYTHON=/usr/bin/python3
+
+# Debian asks it whether a package may start its service.
+POLICY_RC=/usr/sbin/policy-rc.d
+
+# One environment for all scripts. Pinned, so that a new release elsewhere breaks nothing here.
+PYTHON_PACKAGES=(awscli==1.46.3 botocore==1.44.5 cryptography==50.0.2)
+
+say() { printf '%s\n' "$*" >&2; }
+die() {
+    say "error: $*"
+    exit 1
+}
+
+as_root() {
+    if ((EUID == 0)); then
+        "$@"
+    elif command -v sudo >/dev/null; then
+        sudo "$@"
+    else
+        die "run as root or install sudo, so that packages can be installed"
+    fi
+}
+
+random_password() { openssl rand -hex 16; }
+
+# until_ok SECONDS COMMAND...: repeats the command until it succeeds.
+until_ok() {
+    local end=$((SECONDS + $1))
+    shift
+    until "$@"; do
+        ((SECONDS < end)) || return 1
+        sleep 0.05
+    done
+}
+
+# --- what has to be installed -----------------------------------------------------------------------------------
+
+need_rust() {
+    local want=1.95 have
+    have=$(rustc --version 2>/dev/null | cut -d' ' -f2) || true
+    if ! command -v cargo >/dev/null || [[ -z $have ]] ||
+        [[ $(printf '%s\n' "$want" "$have" | sort -V | head -n1) != "$want" ]]; then
+        die "Rust $want or newer is needed${have:+ (found $have)}: install rustup, then 'rustup default $want'." \
+            "It is the one thing that these scripts do not install."
+    fi
+    if ! cargo fmt --version >/dev/null 2>&1 || ! cargo clippy --version >/dev/null 2>&1; then
+        die "rustfmt and clippy are needed: 'rustup component add rustfmt clippy'"
+    fi
+}
+
+postgres_bin() {
+    local dir major best=
+    for dir in /usr/lib/postgresql/*/bin; do
+        major=${dir#/usr/lib/postgresql/}
+        major=${major%/bin}
+        [[ $major =~ ^[0-9]+$ && -x $dir/initdb && -x $dir/postgres ]] || continue
+        ((major >= 15 && major > ${best:-0})) && best=$major
+    done
+    [[ -n $best ]] && echo "/usr/lib/postgresql/$best/bin"
+}
+
+need_packages() {
+    local package missing=()
+    command -v dpkg-query >/dev/null || die "these scripts install what they need on Debian only; elsewhere see docker-compose.yml"
+    for package in build-essential git ca-certificates openssl python3-venv rabbitmq-server; do
+        [[ $(dpkg-query -W -f='${db:Status-Status}' "$package" 2>/dev/null) == installed ]] || missing+=("$package")
+    done
+    postgres_bin >/dev/null || missing+=(postgresql)
+    ((${#missing[@]} == 0)) || install_packages "${missing[@]}" || die "could not install: ${missing[*]}"
+    postgres_bin >/dev/null || die "PostgreSQL 15 or newer is needed"
+}
+
+# A subshell, so that its trap is its own.
+install_packages() (
+    packages=("${@/#postgresql/postgresql-15}")
+    say "installing $*"
+    trap restore_policy EXIT
+    # One that is ours was left by a killed run.
+    if [[ -e $POLICY_RC ]] && ! grep -q keyferry "$POLICY_RC"; then as_root mv "$POLICY_RC" "$POLICY_RC.kept"; fi
+    # The packages would start their system services; only private ones are wanted.
+    printf '#!/bin/sh\n# keyferry, for one installation\nexit 101\n' | as_root tee "$POLICY_RC" >/dev/null
+    as_root chmod 755 "$POLICY_RC"
+    as_root apt-get -o DPkg::Lock::Timeout=300 update -qq
+    # Later releases of Debian bring a later PostgreSQL.
+    apt-cache show postgresql-15 >/dev/null 2>&1 || packages=("$@")
+    as_root env DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=300 install -y -qq --no-install-recommends "${packages[@]}" >/dev/null
+)
+
+# shellcheck disable=SC2329  # called by a trap
+restore_policy() {
+    as_root rm -f "$POLICY_RC"
+    if [[ -e $POLICY_RC.kept ]]; then as_root mv "$POLICY_RC.kept" "$POLICY_RC"; fi
+}
+
+# python_venv DIR PACKAGE...: a cached virtual environment, made anew when the list changes.
+python_venv() (
+    dir=$1
+    shift
+    mkdir -p "$(dirname "$dir")"
+    exec 8>"$dir.lock"
+    flock 8
+    if [[ $(cat "$dir/.packages" 2>/dev/null) != "$*" || ! -x $dir/bin/python ]]; then
+        say "making $dir"
+        rm -rf "$dir"
+        "$PYTHON" -m venv "$dir"
+        "$dir/bin/pip" install --quiet --disable-pip-version-check --no-input "$@"
+        # Last, so that an interrupted installation is not taken for a whole one.
+        echo "$*" >"$dir/.packages"
+    fi
+)
+
+# Free ports, all different. Below the range from which the kernel serves outgoing connections and port 0, so that
+# none is taken between this look and its use.
+free_ports() {
+    "$PYTHON" - "$1" <<'PY'
+import random, socket, sys
+found = []
+for port in random.sample(range(20000, 32000), 2000):
+    with socket.socket() as s:
+        try:
+            s.bind(("127.0.0.1", port))
+        except OSError:
+            continue
+    found.append(port)
+    if len(found) == int(sys.argv[1]):
+        break
+else:
+    sys.exit("no free ports between 20000 and 32000")
+print(*found)
+PY
+}
+
+free_port() { free_ports 1; }
+
+# http METHOD URL [BODY]: prints the answer's body, fails unless 2xx. The URL may hold `user:password@`; it goes by the
+# environment, since arguments are visible to everyone on the machine.
+http() {
+    KF_METHOD=$1 KF_URL=$2 KF_BODY=${3-} "$PYTHON" - <<'PY'
+import base64, os, sys, urllib.error, urllib.parse, urllib.request
+url = urllib.parse.urlsplit(os.environ["KF_URL"])
+headers = {"content-type": "application/json"}
+if url.username:
+    pair = f"{urllib.parse.unquote(url.username)}:{urllib.parse.unquote(url.password or '')}"
+    headers["authorization"] = "Basic " + base64.b64encode(pair.encode()).decode()
+bare = url._replace(netloc=f"{url.hostname}:{url.port}").geturl()
+body = os.environ["KF_BODY"].encode() or None
+request = urllib.request.Request(bare, body, headers, method=os.environ["KF_METHOD"])
+try:
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    sys.stdout.write(opener.open(request, timeout=10).read().decode())
+except urllib.error.HTTPError as e:
+    sys.exit(f"HTTP {e.code}: {e.read().decode(errors='replace')[:500]}")
+except OSError as e:
+    sys.exit(f"{bare}: {e}")
+PY
+}
+
+port_open() { (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null; }
+
+# --- PostgreSQL -------------------------------------------------------------------------------------------------
+
+# PostgreSQL refuses to run as root.
+as_postgres() {
+    if ((EUID == 0)); then
+        (cd / && runuser -u postgres -- "$@")
+    else
+        "$@"
+    fi
+}
+
+postgres_load() {
+    # shellcheck source=/dev/null
+    [[ -f $1/postgres/state ]] && source "$1/postgres/state"
+}
+
+postgres_running() {
+    postgres_load "$1" && as_postgres "$PG_BIN/pg_ctl" -D "$PG_HOME/data" status >/dev/null 2>&1
+}
+
+# A CA and a certificate for localhost. The CA's own key is not kept.
+make_certificates() (
+    cd "$1"
+    cat >openssl.cnf <<'CNF'
+[req]
+distinguished_name = dn
+[dn]
+[ca]
+basicConstraints = critical, CA:TRUE
+keyUsage = critical, keyCertSign
+subjectKeyIdentifier = hash
+[server]
+basicConstraints = critical, CA:FALSE
+keyUsage = critical, digitalSignature
+extendedKeyUsage = serverAuth
+subjectAltName = DNS:localhost, IP:127.0.0.1
+CNF
+    new=(-newkey ec -pkeyopt ec_paramgen_curve:P-256 -noenc -config openssl.cnf)
+    {
+        openssl req -x509 "${new[@]}" -extensions ca -subj '/CN=Keyferry private CA' -days 825 -keyout ca.key -out ca.crt
+        openssl req -new "${new[@]}" -subj /CN=localhost -keyout server.key -out server.csr
+        openssl x509 -req -in server.csr -CA ca.crt -CAkey ca.key -CAcreateserial -days 825 \
+            -extfile openssl.cnf -extensions server -out server.crt
+    } 2>openssl.log || die "openssl: $(cat openssl.log)"
+    rm -f ca.key ca.srl server.csr openssl.cnf openssl.log
+    chmod 600 server.key
+    chmod 644 server.crt ca.crt
+)
+
+# postgres_start DIR: sets PG_PORT, PG_PASSWORD (of `postgres`), PG_CA, PG_BIN.
+postgres_start() {
+    local dir=$1/postgres attempt
+    if postgres_running "$1"; then return; fi
+    postgres_stop "$1"
+    PG_BIN=$(postgres_bin)
+    PG_PASSWORD=$(random_password)
+    PG_CA=$dir/ca.crt
+    PG_HOME=$dir/home
+    mkdir -p "$PG_HOME"
+    if ((EUID == 0)); then
+        chown postgres "$PG_HOME"
+        # The clone may lie where the postgres user cannot go.
+        if ! as_postgres test -w "$PG_HOME"; then
+            rm -rf "$PG_HOME"
+            PG_HOME=$(mktemp -d /tmp/keyferry-postgres.XXXXXX)
+            chown postgres "$PG_HOME"
+        fi
+    fi
+    (
+        umask 077
+        declare -p PG_BIN PG_HOME PG_PASSWORD PG_CA | sed 's/^declare -[^ ]*/declare -g/' >"$dir/state"
+        printf '%s\n' "$PG_PASSWORD" >"$PG_HOME/password"
+    )
+    make_certificates "$PG_HOME"
+    cp "$PG_HOME/ca.crt" "$PG_CA"
+    if ((EUID == 0)); then chown postgres "$PG_HOME"/*; fi
+    as_postgres "$PG_BIN/initdb" -D "$PG_HOME/data" -U postgres --auth=scram-sha-256 --pwfile="$PG_HOME/password" \
+        --encoding=UTF8 --locale=C.UTF-8 >"$dir/initdb.log" 2>&1 || die "initdb: $(tail -n5 "$dir/initdb.log")"
+    rm "$PG_HOME/password"
+    cat >>"$PG_HOME/data/postgresql.conf" <<CONF
+listen_addresses = '127.0.0.1'
+unix_socket_directories = ''
+max_connections = 300
+shared_buffers = 256MB
+fsync = on
+ssl = on
+ssl_cert_file = '$PG_HOME/server.crt'
+ssl_key_file = '$PG_HOME/server.key'
+CONF
+    for attempt in 1 2 3; do
+        PG_PORT=$(free_port)
+        if as_postgres "$PG_BIN/pg_ctl" -D "$PG_HOME/data" -l "$PG_HOME/postgres.log" -o "-p $PG_PORT" -w -t 60 start \
+            </dev/null >"$dir/start.log" 2>&1 9>&-; then
+            echo "declare -g PG_PORT=$PG_PORT" >>"$dir/state"
+            return
+        fi
+        # A busy port is worth another try, anything else is not.
+        grep -qs 'Address already in use' "$PG_HOME/postgres.log" || break
+    done
+    die "PostgreSQL did not start (attempt $attempt): $(tail -n5 "$PG_HOME/postgres.log" "$dir/start.log" 2>&1)"
+}
+
+# postgres_stop DIR [now]: stops it and removes its data; `now` where nobody will miss them. The log stays as DIR/postgres.log.
+postgres_stop() {
+    local dir=$1/postgres mode=fast
+    if [[ ${2-} == now ]]; then mode=immediate; fi
+    # In a subshell: the state file's variables are not the caller's business here.
+    (
+        if postgres_running "$1"; then
+            as_postgres "$PG_BIN/pg_ctl" -D "$PG_HOME/data" -m "$mode" -w -t 60 stop >/dev/null
+        fi
+        if postgres_load "$1"; then
+            cp "$PG_HOME/postgres.log" "$1/postgres.log" 2>/dev/null || true
+            rm -rf "$PG_HOME"
+        fi
+    )
+    rm -rf "$dir"
+}
+
+# postgres_sql DIR [psql arguments]: as the superuser, over verified TLS.
+postgres_sql() {
+    postgres_load "$1" || die "PostgreSQL is not started in $1"
+    shift
+    PGPASSWORD=$PG_PASSWORD PGSSLMODE=verify-full PGSSLROOTCERT=$PG_CA "$PG_BIN/psql" \
+        -X -q -v ON_ERROR_STOP=1 -h 127.0.0.1 -p "$PG_PORT" -U postgres -d postgres "$@"
+}
+
+# postgres_database DIR NAME: a database of keyferry_owner, unless it is there.
+postgres_database() {
+    KEYFERRY_DATABASE=$2 postgres_sql "$1" -f "$ROOT/ops/postgres/database.sql"
+}
+
+# --- RabbitMQ ---------------------------------------------------------------------------------------------------
+
+rabbitmq_load() {
+    # shellcheck source=/dev/null
+    [[ -f $1/rabbitmq/state ]] && source "$1/rabbitmq/state"
+}
+
+# Whether a process is of this node: its number alone may have been given to another since.
+rabbitmq_process() { grep -qzsx "RABBITMQ_NODENAME=kf$MQ_PORT@localhost" "/proc/$1/environ"; }
+
+rabbitmq_running() { rabbitmq_load "$1" && rabbitmq_process "${MQ_PID:-0}"; }
+
+rabbitmq_ready() {
+    # A node that died will never answer.
+    rabbitmq_process "$MQ_PID" || die "RabbitMQ stopped while starting: $(tail -n20 "$1/rabbitmq/start.log")"
+    port_open "$MQ_PORT" && port_open "$MQ_API_PORT" && http GET "$MQ_API/api/overview" >/dev/null 2>&1
+}
+
+# rabbitmq_start DIR: sets MQ_PORT, MQ_API_PORT, MQ_USER, MQ_PASSWORD and the URLs MQ_AMQP, MQ_API without a vhost.
+rabbitmq_start() {
+    local dir=$1/rabbitmq dist files
+    if rabbitmq_running "$1" && until_ok 120 rabbitmq_ready "$1"; then return; fi
+    rabbitmq_stop "$1"
+    mkdir -p "$dir/home" "$dir/conf.d"
+    # The distribution port has to be given: its default is the AMQP port plus 20000.
+    read -r MQ_PORT MQ_API_PORT dist MQ_EPMD_PORT < <(free_ports 4)
+    MQ_USER=keyferry
+    MQ_PASSWORD=$(random_password)
+    MQ_AMQP=amqp://$MQ_USER:$MQ_PASSWORD@127.0.0.1:$MQ_PORT
+    MQ_API=http://$MQ_USER:$MQ_PASSWORD@127.0.0.1:$MQ_API_PORT
+    echo '[rabbitmq_management].' >"$dir/enabled_plugins"
+    # What the management API says of queues follows within a second instead of five to ten: how often queues report,
+    # and how often the API's side looks.
+    cat >"$dir/advanced.config" <<'CONF'
+[{rabbit, [{quorum_tick_interval, 1000}]},
+ {rabbitmq_management_agent, [{sample_retention_policies,
+    [{global, [{600, 1}]}, {basic, [{600, 1}]}, {detailed, [{600, 1}]}]}]}].
+CONF
+    (
+        umask 077
+        cat >"$dir/rabbitmq.conf" <<CONF
+listeners.tcp.1 = 127.0.0.1:$MQ_PORT
+management.tcp.ip = 127.0.0.1
+management.tcp.port = $MQ_API_PORT
+default_user = $MQ_USER
+default_pass = $MQ_PASSWORD
+default_user_tags.administrator = true
+collect_statistics_interval = 1000
+CONF
+    )
+    # Erlang sizes its tables by this limit, which containers set absurdly high.
+    files=$(ulimit -Hn)
+    if [[ $files == unlimited ]] || ((files > 65536)); then files=65536; fi
+    (
+        ulimit -Sn "$files"
+        # A session of its own, so that Ctrl-C reaches the script and not the broker under the tests.
+        exec setsid env HOME="$dir/home" \
+            RABBITMQ_NODENAME="kf$MQ_PORT@localhost" RABBITMQ_NODE_IP_ADDRESS=127.0.0.1 \
+            RABBITMQ_NODE_PORT="$MQ_PORT" RABBITMQ_DIST_PORT="$dist" \
+            ERL_EPMD_PORT="$MQ_EPMD_PORT" ERL_EPMD_ADDRESS=127.0.0.1 \
+            RABBITMQ_MNESIA_BASE="$dir/mnesia" RABBITMQ_LOG_BASE="$dir/log" RABBITMQ_PID_FILE="$dir/pid" \
+            RABBITMQ_ENABLED_PLUGINS_FILE="$dir/enabled_plugins" RABBITMQ_CONFIG_FILE="$dir/rabbitmq.conf" \
+            RABBITMQ_CONFIG_FILES="$dir/conf.d" RABBITMQ_ADVANCED_CONFIG_FILE="$dir/advanced.config" \
+            RABBITMQ_CONF_ENV_FILE=/dev/null \
+            RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS='-kernel inet_dist_use_interface {127,0,0,1}' \
+            /usr/lib/rabbitmq/bin/rabbitmq-server </dev/null >"$dir/start.log" 2>&1 9>&-
+    ) &
+    MQ_PID=$!
+    (
+        umask 077
+        declare -p MQ_PORT MQ_API_PORT MQ_EPMD_PORT MQ_USER MQ_PASSWORD MQ_AMQP MQ_API MQ_PID |
+            sed 's/^declare -[^ ]*/declare -g/' >"$dir/state"
+    )
+    # Until the new process has become the broker it has no environment to be known by.
+    until_ok 10 rabbitmq_process "$MQ_PID" || die "RabbitMQ did not start: $(tail -n20 "$dir/start.log")"
+    until_ok 120 rabbitmq_ready "$1" || die "RabbitMQ was not ready within two minutes: $(tail -n20 "$dir/start.log")"
+}
+
+rabbitmq_gone() { ! rabbitmq_process "$1"; }
+
+# The daemon for node names outlives its node, and keeps a name for a moment after the node has gone.
+epmd_kill() {
+    ! port_open "$1" || ERL_EPMD_PORT=$1 ERL_EPMD_ADDRESS=127.0.0.1 epmd -kill >/dev/null 2>&1 && ! port_open "$1"
+}
+
+# rabbitmq_stop DIR [now]: as postgres_stop; the log stays as DIR/rabbitmq.log.
+rabbitmq_stop() {
+    local dir=$1/rabbitmq
+    (
+        rabbitmq_load "$1" || exit 0
+        if rabbitmq_process "$MQ_PID"; then
+            if [[ ${2-} != now ]]; then
+                kill -TERM "$MQ_PID"
+                until_ok 60 rabbitmq_gone "$MQ_PID" || true
+            fi
+            # The whole group: a script, the Erlang machine, its port programs.
+            kill -KILL -- "-$MQ_PID" 2>/dev/null || true
+            until_ok 10 rabbitmq_gone "$MQ_PID"
+        fi
+        until_ok 10 epmd_kill "$MQ_EPMD_PORT" || say "epmd on port $MQ_EPMD_PORT could not be stopped"
+        cat "$dir/start.log" "$dir"/log/*.log >"$1/rabbitmq.log" 2>/dev/null || true
+    )
+    rm -rf "$dir"
+}
+
+# --- both -------------------------------------------------------------------------------------------------------
+
+# services_start DIR: both servers at once, and the roles with passwords. Sets all the variables above and
+# OWNER_PASSWORD, WORKER_PASSWORD, READER_PASSWORD.
+services_start() {
+    local dir=$1 pg mq failed=
+    mkdir -p "$dir"
+    (postgres_start "$dir") &
+    pg=$!
+    (rabbitmq_start "$dir") &
+    mq=$!
+    wait "$pg" || failed+=' PostgreSQL'
+    wait "$mq" || failed+=' RabbitMQ'
+    [[ -z $failed ]] || die "did not start:$failed"
+    if [[ ! -f $dir/passwords ]]; then
+        (
+            umask 077
+            for role in OWNER WORKER READER; do echo "${role}_PASSWORD=$(random_password)"; done >"$dir/passwords"
+        )
+    fi
+    services_load "$dir"
+    KEYFERRY_OWNER_PASSWORD=$OWNER_PASSWORD KEYFERRY_WORKER_PASSWORD=$WORKER_PASSWORD \
+        KEYFERRY_READER_PASSWORD=$READER_PASSWORD postgres_sql "$dir" -f "$ROOT/ops/postgres/roles.sql"
+}
+
+services_load() {
+    postgres_load "$1" && rabbitmq_load "$1" && [[ -f $1/passwords ]] || return 1
+    # shellcheck source=/dev/null
+    source "$1/passwords"
+}
+
+services_running() { services_load "$1" && postgres_running "$1" && rabbitmq_running "$1"; }
+
+services_stop() {
+    local pids=()
+    postgres_stop "$@" &
+    pids+=($!)
+    rabbitmq_stop "$@" &
+    pids+=($!)
+    wait "${pids[@]}"
+    rm -f "$1/passwords"
+}
+
+# What tests/it reads. After services_start or services_load.
+TEST_VARIABLES=(KEYFERRY_TEST_POSTGRES KEYFERRY_TEST_POSTGRES_CA KEYFERRY_TEST_OWNER_PASSWORD
+    KEYFERRY_TEST_WORKER_PASSWORD KEYFERRY_TEST_READER_PASSWORD KEYFERRY_TEST_AMQP KEYFERRY_TEST_RABBITMQ_API
+    KEYFERRY_TEST_AWS_CLI KEYFERRY_TEST_PYTHON)
+export_test_variables() {
+    export KEYFERRY_TEST_POSTGRES=postgres://postgres:$PG_PASSWORD@127.0.0.1:$PG_PORT/postgres
+    export KEYFERRY_TEST_POSTGRES_CA=$PG_CA
+    export KEYFERRY_TEST_OWNER_PASSWORD=$OWNER_PASSWORD
+    export KEYFERRY_TEST_WORKER_PASSWORD=$WORKER_PASSWORD
+    export KEYFERRY_TEST_READER_PASSWORD=$READER_PASSWORD
+    # No vhost: every test makes its own.
+    export KEYFERRY_TEST_AMQP=$MQ_AMQP
+    export KEYFERRY_TEST_RABBITMQ_API=$MQ_API
+    export KEYFERRY_TEST_AWS_CLI=$TARGET/venv/bin/aws
+    export KEYFERRY_TEST_PYTHON=$TARGET/venv/bin/python
+}
+
+# What the program reads, for the database `keyferry` and the vhost `/`.
+SETTINGS_VARIABLES=(KEYFERRY_DATABASE__URL KEYFERRY_DATABASE__OWNER_URL KEYFERRY_DATABASE__CA_FILE
+    KEYFERRY_RABBITMQ__URL KEYFERRY_RABBITMQ__API_URL)
+export_settings() {
+    export KEYFERRY_DATABASE__URL=postgres://keyferry_worker:$WORKER_PASSWORD@127.0.0.1:$PG_PORT/keyferry
+    export KEYFERRY_DATABASE__OWNER_URL=postgres://keyferry_owner:$OWNER_PASSWORD@127.0.0.1:$PG_PORT/keyferry
+    export KEYFERRY_DATABASE__CA_FILE=$PG_CA
+    export KEYFERRY_RABBITMQ__URL=$MQ_AMQP/%2f
+    export KEYFERRY_RABBITMQ__API_URL=$MQ_API
+}

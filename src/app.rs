@@ -1,0 +1,132 @@
+//! Composition: settings in, a running worker out, and its orderly end.
+
+use crate::config::{ConfigError, Loaded};
+use crate::ingress::rabbitmq::Options;
+use crate::intake::Intake;
+use crate::kms::Kms;
+use crate::outbox::Relay;
+use crate::source::{Kek, KekError, Keyring};
+use crate::store::{SchemaError, Store, StoreError};
+use crate::telemetry::{Health, Metrics, Part, serve_admin};
+use crate::worker::{self, Context, Targets};
+use secrecy::{ExposeSecret as _, SecretString};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
+
+/// Why the worker did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// A setting.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// Postgres.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The schema.
+    #[error(transparent)]
+    Schema(#[from] SchemaError),
+    /// The key-encryption key.
+    #[error(transparent)]
+    Kek(#[from] KekError),
+    /// Metrics.
+    #[error("metrics cannot be registered: {0}")]
+    Metrics(#[from] prometheus::Error),
+    /// The admin port.
+    #[error("the address admin.listen = {address} cannot be bound: {error}")]
+    Admin {
+        /// The setting.
+        address: std::net::SocketAddr,
+        /// Why.
+        error: std::io::Error,
+    },
+}
+
+/// The store, with a schema that fits.
+pub async fn open_store(loaded: &Loaded) -> Result<Store, StartError> {
+    let store = Store::new(loaded.database_url()?, &loaded.settings.database)?;
+    store.check_schema().await?;
+    Ok(store)
+}
+
+/// The keys of the local tier; refuses a key-encryption key that did not seal this store.
+pub async fn open_keyring(loaded: &Loaded, store: &Store) -> Result<Keyring, StartError> {
+    let kek = Kek::parse(loaded.kek()?.expose_secret())?;
+    let first = Keyring::new_fingerprint_key(&kek)?;
+    let stored = store.fingerprint_key(&first).await?;
+    Ok(Keyring::open(kek, &stored)?)
+}
+
+/// Runs the worker until `stop`, then ends it in order: intake, jobs under way, events, and the rest.
+pub async fn serve(loaded: &Loaded, stop: CancellationToken) -> Result<(), StartError> {
+    let settings = &loaded.settings;
+    // Everything that can be wrong is found before the first message is taken.
+    let policy = loaded.policy()?;
+    let targets = Targets::new(loaded.targets()?);
+    let amqp_url = SecretString::from(loaded.amqp_url()?);
+    let store = open_store(loaded).await?;
+    let keyring = Arc::new(open_keyring(loaded, &store).await?);
+    let metrics = Metrics::new()?;
+    let health = Health::default();
+    health.set(Part::Store, true);
+    let (jobs, events) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
+    let regions = loaded.targets()?.iter().flat_map(|target| target.regions.iter().cloned());
+    let kms = Kms::connect(regions, settings.worker.aws_timeout(), metrics.clone()).await;
+
+    let finished = CancellationToken::new();
+    let (address, admin) = serve_admin(settings.admin.listen, metrics.clone(), health.clone(), finished.clone())
+        .await
+        .map_err(|error| StartError::Admin { address: settings.admin.listen, error })?;
+    let admin = tokio::spawn(admin);
+    tracing::info!(admin.address = %address, jobs.concurrency = settings.worker.concurrency, "starting");
+
+    let intake = Intake {
+        store: store.clone(),
+        keyring: Arc::clone(&keyring),
+        policy,
+        targets: targets.clone(),
+        url: amqp_url.clone(),
+        options: Options {
+            queue: settings.rabbitmq.queue.clone(),
+            prefetch: settings.rabbitmq.prefetch,
+            connect_timeout: Duration::from_millis(settings.rabbitmq.connect_timeout_ms),
+        },
+        metrics: metrics.clone(),
+        health: health.clone(),
+        jobs: Arc::clone(&jobs),
+        events: Arc::clone(&events),
+    };
+    let relay = Relay {
+        store: store.clone(),
+        url: amqp_url,
+        exchange: settings.rabbitmq.exchange.clone(),
+        timeout: Duration::from_millis(settings.rabbitmq.connect_timeout_ms),
+        metrics: metrics.clone(),
+        health: health.clone(),
+        events: Arc::clone(&events),
+    };
+    let context =
+        Context { store, kms, keyring, policy, targets, settings: settings.worker.clone(), metrics, jobs, events };
+    let drain = CancellationToken::new();
+    let mut relay = tokio::spawn(relay.run(drain.clone()));
+    let intake = tokio::spawn(intake.run(stop.clone()));
+    let worker = tokio::spawn(worker::run(Arc::new(context), stop.clone()));
+
+    stop.cancelled().await;
+    tracing::info!("stopping: no more messages are taken");
+    for (part, task) in [("intake", intake), ("worker", worker)] {
+        if let Err(error) = task.await {
+            tracing::error!(%error, part, "a part broke off");
+        }
+    }
+    drain.cancel();
+    if tokio::time::timeout(settings.worker.grace(), &mut relay).await.is_err() {
+        tracing::warn!("the grace time is over: events are left in the outbox for the next start");
+        relay.abort();
+    }
+    finished.cancel();
+    drop(tokio::time::timeout(Duration::from_secs(2), admin).await);
+    tracing::info!("stopped");
+    Ok(())
+}

@@ -1,0 +1,231 @@
+//! `keyferry jobs`.
+
+use super::Failed;
+use super::output::Output;
+use crate::app::open_store;
+use crate::config::Loaded;
+use crate::intake::ANONYMOUS;
+use crate::store::{JobFilter, JobView, Store};
+use anyhow::anyhow;
+use clap::{Args, Subcommand, ValueEnum};
+use indicatif::{ProgressBar, ProgressStyle};
+use std::collections::HashMap;
+use std::io::IsTerminal as _;
+use std::time::{Duration, Instant};
+use uuid::Uuid;
+
+/// Ids asked of the store at once.
+const PAGE: usize = 500;
+const POLL: Duration = Duration::from_millis(200);
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Jobs {
+    /// List jobs, newest first.
+    List(List),
+    /// Show one job, or the refusal of a request, with its result.
+    Show {
+        /// The job's id, or the id of its request.
+        id: String,
+    },
+    /// Wait until jobs have ended. Exit code 3 if one did not succeed, 4 if it took too long.
+    Wait(Wait),
+}
+
+#[derive(Debug, Args)]
+pub(super) struct List {
+    /// Only jobs in this state.
+    #[arg(long)]
+    state: Option<State>,
+    /// Only jobs on this KMS key: its ARN, or the id that Keyferry gave it.
+    #[arg(long)]
+    key: Option<String>,
+    /// Only jobs of this batch.
+    #[arg(long)]
+    batch: Option<String>,
+    /// Rows at most.
+    #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(i64).range(1..=10_000))]
+    limit: i64,
+    /// Only jobs older than this one: the last id of the page before.
+    #[arg(long, value_name = "ID")]
+    before: Option<Uuid>,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum State {
+    Waiting,
+    Succeeded,
+    Failed,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct Wait {
+    /// Ids of jobs, or of requests.
+    #[arg(required = true)]
+    ids: Vec<String>,
+    /// Give up after so many seconds.
+    #[arg(long, default_value_t = 300, value_name = "SECONDS")]
+    timeout: u64,
+}
+
+impl Jobs {
+    pub(super) async fn run(self, loaded: &Loaded, output: Output) -> Result<(), Failed> {
+        let store = open_store(loaded).await?;
+        match self {
+            Self::List(list) => {
+                let state = list.state.map(|state| match state {
+                    State::Waiting => "waiting".to_owned(),
+                    State::Succeeded => "succeeded".to_owned(),
+                    State::Failed => "failed".to_owned(),
+                });
+                let filter =
+                    JobFilter { state, key: list.key, batch: list.batch, before: list.before, limit: list.limit };
+                print_jobs(output, &store.jobs(&filter).await?);
+            }
+            Self::Show { id } => {
+                let found = store.find_jobs(ANONYMOUS, std::slice::from_ref(&id)).await?;
+                if found.is_empty() {
+                    return Err(anyhow!("no job and no refusal has the id {id}; see keyferry jobs list").into());
+                }
+                output.value(&found, |found| {
+                    found
+                        .iter()
+                        .map(|job| serde_json::to_string_pretty(job).unwrap_or_default())
+                        .collect::<Vec<_>>()
+                        .join("\n")
+                });
+            }
+            Self::Wait(wait) => {
+                let followed = follow(&store, wait.ids, Duration::from_secs(wait.timeout)).await?;
+                finish(output, &followed)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Jobs that were waited for.
+pub(super) struct Followed {
+    pub(super) ended: Vec<JobView>,
+    pub(super) missing: usize,
+}
+
+/// Waits for requests or jobs to end, with a progress bar on a terminal.
+pub(super) async fn follow(store: &Store, ids: Vec<String>, timeout: Duration) -> Result<Followed, Failed> {
+    let until = Instant::now() + timeout;
+    let bar = progress_bar(ids.len() as u64, "jobs");
+    let mut waiting = ids;
+    let mut ended: HashMap<String, JobView> = HashMap::new();
+    let (mut failed, mut refused) = (0, 0);
+    loop {
+        let mut left = Vec::new();
+        for page in waiting.chunks(PAGE) {
+            let views = store.find_jobs(ANONYMOUS, page).await?;
+            let mut by_id = index(views);
+            for id in page {
+                match by_id.remove(id) {
+                    Some(view) => {
+                        failed += usize::from(view.state == "failed");
+                        refused += usize::from(view.state == "rejected");
+                        bar.inc(1);
+                        ended.insert(id.clone(), view);
+                    }
+                    None => left.push(id.clone()),
+                }
+            }
+        }
+        bar.set_message(format!("{failed} failed, {refused} refused"));
+        waiting = left;
+        if waiting.is_empty() || Instant::now() >= until {
+            break;
+        }
+        tokio::time::sleep(POLL).await;
+    }
+    bar.finish();
+    Ok(Followed { ended: ended.into_values().collect(), missing: waiting.len() })
+}
+
+/// Summarises and gives the exit code.
+pub(super) fn finish(output: Output, followed: &Followed) -> Result<(), Failed> {
+    let mut counts: HashMap<(String, String), usize> = HashMap::new();
+    for job in &followed.ended {
+        *counts.entry((job.state.clone(), error_code(job))).or_default() += 1;
+    }
+    let mut rows: Vec<serde_json::Value> = counts
+        .into_iter()
+        .map(|((state, code), count)| serde_json::json!({"state": state, "code": code, "count": count}))
+        .collect();
+    if followed.missing > 0 {
+        rows.push(serde_json::json!({"state": "not ended", "code": "", "count": followed.missing}));
+    }
+    rows.sort_by_key(|row| (row["state"].to_string(), row["code"].to_string()));
+    output.table(&rows, ["STATE", "CODE", "COUNT"], |row| {
+        [text(&row["state"]), text(&row["code"]), row["count"].to_string()]
+    });
+    if followed.missing > 0 {
+        Err(Failed::Timeout)
+    } else if followed.ended.iter().all(|job| job.state == "succeeded") {
+        Ok(())
+    } else {
+        Err(Failed::Jobs)
+    }
+}
+
+/// A bar on a terminal, nothing elsewhere.
+pub(super) fn progress_bar(length: u64, what: &'static str) -> ProgressBar {
+    if !std::io::stderr().is_terminal() {
+        return ProgressBar::hidden();
+    }
+    let bar = ProgressBar::new(length);
+    let template = format!("{{bar:40}} {{pos}}/{{len}} {what}  {{msg}}");
+    if let Ok(style) = ProgressStyle::with_template(&template) {
+        bar.set_style(style);
+    }
+    bar
+}
+
+/// Under every name by which an ended job can have been asked for. A request that was first refused and then
+/// accepted is the job.
+fn index(views: Vec<JobView>) -> HashMap<String, JobView> {
+    let mut by_id: HashMap<String, JobView> = HashMap::new();
+    let (jobs, refusals): (Vec<JobView>, Vec<JobView>) = views.into_iter().partition(|view| view.id.is_some());
+    let accepted: Vec<Option<String>> = jobs.iter().map(|job| job.request_id.clone()).collect();
+    for view in jobs.into_iter().filter(|view| view.finished_at.is_some()) {
+        if let Some(id) = view.id {
+            by_id.insert(id.to_string(), view.clone());
+        }
+        if let Some(id) = &view.request_id {
+            by_id.insert(id.clone(), view);
+        }
+    }
+    for view in refusals.into_iter().filter(|view| !accepted.contains(&view.request_id)) {
+        if let Some(id) = view.request_id.clone() {
+            by_id.insert(id, view);
+        }
+    }
+    by_id
+}
+
+fn print_jobs(output: Output, jobs: &[JobView]) {
+    output.table(jobs, ["ID", "REQUEST", "STATE", "CODE", "KEY", "ACCEPTED"], |job| {
+        [
+            job.id.map(|id| id.to_string()).unwrap_or_default(),
+            job.request_id.clone().unwrap_or_default(),
+            job.state.clone(),
+            error_code(job),
+            job.key.clone().unwrap_or_default(),
+            crate::job::rfc3339(job.accepted_at),
+        ]
+    });
+}
+
+fn error_code(job: &JobView) -> String {
+    job.error
+        .as_ref()
+        .and_then(|error| error["code"].as_str().or_else(|| error["class"].as_str()))
+        .unwrap_or("")
+        .to_owned()
+}
+
+fn text(value: &serde_json::Value) -> String {
+    value.as_str().unwrap_or_default().to_owned()
+}

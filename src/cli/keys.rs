@@ -1,0 +1,198 @@
+//! `keyferry keys`: the source keys of the local store.
+
+use super::Failed;
+use super::output::Output;
+use crate::app::{open_keyring, open_store};
+use crate::config::Loaded;
+use crate::job::KeyKind;
+use crate::source::{KeyMaterial, SealedKey};
+use crate::store::{KeyDeletion, NewSourceKey, SourceKeyOrigin, Store};
+use anyhow::{Context as _, anyhow, bail};
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use clap::{Args, Subcommand, ValueEnum};
+use std::io::Read as _;
+use std::path::PathBuf;
+use uuid::Uuid;
+use zeroize::Zeroizing;
+
+/// Far more than any encoding of the longest material.
+const LARGEST_FILE: u64 = 64 * 1024;
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Keys {
+    /// Generate a source key.
+    Create(Named),
+    /// Bring a source key whose bytes you hold.
+    Import(Import),
+    /// List source keys, newest first.
+    List {
+        /// Erased ones too.
+        #[arg(long)]
+        deleted: bool,
+    },
+    /// Show one source key and the KMS keys that use it. Never its bytes.
+    Show {
+        /// Name or id.
+        key: String,
+    },
+    /// Erase a source key's bytes for good. Refused while a KMS key is tied to it: AWS could never be given
+    /// the same material again. The name stays taken.
+    Delete {
+        /// Name or id.
+        key: String,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(super) struct Named {
+    /// The name by which requests ask for it (source_key_identifier).
+    #[arg(long, value_parser = name)]
+    name: String,
+    /// What it is for, named as AWS's KeySpec.
+    #[arg(long, value_parser = kind, default_value = "SYMMETRIC_DEFAULT")]
+    kind: KeyKind,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct Import {
+    #[command(flatten)]
+    named: Named,
+    /// The file that holds the bytes; - for standard input. They are never taken from the command line.
+    #[arg(long, value_name = "FILE")]
+    file: PathBuf,
+    /// How the bytes are written in the file.
+    #[arg(long, default_value = "raw")]
+    encoding: Encoding,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Encoding {
+    /// The bytes themselves.
+    Raw,
+    /// Hex digits; white space at the end is ignored.
+    Hex,
+    /// Base64; white space at the end is ignored.
+    Base64,
+}
+
+impl Keys {
+    pub(super) async fn run(self, loaded: &Loaded, output: Output) -> Result<(), Failed> {
+        let store = open_store(loaded).await?;
+        match self {
+            Self::Create(named) => {
+                let keyring = open_keyring(loaded, &store).await?;
+                let (key, _material) = SealedKey::generate(&keyring, Uuid::now_v7(), named.name, named.kind)?;
+                add(&store, key, SourceKeyOrigin::Generated, output).await?;
+            }
+            Self::Import(Import { named, file, encoding }) => {
+                let material = read_material(&file, encoding)?;
+                let (given, needed) = (material.expose().len(), named.kind.material_bytes());
+                if given != needed {
+                    let message = format!(
+                        "{} needs exactly {needed} bytes, the file gives {given} when read as {encoding:?}; is --encoding right?",
+                        named.kind
+                    );
+                    return Err(anyhow!(message).into());
+                }
+                let keyring = open_keyring(loaded, &store).await?;
+                let key = SealedKey::seal(&keyring, Uuid::now_v7(), named.name, named.kind, &material)?;
+                add(&store, key, SourceKeyOrigin::Imported, output).await?;
+            }
+            Self::List { deleted } => {
+                let keys = store.source_keys(None, deleted).await?;
+                output.table(&keys, ["ID", "NAME", "KIND", "ORIGIN", "USED BY", "CREATED"], |key| {
+                    [
+                        key.id.to_string(),
+                        key.name.clone(),
+                        key.kind.clone(),
+                        key.deleted_at.map_or(key.origin.clone(), |_| "deleted".into()),
+                        key.used_by.len().to_string(),
+                        crate::job::rfc3339(key.created_at),
+                    ]
+                });
+            }
+            Self::Show { key } => {
+                let found = store.source_keys(Some(&key), true).await?;
+                let found = found.first().ok_or_else(|| unknown(&key))?;
+                output.value(found, |found| serde_json::to_string_pretty(found).unwrap_or_default());
+            }
+            Self::Delete { key } => match store.delete_source_key(&key, &operator()).await? {
+                KeyDeletion::Deleted => {
+                    output.value(&serde_json::json!({"deleted": key}), |_| format!("the bytes of {key} are erased"));
+                }
+                KeyDeletion::Unknown => return Err(unknown(&key).into()),
+                KeyDeletion::InUse(users) => {
+                    let message = format!(
+                        "{key} is not deleted: it is tied to {}; AWS could never be given that material again",
+                        users.join(", ")
+                    );
+                    return Err(anyhow!(message).into());
+                }
+            },
+        }
+        Ok(())
+    }
+}
+
+async fn add(store: &Store, key: SealedKey, origin: SourceKeyOrigin, output: Output) -> Result<(), Failed> {
+    let (id, name, kind) = (key.id, key.name.clone(), key.kind);
+    if !store.add_source_key(&NewSourceKey { key, origin, operator: operator() }).await? {
+        return Err(
+            anyhow!("a source key is, or was, named {name}; a name never means other bytes: choose another").into()
+        );
+    }
+    output.value(&serde_json::json!({"id": id, "name": name, "kind": kind.as_str()}), |_| {
+        format!("{id}  {name}  {kind}")
+    });
+    Ok(())
+}
+
+fn read_material(file: &PathBuf, encoding: Encoding) -> anyhow::Result<KeyMaterial> {
+    // As large as it may become at once: a buffer that grows leaves copies behind.
+    let mut bytes = Zeroizing::new(Vec::with_capacity(usize::try_from(LARGEST_FILE + 1)?));
+    let reader: Box<dyn std::io::Read> = if file.as_os_str() == "-" {
+        Box::new(std::io::stdin().lock())
+    } else {
+        Box::new(std::fs::File::open(file).with_context(|| format!("the file {} cannot be read", file.display()))?)
+    };
+    reader.take(LARGEST_FILE + 1).read_to_end(&mut bytes).context("the bytes cannot be read")?;
+    if bytes.len() as u64 > LARGEST_FILE {
+        bail!("the file is larger than any key");
+    }
+    let text = bytes.trim_ascii_end();
+    let decoded = match encoding {
+        Encoding::Raw => Some(bytes.to_vec()),
+        Encoding::Hex => hex::decode(text).ok(),
+        Encoding::Base64 => STANDARD.decode(text).ok(),
+    };
+    decoded.map(KeyMaterial::new).with_context(|| format!("the file is not {encoding:?}"))
+}
+
+fn name(text: &str) -> Result<String, String> {
+    let is_token = (1..=128).contains(&text.len())
+        && text.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b':' | b'-'));
+    if !is_token {
+        return Err("expected 1 to 128 of A-Z a-z 0-9 . _ : -".into());
+    }
+    if Uuid::try_parse(text).is_ok() {
+        return Err("a name must not look like an id".into());
+    }
+    Ok(text.to_owned())
+}
+
+fn kind(text: &str) -> Result<KeyKind, String> {
+    KeyKind::parse(text).ok_or_else(|| format!("expected one of {}", KeyKind::ALL.map(KeyKind::as_str).join(", ")))
+}
+
+fn unknown(key: &str) -> anyhow::Error {
+    anyhow!("no source key has the name or id {key}; see keyferry keys list")
+}
+
+/// Who is named in the audit trail.
+fn operator() -> String {
+    ["SUDO_USER", "USER", "LOGNAME"]
+        .iter()
+        .find_map(|name| std::env::var(name).ok())
+        .unwrap_or_else(|| "unknown".into())
+}

@@ -1,0 +1,240 @@
+//! The command line: what a person types, what a script can trust.
+//!
+//! Tables for people on a terminal, `--json` for programs. Exit codes: 0 done, 1 it could not be done, 2 the
+//! command line or a setting is wrong, 3 a job that was waited for did not succeed, 4 waiting took too long.
+
+mod jobs;
+mod keys;
+mod output;
+mod submit;
+
+use crate::app::{self, StartError};
+use crate::config::{ConfigError, Loaded};
+use crate::store;
+use crate::telemetry::start_logs;
+use crate::topology::Management;
+use anyhow::Context as _;
+use clap::{Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
+use output::Output;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+
+/// Carries key material into AWS KMS: reads import requests from a queue, wraps and imports the material,
+/// records the result, and publishes an event.
+#[derive(Debug, Parser)]
+#[command(
+    name = "keyferry",
+    version,
+    after_help = "First steps:\n  \
+        keyferry migrate            bring the database up to date (as its owner)\n  \
+        keyferry topology apply     make queues and exchanges\n  \
+        keyferry keys create ...    make a source key\n  \
+        keyferry serve              run the worker\n  \
+        keyferry submit ... --wait  ask for an import and follow it\n\n\
+        Settings come from keyferry.toml, each overridable by KEYFERRY_SECTION__NAME,\n\
+        as in KEYFERRY_DATABASE__URL. `keyferry config show` prints them all.\n\n\
+        Exit codes: 0 done; 1 could not be done; 2 command line or setting wrong;\n\
+        3 a job that was waited for did not succeed; 4 waiting took too long."
+)]
+struct Cli {
+    /// The settings file.
+    #[arg(long, global = true, value_name = "FILE", env = "KEYFERRY_CONFIG")]
+    config: Option<PathBuf>,
+    /// Print JSON for programs instead of tables for people.
+    #[arg(long, global = true)]
+    json: bool,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run the worker until SIGTERM or SIGINT.
+    Serve(Serve),
+    /// Bring the database schema up to date, as its owner (database.owner_url).
+    Migrate,
+    /// Publish import requests.
+    Submit(submit::Submit),
+    /// Look at jobs.
+    #[command(subcommand)]
+    Jobs(jobs::Jobs),
+    /// Keep the source keys of the local store.
+    #[command(subcommand)]
+    Keys(keys::Keys),
+    /// The broker's queues, exchanges, bindings and policies.
+    #[command(subcommand)]
+    Topology(Topology),
+    /// The settings.
+    #[command(subcommand)]
+    Config(Config),
+}
+
+#[derive(Debug, Args)]
+struct Serve {
+    /// Bring the schema up to date first. For demonstrations: it needs the owner's rights (database.owner_url).
+    #[arg(long)]
+    migrate: bool,
+}
+
+#[derive(Debug, Subcommand)]
+enum Topology {
+    /// Make what is missing, over the management API (rabbitmq.api_url).
+    Apply,
+    /// Compare with what is there; exit code 1 when something differs.
+    Check,
+}
+
+#[derive(Debug, Subcommand)]
+enum Config {
+    /// Read the settings and say whether a worker could start with them. Connects nowhere.
+    Check,
+    /// Print the settings in force; secrets are only said to be set.
+    Show,
+}
+
+/// A command's end other than success.
+enum Failed {
+    /// Exit code 1 or 2, with a message.
+    Error(anyhow::Error),
+    /// Exit code 3.
+    Jobs,
+    /// Exit code 4.
+    Timeout,
+    /// Exit code 1, everything has been said.
+    Said,
+}
+
+/// Runs the command of this process's arguments.
+pub fn main() -> ExitCode {
+    let cli = match Cli::command().try_get_matches().and_then(|matches| Cli::from_arg_matches(&matches)) {
+        Ok(cli) => cli,
+        Err(error) => error.exit(),
+    };
+    protect_memory();
+    // Fails only when a provider is there already, which is then this one.
+    drop(rustls::crypto::aws_lc_rs::default_provider().install_default());
+    let outcome = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| Failed::Error(error.into()))
+        .and_then(|runtime| {
+            let outcome = runtime.block_on(run(cli));
+            // A blocking read of standard input must not hold the process.
+            runtime.shutdown_background();
+            outcome
+        });
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(Failed::Jobs) => ExitCode::from(3),
+        Err(Failed::Timeout) => ExitCode::from(4),
+        Err(Failed::Said) => ExitCode::from(1),
+        Err(Failed::Error(error)) => {
+            eprintln!("keyferry: {error:#}");
+            ExitCode::from(if is_setting(&error) { 2 } else { 1 })
+        }
+    }
+}
+
+async fn run(cli: Cli) -> Result<(), Failed> {
+    let loaded = Loaded::read(cli.config.as_deref())?;
+    let output = Output { json: cli.json };
+    match cli.command {
+        Command::Serve(Serve { migrate }) => {
+            start_logs(&loaded.settings.log)
+                .map_err(|error| anyhow::anyhow!("the setting log.filter is wrong: {error}"))?;
+            if migrate {
+                store::migrate(loaded.owner_url()?, &loaded.settings.database).await.context("migrating")?;
+            }
+            app::serve(&loaded, stop_signal()?).await?;
+        }
+        Command::Migrate => {
+            let migrated = store::migrate(loaded.owner_url()?, &loaded.settings.database).await?;
+            output.value(&migrated, |migrated| match migrated.applied.as_slice() {
+                [] => format!("the schema is up to date (version {})", migrated.version),
+                applied => format!("applied {}; the schema is at version {}", applied.join(", "), migrated.version),
+            });
+        }
+        Command::Submit(submit) => submit.run(&loaded, output).await?,
+        Command::Jobs(jobs) => jobs.run(&loaded, output).await?,
+        Command::Keys(keys) => keys.run(&loaded, output).await?,
+        Command::Topology(topology) => topology.run(&loaded, output).await?,
+        Command::Config(config) => config.run(&loaded, output)?,
+    }
+    Ok(())
+}
+
+impl Topology {
+    async fn run(self, loaded: &Loaded, output: Output) -> Result<(), Failed> {
+        let management = Management::new(loaded.rabbitmq_api_url()?, loaded.amqp_url()?)?;
+        if matches!(self, Self::Apply) {
+            management.apply().await?;
+        }
+        let found = management.check().await?;
+        output.value(&found, |found| match found.as_slice() {
+            [] => "the topology is as it should be".into(),
+            found => {
+                let lines = found.iter().map(|one| format!("{} {}: {}", one.kind, one.name, one.problem));
+                lines.collect::<Vec<_>>().join("\n")
+            }
+        });
+        if found.is_empty() { Ok(()) } else { Err(Failed::Said) }
+    }
+}
+
+impl Config {
+    fn run(self, loaded: &Loaded, output: Output) -> Result<(), Failed> {
+        match self {
+            Self::Show => output.value(&loaded.settings, |settings| {
+                serde_json::to_string_pretty(settings).unwrap_or_else(|error| error.to_string())
+            }),
+            Self::Check => {
+                loaded.policy()?;
+                loaded.targets()?;
+                loaded.database_url()?;
+                loaded.amqp_url()?;
+                let kek = loaded.kek()?;
+                crate::source::Kek::parse(secrecy::ExposeSecret::expose_secret(&kek))?;
+                output.value(&serde_json::json!({"ok": true}), |_| "the settings are complete".into());
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Cancelled by SIGTERM or SIGINT.
+fn stop_signal() -> anyhow::Result<CancellationToken> {
+    let stop = CancellationToken::new();
+    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let told = stop.clone();
+    tokio::spawn(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        told.cancel();
+    });
+    Ok(stop)
+}
+
+/// No core dump, no debugger: both would show key material. Best effort, and said when it fails.
+fn protect_memory() {
+    use rustix::process::{DumpableBehavior, Resource, Rlimit, set_dumpable_behavior, setrlimit};
+    let none = Rlimit { current: Some(0), maximum: Some(0) };
+    for outcome in [setrlimit(Resource::Core, none), set_dumpable_behavior(DumpableBehavior::NotDumpable)] {
+        if let Err(error) = outcome {
+            eprintln!("keyferry: memory could not be protected from dumps: {error}");
+        }
+    }
+}
+
+fn is_setting(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<ConfigError>().is_some() || matches!(error.downcast_ref(), Some(StartError::Config(_)))
+}
+
+impl<E: Into<anyhow::Error>> From<E> for Failed {
+    fn from(error: E) -> Self {
+        Self::Error(error.into())
+    }
+}

@@ -1,0 +1,65 @@
+//! Tables for people, JSON for programs.
+
+use serde::Serialize;
+use std::io::Write as _;
+
+/// How a command prints.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Output {
+    pub(super) json: bool,
+}
+
+impl Output {
+    /// Prints a value as JSON, or as the text that `human` makes of it.
+    pub(super) fn value<T: Serialize>(self, value: &T, human: impl FnOnce(&T) -> String) {
+        let text = if self.json {
+            serde_json::to_string_pretty(value).unwrap_or_else(|error| error.to_string())
+        } else {
+            human(value)
+        };
+        print(&text);
+    }
+
+    /// Prints rows as a JSON array, or as a table.
+    pub(super) fn table<T: Serialize, const N: usize>(
+        self,
+        rows: &[T],
+        head: [&str; N],
+        columns: impl Fn(&T) -> [String; N],
+    ) {
+        self.value(&rows, |rows| {
+            let cells: Vec<[String; N]> = rows.iter().map(columns).collect();
+            table(head, &cells)
+        });
+    }
+}
+
+/// A reader that has gone away, as `head` does, is no error.
+fn print(text: &str) {
+    let mut out = std::io::stdout().lock();
+    drop(writeln!(out, "{text}").and_then(|()| out.flush()));
+}
+
+fn table<const N: usize>(head: [&str; N], rows: &[[String; N]]) -> String {
+    let widths: [usize; N] = std::array::from_fn(|column| {
+        rows.iter().map(|row| row[column].chars().count()).chain([head[column].len()]).max().unwrap_or(0)
+    });
+    let line = |cells: [&str; N]| {
+        let padded = cells.iter().zip(widths).map(|(cell, width)| format!("{cell:<width$}"));
+        padded.collect::<Vec<_>>().join("  ").trim_end().to_owned()
+    };
+    let mut lines = vec![line(head)];
+    lines.extend(rows.iter().map(|row| line(std::array::from_fn(|column| row[column].as_str()))));
+    lines.join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn columns_are_as_wide_as_their_widest_cell() {
+        let rows = [["a".to_owned(), "long".to_owned()], ["bcd".to_owned(), String::new()]];
+        assert_eq!(table(["X", "Y"], &rows), "X    Y\na    long\nbcd");
+    }
+}

@@ -1,0 +1,205 @@
+//! `keyferry submit`: publishes requests, and follows them.
+
+use super::Failed;
+use super::jobs::{finish, follow, progress_bar};
+use super::output::Output;
+use crate::app::open_store;
+use crate::config::Loaded;
+use crate::ingress::rabbitmq::connect;
+use crate::job::MAX_BODY_BYTES;
+use anyhow::{Context as _, anyhow, bail};
+use clap::{ArgGroup, Args};
+use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
+use lapin::{BasicProperties, Channel, Confirmation};
+use serde_json::{Map, Value, json};
+use std::io::BufRead as _;
+use std::path::PathBuf;
+use std::time::Duration;
+use tokio::sync::mpsc;
+use uuid::Uuid;
+
+/// Requests published before their confirmations are awaited.
+const WINDOW: usize = 200;
+
+/// Publish one request from flags, or many from JSON Lines. A request without an id is given one; the same id
+/// with the same content is carried out once, so sending a file again is harmless if its lines have ids.
+#[derive(Debug, Args)]
+#[command(group = ArgGroup::new("what").required(true).args(["key", "file"]))]
+#[command(after_help = "Examples:\n  \
+    keyferry submit --key arn:aws:kms:eu-central-1:111122223333:key/... --source-key payroll --wait\n  \
+    keyferry submit --key ... --source-key payroll --valid-to 2027-01-31T12:00:00Z\n  \
+    keyferry submit --file requests.jsonl --wait --timeout 600\n  \
+    generate-requests | keyferry submit --file -")]
+pub(super) struct Submit {
+    /// The KMS key: its ARN, or the id that Keyferry gave it.
+    #[arg(long)]
+    key: Option<String>,
+    /// Idempotency key; a random one if absent.
+    #[arg(long, requires = "key")]
+    id: Option<String>,
+    /// The source key's name or id; absent: a new key is generated.
+    #[arg(long, value_name = "NAME", requires = "key")]
+    source_key: Option<String>,
+    /// The source key's tier.
+    #[arg(long, value_name = "TIER", requires = "key")]
+    tier: Option<String>,
+    /// The material expires then (RFC 3339); absent: never.
+    #[arg(long, value_name = "TIME", requires = "key")]
+    valid_to: Option<String>,
+    /// A name under which jobs are followed together.
+    #[arg(long, requires = "key")]
+    batch: Option<String>,
+    /// JSON Lines, one request a line; - for standard input.
+    #[arg(long, value_name = "FILE")]
+    file: Option<PathBuf>,
+    /// Follow the jobs until they have ended. Exit code 3 if one did not succeed, 4 if it took too long.
+    #[arg(long)]
+    wait: bool,
+    /// Wait at most so many seconds.
+    #[arg(long, default_value_t = 300, value_name = "SECONDS", requires = "wait")]
+    timeout: u64,
+}
+
+/// A request ready to be published.
+struct Message {
+    id: String,
+    body: Vec<u8>,
+}
+
+impl Submit {
+    pub(super) async fn run(self, loaded: &Loaded, output: Output) -> Result<(), Failed> {
+        // Before anything is published: following needs the store.
+        let store = if self.wait { Some(open_store(loaded).await?) } else { None };
+        let connection = tokio::time::timeout(
+            Duration::from_millis(loaded.settings.rabbitmq.connect_timeout_ms),
+            connect(loaded.amqp_url()?, "keyferry submit"),
+        )
+        .await
+        .context("RabbitMQ does not answer")?
+        .context("RabbitMQ cannot be reached")?;
+        let channel = connection.create_channel().await?;
+        channel.confirm_select(ConfirmSelectOptions::default()).await?;
+        let (timeout, is_waiting) = (Duration::from_secs(self.timeout), self.wait);
+
+        let (sender, mut messages) = mpsc::channel(WINDOW);
+        let reader = tokio::task::spawn_blocking(move || self.read(&sender));
+        let bar = progress_bar(0, "requests sent");
+        let queue = loaded.settings.rabbitmq.queue.as_str();
+        let mut sent: Vec<String> = Vec::new();
+        let mut window = Vec::with_capacity(WINDOW);
+        let mut count = 0_u64;
+        while messages.recv_many(&mut window, WINDOW).await > 0 {
+            publish(&channel, queue, &window).await?;
+            count += window.len() as u64;
+            bar.set_length(count);
+            bar.set_position(count);
+            if is_waiting || count <= 1 {
+                sent.extend(window.iter().map(|message| message.id.clone()));
+            }
+            window.clear();
+        }
+        bar.finish_and_clear();
+        let read = reader.await?;
+        connection.close(200, "done".into()).await?;
+        read.with_context(|| format!("{count} requests were published before this"))?;
+        if let Some(store) = store {
+            sent.sort_unstable();
+            sent.dedup();
+            let followed = follow(&store, sent, timeout).await?;
+            return finish(output, &followed);
+        }
+        output.value(&json!({"published": count, "id": sent.first()}), |_| match (count, sent.first()) {
+            (1, Some(id)) => format!("published request {id}; follow it with: keyferry jobs wait {id}"),
+            _ => format!("published {count} requests"),
+        });
+        Ok(())
+    }
+
+    /// Hands requests over as they are read: a long file is never held as a whole.
+    fn read(self, sender: &mpsc::Sender<Message>) -> anyhow::Result<()> {
+        let Some(file) = &self.file else {
+            // An error means that publishing has failed, which says more.
+            drop(sender.blocking_send(self.from_flags()?));
+            return Ok(());
+        };
+        let reader: Box<dyn std::io::BufRead> = if file.as_os_str() == "-" {
+            Box::new(std::io::stdin().lock())
+        } else {
+            let opened =
+                std::fs::File::open(file).with_context(|| format!("the file {} cannot be read", file.display()))?;
+            Box::new(std::io::BufReader::new(opened))
+        };
+        for (number, line) in reader.lines().enumerate() {
+            let line = line.with_context(|| format!("line {} cannot be read", number + 1))?;
+            if line.trim().is_empty() {
+                continue;
+            }
+            let message = from_line(&line).with_context(|| format!("line {}", number + 1))?;
+            if sender.blocking_send(message).is_err() {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    fn from_flags(&self) -> anyhow::Result<Message> {
+        let id = self.id.clone().unwrap_or_else(|| Uuid::new_v4().to_string());
+        let mut fields = Map::new();
+        let mut put = |name: &str, value: Option<&String>| {
+            if let Some(value) = value {
+                fields.insert(name.to_owned(), json!(value));
+            }
+        };
+        put("id", Some(&id));
+        put("key", self.key.as_ref());
+        put("source_key_tier", self.tier.as_ref());
+        put("source_key_identifier", self.source_key.as_ref());
+        put("valid_to", self.valid_to.as_ref());
+        put("batch", self.batch.as_ref());
+        if self.valid_to.is_some() {
+            fields.insert("key_expiration".into(), json!(true));
+        }
+        Ok(Message { id, body: serde_json::to_vec(&Value::Object(fields))? })
+    }
+}
+
+/// What a line asks for is for the worker to judge; here it only has to be an object with an id, or gets one.
+fn from_line(line: &str) -> anyhow::Result<Message> {
+    // serde's words would quote the line.
+    let mut fields: Map<String, Value> =
+        serde_json::from_str(line).map_err(|error| anyhow!("not a JSON object (column {})", error.column()))?;
+    if line.len() > MAX_BODY_BYTES {
+        bail!("larger than 64 KiB");
+    }
+    match fields.get("id") {
+        Some(Value::String(id)) => Ok(Message { id: id.clone(), body: line.as_bytes().to_vec() }),
+        Some(_) => bail!("id: expected a string"),
+        None => {
+            let id = Uuid::new_v4().to_string();
+            fields.insert("id".into(), json!(id));
+            Ok(Message { id, body: serde_json::to_vec(&fields)? })
+        }
+    }
+}
+
+async fn publish(channel: &Channel, queue: &str, messages: &[Message]) -> anyhow::Result<()> {
+    let mut confirmations = Vec::with_capacity(messages.len());
+    for message in messages {
+        let properties = BasicProperties::default()
+            .with_content_type("application/json".into())
+            .with_delivery_mode(2)
+            .with_message_id(message.id.as_str().into());
+        let options = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
+        confirmations.push(channel.basic_publish("".into(), queue.into(), options, &message.body, properties).await?);
+    }
+    for confirmation in confirmations {
+        match confirmation.await? {
+            Confirmation::Ack(None) => {}
+            Confirmation::Ack(Some(_)) => bail!("there is no queue {queue}; make it with: keyferry topology apply"),
+            Confirmation::Nack(_) | Confirmation::NotRequested => {
+                bail!("the queue {queue} is full: RabbitMQ would not take a request")
+            }
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,427 @@
+//! Typed settings: one TOML file, every setting overridable by `KEYFERRY_SECTION__NAME`.
+
+use crate::policy::Policy;
+use figment::Figment;
+use figment::providers::{Env, Format as _, Serialized, Toml};
+use secrecy::{ExposeSecret as _, SecretString};
+use serde::{Deserialize, Serialize, Serializer};
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// Where settings are looked for when no file is named.
+pub const DEFAULT_FILE: &str = "keyferry.toml";
+
+/// All settings. Sections that a command does not need may be missing.
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Settings {
+    /// Who may ask for what. `serve` refuses to start without it.
+    pub policy: Option<Policy>,
+    /// Postgres.
+    pub database: Database,
+    /// `RabbitMQ`.
+    pub rabbitmq: RabbitMq,
+    /// The local key store.
+    pub keys: Keys,
+    /// Accounts and Regions that requests may name.
+    pub targets: Vec<Target>,
+    /// The pool of jobs under way.
+    pub worker: Worker,
+    /// Health and metrics.
+    pub admin: Admin,
+    /// Logs.
+    pub log: Log,
+}
+
+/// Postgres.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Database {
+    /// `postgres://user:password@host:port/database?sslmode=require`, role `keyferry_worker`.
+    #[serde(serialize_with = "redacted")]
+    pub url: Option<SecretString>,
+    /// The same for `migrate`, role `keyferry_owner`.
+    #[serde(serialize_with = "redacted")]
+    pub owner_url: Option<SecretString>,
+    /// PEM file of the authority that signed the server's certificate; else the system's.
+    pub ca_file: Option<PathBuf>,
+    /// Largest number of connections.
+    pub connections: usize,
+    /// How long a statement may take.
+    pub statement_timeout_ms: u64,
+    /// How long a connection or a free place in the pool is waited for.
+    pub connect_timeout_ms: u64,
+}
+
+/// `RabbitMQ`.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct RabbitMq {
+    /// `amqp://user:password@host:port/vhost`; `amqps` for TLS.
+    #[serde(serialize_with = "redacted")]
+    pub url: Option<SecretString>,
+    /// The management API, for `topology`: `http://user:password@host:15672`.
+    #[serde(serialize_with = "redacted")]
+    pub api_url: Option<SecretString>,
+    /// Where requests arrive.
+    pub queue: String,
+    /// Where events go.
+    pub exchange: String,
+    /// Unsettled messages in hand at most.
+    pub prefetch: u16,
+    /// How long a connection is waited for.
+    pub connect_timeout_ms: u64,
+}
+
+/// The local key store.
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Keys {
+    /// The key-encryption key: 32 bytes as base64 or hex. Better in a file.
+    #[serde(serialize_with = "redacted")]
+    pub kek: Option<SecretString>,
+    /// A file that holds it.
+    pub kek_file: Option<PathBuf>,
+}
+
+/// An account and its Regions.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Target {
+    /// 12 digits.
+    pub account: String,
+    /// `aws`, `aws-us-gov`, ...
+    #[serde(default = "default_partition")]
+    pub partition: String,
+    /// Region names.
+    pub regions: Vec<String>,
+}
+
+/// The pool of jobs under way.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Worker {
+    /// Jobs under way at most.
+    pub concurrency: usize,
+    /// How long a claim holds without a heartbeat.
+    pub lease_ms: u64,
+    /// How often an idle worker looks for work that nobody announced.
+    pub poll_ms: u64,
+    /// How long one AWS call may take.
+    pub aws_timeout_ms: u64,
+    /// How long an unanswered call may still take effect: the life of its signature.
+    pub signature_life_ms: u64,
+    /// How long a stopping worker waits for jobs under way and for events to be confirmed.
+    pub grace_ms: u64,
+}
+
+/// Health and metrics.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Admin {
+    /// Address of `/metrics`, `/livez` and `/readyz`.
+    pub listen: SocketAddr,
+}
+
+/// Logs.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Log {
+    /// A filter such as `info` or `info,keyferry=debug`.
+    pub filter: String,
+    /// Human lines or JSON.
+    pub format: LogFormat,
+}
+
+/// How a log line looks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    /// For people.
+    Human,
+    /// For programs.
+    Json,
+}
+
+/// A setting that is missing or wrong, with where to mend it.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// figment's own words name the setting and its file or variable.
+    #[error("{0}")]
+    Unreadable(Box<figment::Error>),
+    /// A named file does not exist.
+    #[error("the settings file {} does not exist; name another with --config", .0.display())]
+    NoFile(PathBuf),
+    /// A setting that this command needs.
+    #[error("the setting {name} is missing: write it into {} or set {variable}", file.display())]
+    Missing {
+        /// Dotted name.
+        name: &'static str,
+        /// The file that was read, or would be.
+        file: PathBuf,
+        /// The environment variable that sets it.
+        variable: String,
+    },
+    /// A setting whose value breaks its rule.
+    #[error("the setting {name} is wrong: expected {expected}")]
+    Invalid {
+        /// Dotted name.
+        name: &'static str,
+        /// The rule.
+        expected: &'static str,
+    },
+    /// A file that a setting names.
+    #[error("the setting {name} names {}, which cannot be read: {error}", path.display())]
+    File {
+        /// Dotted name.
+        name: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        error: std::io::Error,
+    },
+}
+
+/// Settings and the file they came from.
+#[derive(Clone, Debug)]
+pub struct Loaded {
+    /// The settings.
+    pub settings: Settings,
+    file: PathBuf,
+}
+
+impl Loaded {
+    /// Reads `file`, or `keyferry.toml` if there is one, then the environment.
+    pub fn read(file: Option<&Path>) -> Result<Self, ConfigError> {
+        let path = match file {
+            Some(path) if !path.exists() => return Err(ConfigError::NoFile(path.to_owned())),
+            Some(path) => path.to_owned(),
+            None => PathBuf::from(DEFAULT_FILE),
+        };
+        // The worker's own variables have a section; others of this prefix are not settings.
+        let environment = Env::prefixed("KEYFERRY_")
+            .filter(|name| name.as_str().contains("__") || name == "policy" || name == "targets")
+            .split("__");
+        let figment =
+            Figment::from(Serialized::defaults(Defaults::default())).merge(Toml::file_exact(&path)).merge(environment);
+        let settings = figment.extract().map_err(|error| ConfigError::Unreadable(Box::new(error)))?;
+        let loaded = Self { settings, file: path };
+        loaded.check()?;
+        Ok(loaded)
+    }
+
+    /// `database.url`.
+    pub fn database_url(&self) -> Result<&str, ConfigError> {
+        self.need("database.url", self.settings.database.url.as_ref())
+    }
+
+    /// `database.owner_url`.
+    pub fn owner_url(&self) -> Result<&str, ConfigError> {
+        self.need("database.owner_url", self.settings.database.owner_url.as_ref())
+    }
+
+    /// `rabbitmq.url`.
+    pub fn amqp_url(&self) -> Result<&str, ConfigError> {
+        self.need("rabbitmq.url", self.settings.rabbitmq.url.as_ref())
+    }
+
+    /// `rabbitmq.api_url`.
+    pub fn rabbitmq_api_url(&self) -> Result<&str, ConfigError> {
+        self.need("rabbitmq.api_url", self.settings.rabbitmq.api_url.as_ref())
+    }
+
+    /// `policy`.
+    pub fn policy(&self) -> Result<Policy, ConfigError> {
+        self.settings.policy.ok_or_else(|| self.missing("policy"))
+    }
+
+    /// `targets`, at least one.
+    pub fn targets(&self) -> Result<&[Target], ConfigError> {
+        if self.settings.targets.is_empty() { Err(self.missing("targets")) } else { Ok(&self.settings.targets) }
+    }
+
+    /// The text of the key-encryption key, from the setting or its file.
+    pub fn kek(&self) -> Result<SecretString, ConfigError> {
+        let keys = &self.settings.keys;
+        match (&keys.kek, &keys.kek_file) {
+            (Some(_), Some(_)) => Err(ConfigError::Invalid { name: "keys", expected: "kek or kek_file, not both" }),
+            (Some(kek), None) => Ok(kek.clone()),
+            (None, Some(path)) => std::fs::read_to_string(path)
+                .map(SecretString::from)
+                .map_err(|error| ConfigError::File { name: "keys.kek_file", path: path.clone(), error }),
+            (None, None) => Err(self.missing("keys.kek_file")),
+        }
+    }
+
+    fn need<'a>(&self, name: &'static str, value: Option<&'a SecretString>) -> Result<&'a str, ConfigError> {
+        value.map(|secret| secret.expose_secret()).filter(|text| !text.is_empty()).ok_or_else(|| self.missing(name))
+    }
+
+    fn missing(&self, name: &'static str) -> ConfigError {
+        let variable = format!("KEYFERRY_{}", name.to_uppercase().replace('.', "__"));
+        ConfigError::Missing { name, file: self.file.clone(), variable }
+    }
+
+    fn check(&self) -> Result<(), ConfigError> {
+        let Settings { worker, database, rabbitmq, targets, .. } = &self.settings;
+        let rules: [(&'static str, bool, &'static str); 8] = [
+            ("worker.concurrency", (1..=1024).contains(&worker.concurrency), "1 to 1024"),
+            ("worker.aws_timeout_ms", (100..=60_000).contains(&worker.aws_timeout_ms), "100 to 60000"),
+            (
+                "worker.lease_ms",
+                worker.lease_ms >= 3 * worker.aws_timeout_ms,
+                "at least three times worker.aws_timeout_ms: a call is only made when its answer falls into the lease",
+            ),
+            ("worker.poll_ms", (10..=60_000).contains(&worker.poll_ms), "10 to 60000"),
+            ("database.connections", (2..=200).contains(&database.connections), "2 to 200"),
+            ("rabbitmq.prefetch", rabbitmq.prefetch >= 1, "1 to 65535"),
+            (
+                "targets.account",
+                targets
+                    .iter()
+                    .all(|target| target.account.len() == 12 && target.account.bytes().all(|b| b.is_ascii_digit())),
+                "12 digits",
+            ),
+            ("targets.regions", targets.iter().all(|target| !target.regions.is_empty()), "at least one Region"),
+        ];
+        match rules.into_iter().find(|(_, holds, _)| !holds) {
+            Some((name, _, expected)) => Err(ConfigError::Invalid { name, expected }),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Default for Database {
+    fn default() -> Self {
+        Self {
+            url: None,
+            owner_url: None,
+            ca_file: None,
+            connections: 8,
+            statement_timeout_ms: 10_000,
+            connect_timeout_ms: 5_000,
+        }
+    }
+}
+
+impl Default for RabbitMq {
+    fn default() -> Self {
+        Self {
+            url: None,
+            api_url: None,
+            queue: "keyferry.jobs".into(),
+            exchange: "keyferry.events".into(),
+            prefetch: 400,
+            connect_timeout_ms: 10_000,
+        }
+    }
+}
+
+impl Default for Worker {
+    fn default() -> Self {
+        Self {
+            concurrency: 64,
+            lease_ms: 30_000,
+            poll_ms: 500,
+            aws_timeout_ms: 5_000,
+            signature_life_ms: 600_000,
+            grace_ms: 20_000,
+        }
+    }
+}
+
+impl Worker {
+    /// `lease_ms`.
+    pub fn lease(&self) -> Duration {
+        Duration::from_millis(self.lease_ms)
+    }
+
+    /// `aws_timeout_ms`.
+    pub fn aws_timeout(&self) -> Duration {
+        Duration::from_millis(self.aws_timeout_ms)
+    }
+
+    /// `signature_life_ms`.
+    pub fn signature_life(&self) -> Duration {
+        Duration::from_millis(self.signature_life_ms)
+    }
+
+    /// `grace_ms`.
+    pub fn grace(&self) -> Duration {
+        Duration::from_millis(self.grace_ms)
+    }
+}
+
+impl Default for Admin {
+    fn default() -> Self {
+        Self { listen: SocketAddr::from(([127, 0, 0, 1], 9464)) }
+    }
+}
+
+impl Default for Log {
+    fn default() -> Self {
+        Self { filter: "info".into(), format: LogFormat::Human }
+    }
+}
+
+/// Nothing: every section brings its own defaults. Figment wants a base to name in its errors.
+#[derive(Default, Serialize)]
+struct Defaults {}
+
+fn default_partition() -> String {
+    "aws".into()
+}
+
+/// Shows that a secret is set, never what it is.
+fn redacted<S: Serializer>(secret: &Option<SecretString>, serializer: S) -> Result<S::Ok, S::Error> {
+    secret.as_ref().map(|_| "(set)").serialize(serializer)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(text: &str) -> Result<Loaded, ConfigError> {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("k.toml");
+        std::fs::write(&file, text).unwrap();
+        Loaded::read(Some(&file))
+    }
+
+    #[test]
+    fn a_small_file_is_enough() {
+        let loaded = read(
+            r#"
+            policy = "allow-all"
+            [database]
+            url = "postgres://u:secret@h/d"
+            [[targets]]
+            account = "111122223333"
+            regions = ["eu-central-1"]
+            "#,
+        )
+        .unwrap();
+        assert_eq!(loaded.policy().unwrap(), Policy::AllowAll);
+        assert_eq!(loaded.settings.worker.concurrency, 64);
+        assert!(!format!("{loaded:?}").contains("secret"));
+        assert!(!serde_json::to_string(&loaded.settings).unwrap().contains("secret"));
+        let error = loaded.amqp_url().unwrap_err().to_string();
+        assert!(error.contains("rabbitmq.url") && error.contains("KEYFERRY_RABBITMQ__URL"), "{error}");
+    }
+
+    #[test]
+    fn a_wrong_setting_is_named() {
+        for (text, named) in [
+            ("colour = 1", "colour"),
+            ("[worker]\nconcurrency = \"many\"", "concurrency"),
+            ("[worker]\nconcurrency = 0", "worker.concurrency"),
+            ("[worker]\nlease_ms = 1000", "worker.lease_ms"),
+            ("policy = \"deny\"", "policy"),
+            ("[[targets]]\naccount = \"1\"\nregions = [\"r\"]", "targets.account"),
+        ] {
+            let error = read(text).unwrap_err().to_string();
+            assert!(error.contains(named), "{text}: {error}");
+        }
+    }
+}

@@ -1,0 +1,149 @@
+//! A consuming session with `RabbitMQ`.
+//!
+//! A session is rebuilt, never mended: lapin's recovery is off, and any error or end of the consumer's stream
+//! ends the session with everything that belongs to it. A delivery can therefore only be settled on the
+//! channel that delivered it; after that it is the broker's again.
+
+use super::{Delivery, Settlement};
+use futures_util::{FutureExt as _, StreamExt as _};
+use lapin::message::Delivery as AmqpDelivery;
+use lapin::options::{
+    BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicNackOptions, BasicQosOptions, BasicRejectOptions,
+    QueueDeclareOptions,
+};
+use lapin::types::{AMQPValue, FieldTable};
+use lapin::{Channel, Connection, ConnectionProperties, Consumer};
+use std::time::Duration;
+
+/// The session is of no more use.
+#[derive(Debug, thiserror::Error)]
+pub enum SessionError {
+    /// The broker could not be reached in time.
+    #[error("no connection to RabbitMQ within {} ms", .0.as_millis())]
+    Timeout(Duration),
+    /// The broker or the connection ended it.
+    #[error("RabbitMQ: {0}")]
+    Broker(#[from] lapin::Error),
+    /// The broker cancelled the consumer, or the stream ended without a word.
+    #[error("RabbitMQ cancelled the consumer; is the queue still there?")]
+    Cancelled,
+    /// A settlement was not sent: its channel is gone, and the broker will deliver the message again.
+    #[error("a settlement could not be sent; the broker will deliver again")]
+    NotSettled,
+}
+
+/// Where and how to consume.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The queue.
+    pub queue: String,
+    /// Unsettled messages in hand at most: lapin's own buffer has no bound but this.
+    pub prefetch: u16,
+    /// How long a connection may take; lapin sets no limit.
+    pub connect_timeout: Duration,
+}
+
+/// One connection, one channel, one consumer.
+pub struct Session {
+    connection: Connection,
+    channel: Channel,
+    consumer: Consumer,
+    /// Highest delivery tag taken from the stream.
+    last_tag: u64,
+}
+
+impl Session {
+    /// Connects, makes sure that the queue exists, and consumes.
+    pub async fn open(url: &str, options: &Options) -> Result<Self, SessionError> {
+        let opening = async {
+            let connection = connect(url, "keyferry ingress").await?;
+            let channel = connection.create_channel().await?;
+            let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
+            channel.queue_declare(options.queue.as_str().into(), passive, FieldTable::default()).await?;
+            channel.basic_qos(options.prefetch, BasicQosOptions::default()).await?;
+            let consumer = channel
+                .basic_consume(
+                    options.queue.as_str().into(),
+                    "keyferry".into(),
+                    BasicConsumeOptions::default(),
+                    FieldTable::default(),
+                )
+                .await?;
+            Ok(Self { connection, channel, consumer, last_tag: 0 })
+        };
+        tokio::time::timeout(options.connect_timeout, opening)
+            .await
+            .map_err(|_| SessionError::Timeout(options.connect_timeout))?
+    }
+
+    /// Waits for a message, then takes what is already there, up to `most`. Safe to drop while waiting.
+    pub async fn next_batch(&mut self, most: usize) -> Result<Vec<Delivery>, SessionError> {
+        let first = self.consumer.next().await.ok_or(SessionError::Cancelled)??;
+        let mut batch = Vec::with_capacity(most.min(64));
+        batch.push(delivery(first));
+        while batch.len() < most {
+            match self.consumer.next().now_or_never() {
+                Some(Some(Ok(next))) => batch.push(delivery(next)),
+                // An error shows again at the next wait, after this batch.
+                _ => break,
+            }
+        }
+        self.last_tag = batch.last().map_or(self.last_tag, |delivery| delivery.tag);
+        Ok(batch)
+    }
+
+    /// Settles a whole batch, the only one in hand: refusals one by one, then everything else at once.
+    pub async fn settle(&mut self, batch: &[Delivery], settlements: &[Settlement]) -> Result<(), SessionError> {
+        let mut last_done = None;
+        for (delivery, settlement) in batch.iter().zip(settlements) {
+            match settlement {
+                Settlement::Done => last_done = Some(delivery.tag),
+                Settlement::DeadLetter => {
+                    self.channel.basic_reject(delivery.tag, BasicRejectOptions { requeue: false }).await?;
+                }
+            }
+        }
+        // Lower tags are all decided: batches are settled in the order in which they were taken, and a tag that
+        // was rejected is no longer outstanding.
+        if let Some(tag) = last_done {
+            self.channel.basic_ack(tag, BasicAckOptions { multiple: true }).await?;
+        }
+        if self.channel.status().connected() { Ok(()) } else { Err(SessionError::NotSettled) }
+    }
+
+    /// Ends the session: takes no more, gives back what is in hand. `nack` says "not now", which since 4.3 does
+    /// not count as a delivery.
+    pub async fn give_back(mut self) -> Result<(), SessionError> {
+        self.channel.basic_cancel(self.consumer.tag(), BasicCancelOptions::default()).await?;
+        while let Some(Some(Ok(left))) = self.consumer.next().now_or_never() {
+            self.last_tag = left.delivery_tag;
+        }
+        if self.last_tag > 0 {
+            let all = BasicNackOptions { multiple: true, requeue: true };
+            self.channel.basic_nack(self.last_tag, all).await?;
+        }
+        self.connection.close(200, "stopping".into()).await?;
+        Ok(())
+    }
+}
+
+/// Connects without recovery, under a name that the broker's pages show.
+pub async fn connect(url: &str, name: &str) -> Result<Connection, lapin::Error> {
+    Connection::connect(url, ConnectionProperties::default().with_connection_name(name.into())).await
+}
+
+fn delivery(amqp: AmqpDelivery) -> Delivery {
+    let properties = &amqp.properties;
+    let traceparent = properties.headers().as_ref().and_then(|headers| match headers.inner().get("traceparent") {
+        Some(AMQPValue::LongString(text)) => Some(text.to_string()),
+        Some(AMQPValue::ShortString(text)) => Some(text.to_string()),
+        _ => None,
+    });
+    Delivery {
+        content_type: properties.content_type().as_ref().map(ToString::to_string),
+        message_id: properties.message_id().as_ref().map(ToString::to_string),
+        traceparent,
+        tag: amqp.delivery_tag,
+        body: amqp.data,
+    }
+}

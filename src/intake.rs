@@ -1,0 +1,275 @@
+//! Parse, authorise, accept or refuse, settle: one batch after the other.
+
+use crate::ingress::rabbitmq::{Options, Session, SessionError};
+use crate::ingress::{Delivery, Settlement};
+use crate::job::{KeyArn, KeyRef, Refusal, RefusalCode, Request, id_hash};
+use crate::policy::{Policy, Verdict as PolicyVerdict};
+use crate::retry::{Attempts, Class};
+use crate::source::Keyring;
+use crate::store::{Candidate, NewJob, NewRefusal, Store, StoreError, Verdict, bisect};
+use crate::telemetry::{Health, Metrics, Part};
+use crate::worker::Targets;
+use secrecy::{ExposeSecret as _, SecretString};
+use std::collections::HashMap;
+use std::sync::Arc;
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+/// Messages of one transaction at most.
+const BATCH: usize = 200;
+/// Who asks, while brokers' identities are ignored.
+pub const ANONYMOUS: &str = "anonymous";
+const INGRESS: &str = "rabbitmq";
+
+/// What intake works with.
+#[derive(Debug)]
+pub struct Intake {
+    /// Where verdicts become durable.
+    pub store: Store,
+    /// For keyed hashes of bodies.
+    pub keyring: Arc<Keyring>,
+    /// Who may ask for what.
+    pub policy: Policy,
+    /// Which accounts and Regions may be named.
+    pub targets: Targets,
+    /// The broker.
+    pub url: SecretString,
+    /// The queue and its prefetch.
+    pub options: Options,
+    /// Counters.
+    pub metrics: Metrics,
+    /// Told when consuming works.
+    pub health: Health,
+    /// Rung when jobs were accepted.
+    pub jobs: Arc<Notify>,
+    /// Rung when refusals wait to be published.
+    pub events: Arc<Notify>,
+}
+
+impl Intake {
+    /// Consumes until `stop`, through as many sessions as it takes.
+    pub async fn run(self, stop: CancellationToken) {
+        let mut failures = Attempts::new(Class::Reconnect);
+        while !stop.is_cancelled() {
+            let outcome = tokio::select! {
+                () = stop.cancelled() => return,
+                outcome = self.open() => outcome,
+            };
+            let error = match outcome {
+                Ok(session) => {
+                    self.metrics.amqp_sessions.with_label_values(&["ingress"]).inc();
+                    self.health.set(Part::Ingress, true);
+                    tracing::info!(queue = self.options.queue, "consuming");
+                    let ended = self.consume(session, &stop, &mut failures).await;
+                    self.health.set(Part::Ingress, false);
+                    match ended {
+                        Ok(()) => return,
+                        Err(error) => error,
+                    }
+                }
+                Err(error) => error,
+            };
+            let delay = failures.next_delay();
+            tracing::error!(%error, retry.delay_ms = delay.as_millis(), "the session with RabbitMQ ended");
+            tokio::select! {
+                () = stop.cancelled() => return,
+                () = tokio::time::sleep(delay) => {}
+            }
+        }
+    }
+
+    /// Nothing is taken from the broker while Postgres is away: each message so taken would be given back and
+    /// counted as another delivery.
+    async fn open(&self) -> Result<Session, SessionError> {
+        let mut outage = Attempts::new(Class::Reconnect);
+        while let Err(error) = self.store.now().await {
+            self.health.set(Part::Store, false);
+            let delay = outage.next_delay();
+            tracing::error!(%error, retry.delay_ms = delay.as_millis(), "not consuming: the store is away");
+            tokio::time::sleep(delay).await;
+        }
+        self.health.set(Part::Store, true);
+        Session::open(self.url.expose_secret(), &self.options).await
+    }
+
+    async fn consume(
+        &self,
+        mut session: Session,
+        stop: &CancellationToken,
+        failures: &mut Attempts,
+    ) -> Result<(), SessionError> {
+        loop {
+            let batch = tokio::select! {
+                () = stop.cancelled() => return session.give_back().await,
+                batch = session.next_batch(BATCH) => batch?,
+            };
+            crate::failpoint!("intake.after_receive");
+            let verdicts = tokio::select! {
+                () = stop.cancelled() => return session.give_back().await,
+                verdicts = self.decide(&batch) => verdicts,
+            };
+            failures.reset();
+            crate::failpoint!("intake.after_commit");
+            let settlements: Vec<Settlement> = verdicts
+                .iter()
+                .map(|verdict| match verdict {
+                    Verdict::Accepted | Verdict::Duplicate => Settlement::Done,
+                    Verdict::Refused => Settlement::DeadLetter,
+                })
+                .collect();
+            session.settle(&batch, &settlements).await?;
+            self.announce(&verdicts);
+        }
+    }
+
+    fn announce(&self, verdicts: &[Verdict]) {
+        for verdict in verdicts {
+            let word = match verdict {
+                Verdict::Accepted => "accepted",
+                Verdict::Duplicate => "duplicate",
+                Verdict::Refused => "refused",
+            };
+            self.metrics.intake_messages.with_label_values(&[word]).inc();
+        }
+        if verdicts.contains(&Verdict::Accepted) {
+            self.jobs.notify_one();
+        }
+        if verdicts.contains(&Verdict::Refused) {
+            self.events.notify_one();
+        }
+    }
+
+    /// Decides a batch however long Postgres stays away: the session is kept, and holds what it holds.
+    async fn decide(&self, batch: &[Delivery]) -> Vec<Verdict> {
+        let mut outage = Attempts::new(Class::Reconnect);
+        // Ids are drawn once: a batch whose commit's answer was lost is known as itself when it is tried again.
+        let ids: Vec<Uuid> = batch.iter().map(|_| Uuid::now_v7()).collect();
+        loop {
+            match self.decide_once(batch, &ids).await {
+                Ok(verdicts) => {
+                    self.health.set(Part::Store, true);
+                    return verdicts;
+                }
+                Err(error) => {
+                    self.health.set(Part::Store, false);
+                    let delay = outage.next_delay();
+                    tracing::error!(%error, messages = batch.len(), retry.delay_ms = delay.as_millis(), "intake waits for the store");
+                    tokio::time::sleep(delay).await;
+                }
+            }
+        }
+    }
+
+    async fn decide_once(&self, batch: &[Delivery], ids: &[Uuid]) -> Result<Vec<Verdict>, StoreError> {
+        let now = self.store.now().await?;
+        let read: Vec<Result<Request, _>> =
+            batch.iter().map(|delivery| Request::parse(delivery.envelope(), now)).collect();
+        let named: Vec<Uuid> = read
+            .iter()
+            .filter_map(|request| match request {
+                Ok(Request { key: KeyRef::Id(id), .. }) => Some(*id),
+                _ => None,
+            })
+            .collect();
+        let known = if named.is_empty() { HashMap::new() } else { self.store.resolve_keys(&named).await? };
+        let candidates: Vec<Candidate> = read
+            .into_iter()
+            .zip(batch)
+            .zip(ids)
+            .map(|((read, delivery), id)| match read {
+                Ok(request) => self.judge(request, delivery, *id, &known),
+                Err(rejected) => {
+                    let rejected = *rejected;
+                    let parts = Identified { id: rejected.id.map(|id| (rejected.source, id)), key: rejected.key };
+                    Candidate::Refusal(self.refusal(delivery, *id, parts, rejected.refusal))
+                }
+            })
+            .collect();
+        let outcomes = bisect(&candidates, |range| self.store.accept(&candidates[range])).await?;
+        let mut verdicts = Vec::with_capacity(outcomes.len());
+        for ((outcome, delivery), id) in outcomes.into_iter().zip(batch).zip(ids) {
+            verdicts.push(match outcome {
+                Ok(verdict) => verdict,
+                Err(error) => self.refuse_unstorable(delivery, *id, &error).await?,
+            });
+        }
+        Ok(verdicts)
+    }
+
+    /// Targets and policy. Neither asks AWS or a source.
+    fn judge(&self, request: Request, delivery: &Delivery, id: Uuid, known: &HashMap<Uuid, KeyArn>) -> Candidate {
+        let key = match &request.key {
+            KeyRef::Arn(arn) => Some(arn.clone()),
+            KeyRef::Id(id) => known.get(id).cloned(),
+        };
+        let refusal = match &key {
+            None => Refusal::of(
+                "key",
+                RefusalCode::UnknownKey,
+                "key: no KMS key has this id here; name it by its ARN, the first accepted job registers it",
+            ),
+            Some(key) if !self.targets.contains(key) => Refusal::of(
+                "key",
+                RefusalCode::UnknownTarget,
+                "key: its account and Region are not among the configured targets",
+            ),
+            Some(key) => match self.policy.judge(ANONYMOUS, &request) {
+                PolicyVerdict::Allowed => {
+                    return Candidate::Job(NewJob {
+                        id,
+                        principal: ANONYMOUS.into(),
+                        key: key.clone(),
+                        traceparent: delivery.traceparent().map(str::to_owned),
+                        ingress: INGRESS,
+                        request,
+                    });
+                }
+                PolicyVerdict::Denied => {
+                    Refusal::whole(RefusalCode::NotAllowed, "the policy does not allow this; ask its keeper")
+                }
+            },
+        };
+        let parts = Identified { id: Some((request.source.clone(), request.id.clone())), key };
+        Candidate::Refusal(self.refusal(delivery, id, parts, refusal))
+    }
+
+    fn refusal(&self, delivery: &Delivery, id: Uuid, parts: Identified, refusal: Refusal) -> NewRefusal {
+        // Keyed: a body can hold a secret that a plain hash would let one guess.
+        let digest = self.keyring.body_hash(&self.options.queue, delivery.envelope().body);
+        NewRefusal {
+            id,
+            principal: ANONYMOUS.into(),
+            id_hash: parts.id.as_ref().map_or(digest, |(source, id)| id_hash(source, id)),
+            digest,
+            refusal,
+            request_id: parts.id.map(|(_, id)| id.as_str().to_owned()),
+            key: parts.key,
+            ingress: INGRESS,
+        }
+    }
+
+    /// A row that Postgres would not take is refused without any text of the message's own.
+    async fn refuse_unstorable(
+        &self,
+        delivery: &Delivery,
+        id: Uuid,
+        error: &StoreError,
+    ) -> Result<Verdict, StoreError> {
+        tracing::error!(%error, refusal.id = %id, "a message cannot be stored: refused");
+        let refusal =
+            Refusal::whole(RefusalCode::Unstorable, "Postgres does not take this request; see the worker's log");
+        let refusal = self.refusal(delivery, id, Identified { id: None, key: None }, refusal);
+        match self.store.accept(&[Candidate::Refusal(refusal)]).await {
+            // Even without a row the message is not lost: it goes to the dead-letter queue.
+            Ok(_) | Err(StoreError::Data(_)) => Ok(Verdict::Refused),
+            Err(other) => Err(other),
+        }
+    }
+}
+
+/// What could be read of a message that is refused.
+struct Identified {
+    id: Option<(String, crate::job::RequestId)>,
+    key: Option<KeyArn>,
+}

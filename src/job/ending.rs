@@ -1,0 +1,178 @@
+//! How a message or a job ends: refusal codes, failure codes and the result.
+
+use serde::{Deserialize, Serialize};
+
+/// Why a message did not become a job. Decided without AWS or source I/O.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Refusal {
+    /// Stable, for programs.
+    pub code: RefusalCode,
+    /// The field at fault, when one is.
+    pub field: Option<String>,
+    /// What was expected and what to do. Never quotes a value of the message.
+    pub message: String,
+}
+
+impl Refusal {
+    /// A refusal about one field.
+    pub fn of(field: &str, code: RefusalCode, message: impl Into<String>) -> Self {
+        Self { code, field: Some(field.to_owned()), message: message.into() }
+    }
+
+    /// A refusal of the whole message.
+    pub fn whole(code: RefusalCode, message: impl Into<String>) -> Self {
+        Self { code, field: None, message: message.into() }
+    }
+}
+
+macro_rules! codes {
+    ($(#[$meta:meta])* $name:ident { $($(#[$doc:meta])* $variant:ident = $text:literal,)* }) => {
+        $(#[$meta])*
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        pub enum $name { $($(#[$doc])* $variant,)* }
+
+        impl $name {
+            /// Every code.
+            pub const ALL: &'static [Self] = &[$(Self::$variant,)*];
+
+            /// The stable text of the code.
+            pub fn as_str(self) -> &'static str {
+                match self { $(Self::$variant => $text,)* }
+            }
+        }
+    };
+}
+
+codes! {
+    /// Stable codes of refusals.
+    RefusalCode {
+        /// Over 64 KiB.
+        BodyTooLarge = "body_too_large",
+        /// Not UTF-8.
+        NotUtf8 = "not_utf8",
+        /// Not JSON.
+        NotJson = "not_json",
+        /// JSON, but no object.
+        NotAnObject = "not_an_object",
+        /// A NUL character somewhere.
+        NulCharacter = "nul_character",
+        /// A CloudEvents envelope that breaks its specification.
+        InvalidEnvelope = "invalid_envelope",
+        /// The same field twice.
+        DuplicateField = "duplicate_field",
+        /// A field that no request has.
+        UnknownField = "unknown_field",
+        /// A field that is required.
+        MissingField = "missing_field",
+        /// A field of the wrong JSON type.
+        WrongType = "wrong_type",
+        /// A field whose value breaks its rule.
+        InvalidValue = "invalid_value",
+        /// An ARN that is none.
+        InvalidArn = "invalid_arn",
+        /// An account or Region that is not configured.
+        UnknownTarget = "unknown_target",
+        /// A key id that Keyferry has not given.
+        UnknownKey = "unknown_key",
+        /// An operation that does not exist.
+        UnknownOperation = "unknown_operation",
+        /// A field or operation that this version does not carry out.
+        NotSupported = "not_supported",
+        /// A tier that does not exist.
+        UnknownTier = "unknown_tier",
+        /// A tier without configuration.
+        TierNotConfigured = "tier_not_configured",
+        /// `valid_to` in the past.
+        ValidToPast = "valid_to_past",
+        /// `valid_to` further away than AWS allows.
+        ValidToTooFar = "valid_to_too_far",
+        /// `key_expiration` without `valid_to`.
+        ValidToMissing = "valid_to_missing",
+        /// `valid_to` without `key_expiration`.
+        ValidToWithoutExpiration = "valid_to_without_expiration",
+        /// The same id with other content.
+        IdConflict = "id_conflict",
+        /// The policy does not allow it.
+        NotAllowed = "not_allowed",
+        /// Postgres refuses the row, for a reason of the row's own.
+        Unstorable = "unstorable",
+    }
+}
+
+codes! {
+    /// Stable codes of failures: what AWS or the source told us.
+    FailureCode {
+        /// No such source key.
+        SourceKeyUnknown = "source_key_unknown",
+        /// The source key was deleted.
+        SourceKeyDeleted = "source_key_deleted",
+        /// The source key is of another kind or length than the KMS key needs.
+        SourceKeyWrongKind = "source_key_wrong_kind",
+        /// The KMS key holds material already, so the source key must be named.
+        SourceKeyRequired = "source_key_required",
+        /// The sealed material does not open.
+        SourceKeyDamaged = "source_key_damaged",
+        /// The KMS key holds, or held, other material.
+        OtherMaterial = "other_material",
+        /// `expect_current_material` does not hold.
+        UnexpectedCurrentMaterial = "unexpected_current_material",
+        /// AWS knows no such key.
+        KeyNotFound = "key_not_found",
+        /// Origin is not EXTERNAL.
+        KeyNotExternal = "key_not_external",
+        /// The key is an AWS managed one.
+        KeyNotCustomerManaged = "key_not_customer_managed",
+        /// The key is disabled.
+        KeyDisabled = "key_disabled",
+        /// The key waits for its deletion.
+        KeyPendingDeletion = "key_pending_deletion",
+        /// The key is in a state that forbids an import.
+        KeyInvalidState = "key_invalid_state",
+        /// This version imports no material of that kind.
+        KeyKindNotSupported = "key_kind_not_supported",
+        /// The wrapping algorithm is not allowed for the kind.
+        WrappingNotAllowed = "wrapping_not_allowed",
+        /// The description is not possible for the kind.
+        DescriptionNotAllowed = "description_not_allowed",
+        /// `valid_to` passed while the job waited.
+        ValidToPassed = "valid_to_passed",
+        /// IAM, the key policy or a control policy says no.
+        AccessDenied = "access_denied",
+        /// AWS refuses the import parameters a second time.
+        ImportParametersRefused = "import_parameters_refused",
+        /// AWS could not unwrap, a second time.
+        CiphertextRefused = "ciphertext_refused",
+        /// AWS breaks off with a rule of its own.
+        AwsRefused = "aws_refused",
+        /// AWS answers what its documentation does not allow.
+        UnexpectedAnswer = "unexpected_answer",
+        /// The deadline passed.
+        DeadlineExceeded = "deadline_exceeded",
+        /// The deadline passed and what AWS did could not be learnt.
+        OutcomeUnknown = "outcome_unknown",
+        /// The account or Region is no longer a target.
+        TargetRemoved = "target_removed",
+        /// The policy no longer allows it.
+        Revoked = "revoked",
+        /// Postgres refuses the outcome's row.
+        Unstorable = "unstorable",
+    }
+}
+
+/// Why a job failed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Failure {
+    /// Stable, for programs.
+    pub code: FailureCode,
+    /// What happened and what to do. Never holds key material.
+    pub message: String,
+    /// Whether AWS may have been changed by this job.
+    pub aws_changed: bool,
+}
+
+/// The result of an import in the flat shape of the original call's answer.
+///
+/// The body is kept as JSON because its `aws_param` carries AWS's own names.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct JobResult(pub serde_json::Value);

@@ -1,0 +1,177 @@
+//! Completion events: CloudEvents 1.0, structured JSON.
+
+use super::{Failure, JobResult, KeyArn, Refusal};
+use serde_json::{Value, json};
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
+use uuid::Uuid;
+
+/// An event ready for the broker.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Event {
+    /// Fixed per outcome, so that consumers can drop copies.
+    pub id: Uuid,
+    /// `job.<outcome>.<operation>.<account>.<region>`.
+    pub routing_key: String,
+    /// The CloudEvents envelope as JSON text.
+    pub body: String,
+}
+
+/// What an event says of an accepted job.
+#[derive(Clone, Debug)]
+pub struct JobSummary {
+    /// The job's id; also the id of its outcome's event.
+    pub id: Uuid,
+    /// The KMS key.
+    pub key: KeyArn,
+    /// Who asked.
+    pub principal: String,
+    /// The request's idempotency key.
+    pub request_id: String,
+    /// The operation's name.
+    pub operation: &'static str,
+    /// The batch it belongs to.
+    pub batch: Option<String>,
+    /// Place in the line.
+    pub sequence: i64,
+    /// When it was accepted.
+    pub accepted_at: OffsetDateTime,
+    /// W3C trace context of the request.
+    pub traceparent: Option<String>,
+}
+
+impl Event {
+    /// The event of a job that ended.
+    pub fn of_job(job: &JobSummary, outcome: &Result<JobResult, Failure>, at: OffsetDateTime) -> Self {
+        let (word, result, error) = match outcome {
+            Ok(result) => ("succeeded", result.0.clone(), Value::Null),
+            Err(failure) => ("failed", Value::Null, failure_json(failure)),
+        };
+        let mut envelope = json!({
+            "specversion": "1.0",
+            "id": job.id,
+            "source": "keyferry",
+            "type": format!("io.keyferry.job.{word}"),
+            "subject": job.key.to_string(),
+            "time": rfc3339(at),
+            "datacontenttype": "application/json",
+            // CloudEvents "sequence" extension: a string that orders the events of one line.
+            "sequence": format!("{:020}", job.sequence),
+            "data": {
+                "job": {
+                    "id": job.id,
+                    "request_id": job.request_id,
+                    "principal": job.principal,
+                    "operation": job.operation,
+                    "key": job.key.to_string(),
+                    "batch": job.batch,
+                    "state": word,
+                    "accepted_at": rfc3339(job.accepted_at),
+                    "finished_at": rfc3339(at),
+                },
+                "result": result,
+                "error": error,
+            },
+        });
+        if let (Some(trace), Some(fields)) = (&job.traceparent, envelope.as_object_mut()) {
+            fields.insert("traceparent".to_owned(), json!(trace));
+        }
+        Self {
+            id: job.id,
+            routing_key: format!("job.{word}.{}.{}.{}", job.operation, job.key.account(), job.key.region()),
+            body: envelope.to_string(),
+        }
+    }
+
+    /// The event of a refused message.
+    pub fn of_refusal(
+        id: Uuid,
+        principal: &str,
+        request_id: Option<&str>,
+        key: Option<&KeyArn>,
+        refusal: &Refusal,
+        at: OffsetDateTime,
+    ) -> Self {
+        let mut envelope = json!({
+            "specversion": "1.0",
+            "id": id,
+            "source": "keyferry",
+            "type": "io.keyferry.job.rejected",
+            "time": rfc3339(at),
+            "datacontenttype": "application/json",
+            "data": {
+                "job": { "id": Value::Null, "request_id": request_id, "principal": principal, "state": "rejected" },
+                "result": Value::Null,
+                "error": {
+                    "code": refusal.code.as_str(),
+                    "field": refusal.field,
+                    "message": refusal.message,
+                    "aws_changed": false,
+                },
+            },
+        });
+        if let (Some(key), Some(fields)) = (key, envelope.as_object_mut()) {
+            fields.insert("subject".to_owned(), json!(key.to_string()));
+        }
+        let (account, region) = key.map_or(("unknown", "unknown"), |key| (key.account(), key.region()));
+        Self { id, routing_key: format!("job.rejected.unknown.{account}.{region}"), body: envelope.to_string() }
+    }
+}
+
+/// A failure as it stands in events and in the job's row.
+pub fn failure_json(failure: &Failure) -> Value {
+    json!({
+        "code": failure.code.as_str(),
+        "message": failure.message,
+        "aws_changed": failure.aws_changed,
+    })
+}
+
+/// RFC 3339 in UTC.
+pub fn rfc3339(at: OffsetDateTime) -> String {
+    // Formatting fails only outside the years 0 to 9999, which no clock of ours shows.
+    at.to_offset(time::UtcOffset::UTC).format(&Rfc3339).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::job::{FailureCode, RefusalCode};
+    use time::macros::datetime;
+
+    fn summary() -> JobSummary {
+        JobSummary {
+            id: Uuid::from_u128(7),
+            key: KeyArn::parse("arn:aws:kms:eu-central-1:111122223333:key/031c5703-aaf7-425e-a141-7e0c6f5886ab")
+                .unwrap(),
+            principal: "anonymous".into(),
+            request_id: "order-1".into(),
+            operation: "import",
+            batch: None,
+            sequence: 3,
+            accepted_at: datetime!(2026-01-01 0:00 UTC),
+            traceparent: None,
+        }
+    }
+
+    #[test]
+    fn the_outcome_decides_type_and_routing_key_and_the_id_is_the_jobs() {
+        let failure = Failure { code: FailureCode::KeyDisabled, message: "m".into(), aws_changed: false };
+        let event = Event::of_job(&summary(), &Err(failure), datetime!(2026-01-01 0:00:01 UTC));
+        let body: Value = serde_json::from_str(&event.body).unwrap();
+        assert_eq!(event.routing_key, "job.failed.import.111122223333.eu-central-1");
+        assert_eq!(body["id"], json!(event.id));
+        assert_eq!(body["type"], "io.keyferry.job.failed");
+        assert_eq!(body["sequence"], "00000000000000000003");
+        assert_eq!(body["data"]["error"]["code"], "key_disabled");
+        assert_eq!(body["data"]["result"], Value::Null);
+    }
+
+    #[test]
+    fn a_refusal_without_a_key_is_routed_to_unknown() {
+        let refusal = Refusal::whole(RefusalCode::NotJson, "expected JSON");
+        let event = Event::of_refusal(Uuid::from_u128(1), "p", None, None, &refusal, datetime!(2026-01-01 0:00 UTC));
+        assert_eq!(event.routing_key, "job.rejected.unknown.unknown.unknown");
+        assert!(serde_json::from_str::<Value>(&event.body).unwrap().get("subject").is_none());
+    }
+}

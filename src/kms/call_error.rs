@@ -1,0 +1,192 @@
+//! What an AWS call that did not succeed means.
+//!
+//! The classes follow the error lists of `GetParametersForImport` and `ImportKeyMaterial` (AWS KMS API
+//! Reference). Throttling, validation and access errors are not modelled by the SDK; their codes are.
+
+use super::guard::Dropped;
+use aws_sdk_kms::error::{ProvideErrorMetadata, SdkError};
+use aws_sdk_kms::operation::RequestId;
+use std::error::Error as StdError;
+use std::fmt;
+
+/// An AWS call that did not succeed.
+#[derive(Clone, Debug)]
+pub struct CallError {
+    /// The operation.
+    pub operation: &'static str,
+    /// What it means.
+    pub kind: ErrorKind,
+    /// AWS's error code, when AWS answered.
+    pub code: Option<String>,
+    /// AWS's text, or what happened to the call.
+    pub message: String,
+    /// AWS's id of the call.
+    pub aws_request_id: Option<String>,
+}
+
+/// Classes of errors; each is either retried with a bound or ends the job with a reason.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum ErrorKind {
+    /// Never left: too little of the lease was left.
+    Dropped,
+    /// Never reached AWS.
+    NotSent,
+    /// Sent, perhaps; no answer.
+    Unanswered,
+    /// AWS failed inside (HTTP 5xx).
+    ServerFault,
+    /// A request quota, or a hot key.
+    Throttled,
+    /// The import token is older than 24 hours.
+    ExpiredImportToken,
+    /// The import token is damaged, used up, or another key's.
+    InvalidImportToken,
+    /// AWS could not unwrap.
+    InvalidCiphertext,
+    /// Unwrapped, but not the material that the key may take.
+    IncorrectKeyMaterial,
+    /// The key's state forbids it.
+    InvalidState,
+    /// No such key, or not yet visible.
+    NotFound,
+    /// The key's origin or kind forbids it.
+    Unsupported,
+    /// IAM, key policy, or control policy.
+    AccessDenied,
+    /// Credentials are missing, expired or wrong.
+    Credentials,
+    /// A rule of AWS is broken.
+    Refused,
+    /// An answer without what its documentation promises.
+    Incomplete,
+    /// No client for the Region.
+    NoTarget,
+}
+
+impl ErrorKind {
+    /// The word in metrics and audit entries.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Dropped => "dropped",
+            Self::NotSent => "not_sent",
+            Self::Unanswered => "unanswered",
+            Self::ServerFault => "server_fault",
+            Self::Throttled => "throttled",
+            Self::ExpiredImportToken => "expired_import_token",
+            Self::InvalidImportToken => "invalid_import_token",
+            Self::InvalidCiphertext => "invalid_ciphertext",
+            Self::IncorrectKeyMaterial => "incorrect_key_material",
+            Self::InvalidState => "invalid_state",
+            Self::NotFound => "not_found",
+            Self::Unsupported => "unsupported",
+            Self::AccessDenied => "access_denied",
+            Self::Credentials => "credentials",
+            Self::Refused => "refused",
+            Self::Incomplete => "incomplete",
+            Self::NoTarget => "no_target",
+        }
+    }
+
+    /// Whether a mutating call may have taken effect, now or later.
+    ///
+    /// A 5xx is an answer, but AWS does not say that nothing happened.
+    pub fn may_have_taken_effect(self) -> bool {
+        matches!(self, Self::Unanswered | Self::ServerFault | Self::Incomplete)
+    }
+
+    fn of_code(code: &str) -> Option<Self> {
+        Some(match code {
+            "ThrottlingException" | "Throttling" | "TooManyRequestsException" | "RequestLimitExceeded" => {
+                Self::Throttled
+            }
+            "DependencyTimeoutException" | "KMSInternalException" | "InternalFailure" | "ServiceUnavailable" => {
+                Self::ServerFault
+            }
+            "ExpiredImportTokenException" => Self::ExpiredImportToken,
+            "InvalidImportTokenException" => Self::InvalidImportToken,
+            "InvalidCiphertextException" => Self::InvalidCiphertext,
+            "IncorrectKeyMaterialException" => Self::IncorrectKeyMaterial,
+            "KMSInvalidStateException" => Self::InvalidState,
+            "NotFoundException" => Self::NotFound,
+            "UnsupportedOperationException" => Self::Unsupported,
+            "AccessDeniedException" => Self::AccessDenied,
+            "ExpiredTokenException"
+            | "UnrecognizedClientException"
+            | "InvalidClientTokenId"
+            | "InvalidSignatureException"
+            | "MissingAuthenticationToken"
+            | "IncompleteSignature" => Self::Credentials,
+            _ => return None,
+        })
+    }
+}
+
+impl CallError {
+    pub(super) fn of<E, R>(operation: &'static str, error: &SdkError<E, R>) -> Self
+    where
+        E: ProvideErrorMetadata + StdError + 'static,
+        R: fmt::Debug + 'static,
+        SdkError<E, R>: ProvideErrorMetadata + RequestId,
+    {
+        let code = ProvideErrorMetadata::code(error).map(str::to_owned);
+        let kind = match error {
+            _ if caused_by(error, |cause| cause.is::<Dropped>()) => ErrorKind::Dropped,
+            SdkError::ServiceError(_) => code.as_deref().and_then(ErrorKind::of_code).unwrap_or(ErrorKind::Refused),
+            SdkError::ConstructionFailure(_) => ErrorKind::Credentials,
+            SdkError::DispatchFailure(_) if caused_by(error, was_refused) => ErrorKind::NotSent,
+            // The SDK found no credentials: the request could not even be signed.
+            SdkError::DispatchFailure(failure) if failure.is_user() => ErrorKind::Credentials,
+            _ => ErrorKind::Unanswered,
+        };
+        let message = match ProvideErrorMetadata::message(error) {
+            Some(text) => text.to_owned(),
+            None => root_cause(error),
+        };
+        // Postgres stores no NUL, and a long page of some proxy helps nobody.
+        let message = message.replace('\0', "").chars().take(500).collect();
+        Self { operation, kind, code, message, aws_request_id: error.request_id().map(str::to_owned) }
+    }
+
+    pub(super) fn incomplete(operation: &'static str, part: &str) -> Self {
+        let message = format!("AWS's answer has no {part}");
+        Self { operation, kind: ErrorKind::Incomplete, code: None, message, aws_request_id: None }
+    }
+
+    pub(super) fn no_target(operation: &'static str, region: &str) -> Self {
+        let message = format!("{region} is not a configured target");
+        Self { operation, kind: ErrorKind::NoTarget, code: None, message, aws_request_id: None }
+    }
+}
+
+impl fmt::Display for CallError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let code = self.code.as_deref().unwrap_or(self.kind.as_str());
+        write!(f, "{}: {code}: {}", self.operation, self.message)
+    }
+}
+
+impl StdError for CallError {}
+
+/// The connection was refused: nobody was there to take the call.
+fn was_refused(cause: &(dyn StdError + 'static)) -> bool {
+    cause.downcast_ref::<std::io::Error>().is_some_and(|io| io.kind() == std::io::ErrorKind::ConnectionRefused)
+}
+
+fn caused_by(error: &(dyn StdError + 'static), is_it: impl Fn(&(dyn StdError + 'static)) -> bool) -> bool {
+    let mut cause = Some(error);
+    while let Some(error) = cause {
+        if is_it(error) {
+            return true;
+        }
+        cause = error.source();
+    }
+    false
+}
+
+fn root_cause(error: &(dyn StdError + 'static)) -> String {
+    let mut root = error;
+    while let Some(cause) = root.source() {
+        root = cause;
+    }
+    root.to_string()
+}

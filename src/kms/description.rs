@@ -1,0 +1,100 @@
+//! What `DescribeKey` says of a key, in our types, and its echo for the result.
+
+use crate::job::{Expiry, rfc3339};
+use aws_sdk_kms::primitives::DateTime;
+use aws_sdk_kms::types::{ExpirationModelType, KeyManagerType, KeyMetadata, OriginType};
+use serde_json::{Map, Value, json};
+use time::OffsetDateTime;
+
+/// A KMS key as AWS shows it.
+#[derive(Clone, Debug)]
+pub struct KeyDescription {
+    /// AWS's `Origin`.
+    pub origin: String,
+    /// Whether the origin is `EXTERNAL`.
+    pub is_external: bool,
+    /// Whether the key is the customer's own.
+    pub is_customer_managed: bool,
+    /// AWS's `KeySpec`.
+    pub key_spec: String,
+    /// AWS's `KeyState`.
+    pub state: String,
+    /// The current material's id; symmetric keys that have or had material.
+    pub current_material: Option<String>,
+    /// `None`: the key holds no material now.
+    pub expiry: Option<Expiry>,
+    /// AWS's metadata with AWS's capitals, as the original call's `aws_param`.
+    pub aws_param: Value,
+}
+
+impl KeyDescription {
+    pub(super) fn of(metadata: &KeyMetadata) -> Self {
+        let text = |value: Option<&str>| value.unwrap_or_default().to_owned();
+        Self {
+            origin: text(metadata.origin.as_ref().map(OriginType::as_str)),
+            is_external: metadata.origin == Some(OriginType::External),
+            is_customer_managed: metadata.key_manager == Some(KeyManagerType::Customer),
+            key_spec: text(metadata.key_spec.as_ref().map(aws_sdk_kms::types::KeySpec::as_str)),
+            state: text(metadata.key_state.as_ref().map(aws_sdk_kms::types::KeyState::as_str)),
+            current_material: metadata.current_key_material_id.clone(),
+            expiry: expiry(metadata.expiration_model.as_ref(), metadata.valid_to),
+            aws_param: aws_param(metadata),
+        }
+    }
+
+    /// Whether the key shows that it holds, or has held, material. A key without material ids shows
+    /// nothing once its material was deleted; AWS alone knows then.
+    pub fn has_had_material(&self) -> bool {
+        self.current_material.is_some() || self.expiry.is_some()
+    }
+}
+
+/// AWS's two fields as one; `None` when there is no material.
+pub(super) fn expiry(model: Option<&ExpirationModelType>, valid_to: Option<DateTime>) -> Option<Expiry> {
+    match (model, valid_to.and_then(to_time)) {
+        (Some(ExpirationModelType::KeyMaterialDoesNotExpire), _) => Some(Expiry::Never),
+        (Some(ExpirationModelType::KeyMaterialExpires), Some(at)) => Some(Expiry::At(at)),
+        _ => None,
+    }
+}
+
+/// Whole seconds, the precision in which we send and compare.
+fn to_time(at: DateTime) -> Option<OffsetDateTime> {
+    OffsetDateTime::from_unix_timestamp(at.secs()).ok()
+}
+
+fn aws_param(metadata: &KeyMetadata) -> Value {
+    let mut fields = Map::new();
+    let mut put = |name: &str, value: Option<Value>| {
+        if let Some(value) = value {
+            fields.insert(name.to_owned(), value);
+        }
+    };
+    put("AWSAccountId", metadata.aws_account_id.as_deref().map(Value::from));
+    put("Arn", metadata.arn.as_deref().map(Value::from));
+    put("CustomerMasterKeySpec", metadata.key_spec.as_ref().map(|spec| json!(spec.as_str())));
+    put("KeySpec", metadata.key_spec.as_ref().map(|spec| json!(spec.as_str())));
+    put("Enabled", Some(json!(metadata.enabled)));
+    let algorithms = |names: Vec<&str>| (!names.is_empty()).then(|| json!(names));
+    put(
+        "EncryptionAlgorithms",
+        algorithms(
+            metadata.encryption_algorithms().iter().map(aws_sdk_kms::types::EncryptionAlgorithmSpec::as_str).collect(),
+        ),
+    );
+    put(
+        "MacAlgorithms",
+        algorithms(metadata.mac_algorithms().iter().map(aws_sdk_kms::types::MacAlgorithmSpec::as_str).collect()),
+    );
+    put("KeyID", Some(json!(metadata.key_id)));
+    put("KeyManager", metadata.key_manager.as_ref().map(|manager| json!(manager.as_str())));
+    put("KeyState", metadata.key_state.as_ref().map(|state| json!(state.as_str())));
+    put("KeyUsage", metadata.key_usage.as_ref().map(|usage| json!(usage.as_str())));
+    put("Origin", metadata.origin.as_ref().map(|origin| json!(origin.as_str())));
+    put("CreationDate", metadata.creation_date.and_then(to_time).map(|at| json!(rfc3339(at))));
+    put("ValidTo", metadata.valid_to.and_then(to_time).map(|at| json!(rfc3339(at))));
+    put("ExpirationModel", metadata.expiration_model.as_ref().map(|model| json!(model.as_str())));
+    put("CurrentKeyMaterialId", metadata.current_key_material_id.as_deref().map(Value::from));
+    put("MultiRegion", metadata.multi_region.map(Value::from));
+    Value::Object(fields)
+}

@@ -1,0 +1,288 @@
+//! Performs one AWS call truthfully: what was answered, what may have happened without an answer.
+//!
+//! One owner of retries per call. The SDK repeats `DescribeKey` once for a connection that broke; every
+//! other call is made once, and what follows is decided by the worker and held in Postgres.
+
+mod call_error;
+mod description;
+mod guard;
+
+pub use call_error::{CallError, ErrorKind};
+pub use description::KeyDescription;
+pub use guard::LeaseGuard;
+
+use crate::job::{Expiry, KeyArn, WrappingAlgorithm, WrappingKeySpec};
+use crate::telemetry::Metrics;
+use aws_config::{BehaviorVersion, SdkConfig};
+use aws_sdk_kms::Client;
+use aws_sdk_kms::config::retry::{RetryConfig, RetryPartition};
+use aws_sdk_kms::config::timeout::TimeoutConfig;
+use aws_sdk_kms::config::{Config, Region};
+use aws_sdk_kms::operation::RequestId as _;
+use aws_sdk_kms::primitives::{Blob, DateTime};
+use aws_sdk_kms::types::{
+    AlgorithmSpec, ExpirationModelType, ImportState, ImportType, IncludeKeyMaterial,
+    WrappingKeySpec as SdkWrappingKeySpec,
+};
+use guard::Gate;
+use std::collections::HashMap;
+use std::time::Duration;
+use time::OffsetDateTime;
+
+/// A set of `GetParametersForImport`: public key and token belong together and live for 24 hours.
+#[derive(Clone, Debug)]
+pub struct ImportParameters {
+    /// What the set is bound to.
+    pub algorithm: WrappingAlgorithm,
+    /// What was asked for.
+    pub key_spec: WrappingKeySpec,
+    /// DER `SubjectPublicKeyInfo`.
+    pub public_key: Vec<u8>,
+    /// Opaque.
+    pub import_token: Vec<u8>,
+    /// The set's end of life.
+    pub valid_to: OffsetDateTime,
+    /// AWS's id of the call, for the audit trail.
+    pub aws_request_id: Option<String>,
+}
+
+/// How a symmetric key's material is to be taken.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum MaterialRole {
+    /// The key's first material, or a key whose materials have no ids. AWS decides by what the key holds
+    /// and never opens a pending rotation by surprise.
+    First,
+    /// The material that AWS knows by this id: AWS compares and refuses any other.
+    Existing(String),
+}
+
+/// One `ImportKeyMaterial`.
+#[derive(Debug)]
+pub struct ImportCall<'a> {
+    /// From the same set as the key that wrapped.
+    pub import_token: &'a [u8],
+    /// The wrapped material.
+    pub wrapped: Vec<u8>,
+    /// The material's end of life.
+    pub expiry: Expiry,
+    /// First or existing.
+    pub role: MaterialRole,
+    /// Symmetric keys only.
+    pub description: Option<String>,
+}
+
+/// What AWS said to an import.
+#[derive(Clone, Debug)]
+pub struct Imported {
+    /// Symmetric keys only.
+    pub key_material_id: Option<String>,
+    /// AWS's id of the call.
+    pub aws_request_id: Option<String>,
+}
+
+/// Clients for the configured Regions.
+#[derive(Debug)]
+pub struct Kms {
+    clients: HashMap<String, RegionClients>,
+    attempt_timeout: Duration,
+    metrics: Metrics,
+}
+
+#[derive(Debug)]
+struct RegionClients {
+    /// Repeats a call once when the connection broke.
+    repeatable: Client,
+    /// Makes a call once.
+    once: Client,
+}
+
+impl Kms {
+    /// Builds the clients. Credentials and endpoints come from the SDK's own chain
+    /// (`AWS_ENDPOINT_URL_KMS`, profiles, roles).
+    pub async fn connect(
+        regions: impl IntoIterator<Item = String>,
+        attempt_timeout: Duration,
+        metrics: Metrics,
+    ) -> Self {
+        let shared = aws_config::defaults(BehaviorVersion::v2026_01_12()).load().await;
+        let clients = regions
+            .into_iter()
+            .map(|region| (region.clone(), RegionClients::new(&shared, &region, attempt_timeout)))
+            .collect();
+        Self { clients, attempt_timeout, metrics }
+    }
+
+    /// `DescribeKey`. Read-only.
+    pub async fn describe(&self, key: &KeyArn, guard: &LeaseGuard) -> Result<KeyDescription, CallError> {
+        const OPERATION: &str = "DescribeKey";
+        let answer = self
+            .clients(key, OPERATION)?
+            .repeatable
+            .describe_key()
+            .key_id(key.to_string())
+            .customize()
+            .interceptor(self.gate(guard))
+            .send()
+            .await;
+        self.counted(
+            OPERATION,
+            answer.map_err(|error| CallError::of(OPERATION, &error)).and_then(|answer| {
+                let metadata = answer.key_metadata.ok_or_else(|| CallError::incomplete(OPERATION, "KeyMetadata"))?;
+                Ok(KeyDescription::of(&metadata))
+            }),
+        )
+    }
+
+    /// `GetParametersForImport`. Changes nothing, but its quota is 1/s for an account and Region.
+    pub async fn parameters(
+        &self,
+        key: &KeyArn,
+        algorithm: WrappingAlgorithm,
+        key_spec: WrappingKeySpec,
+        guard: &LeaseGuard,
+    ) -> Result<ImportParameters, CallError> {
+        const OPERATION: &str = "GetParametersForImport";
+        let answer = self
+            .clients(key, OPERATION)?
+            .once
+            .get_parameters_for_import()
+            .key_id(key.to_string())
+            .wrapping_algorithm(AlgorithmSpec::from(algorithm.as_str()))
+            .wrapping_key_spec(SdkWrappingKeySpec::from(key_spec.as_str()))
+            .customize()
+            .interceptor(self.gate(guard))
+            .send()
+            .await;
+        self.counted(
+            OPERATION,
+            answer.map_err(|error| CallError::of(OPERATION, &error)).and_then(|answer| {
+                let aws_request_id = answer.request_id().map(str::to_owned);
+                let part = |name| CallError::incomplete(OPERATION, name);
+                Ok(ImportParameters {
+                    algorithm,
+                    key_spec,
+                    public_key: answer.public_key.ok_or_else(|| part("PublicKey"))?.into_inner(),
+                    import_token: answer.import_token.ok_or_else(|| part("ImportToken"))?.into_inner(),
+                    valid_to: answer
+                        .parameters_valid_to
+                        .and_then(|at| OffsetDateTime::from_unix_timestamp(at.secs()).ok())
+                        .ok_or_else(|| part("ParametersValidTo"))?,
+                    aws_request_id,
+                })
+            }),
+        )
+    }
+
+    /// `ImportKeyMaterial`. An error whose [`ErrorKind::may_have_taken_effect`] holds leaves the outcome open.
+    pub async fn import(&self, key: &KeyArn, call: ImportCall<'_>, guard: &LeaseGuard) -> Result<Imported, CallError> {
+        const OPERATION: &str = "ImportKeyMaterial";
+        let request = self
+            .clients(key, OPERATION)?
+            .once
+            .import_key_material()
+            .key_id(key.to_string())
+            .import_token(Blob::new(call.import_token))
+            .encrypted_key_material(Blob::new(call.wrapped));
+        // Always explicit: AWS's default is "expires", and a condition key sees only what is sent.
+        let request = match call.expiry {
+            Expiry::Never => request.expiration_model(ExpirationModelType::KeyMaterialDoesNotExpire),
+            Expiry::At(at) => request
+                .expiration_model(ExpirationModelType::KeyMaterialExpires)
+                .valid_to(DateTime::from_secs(at.unix_timestamp())),
+        };
+        let request = match call.role {
+            MaterialRole::First => request,
+            MaterialRole::Existing(id) => request.import_type(ImportType::ExistingKeyMaterial).key_material_id(id),
+        };
+        let answer = request
+            .set_key_material_description(call.description)
+            .customize()
+            .interceptor(self.gate(guard))
+            .send()
+            .await;
+        self.counted(
+            OPERATION,
+            answer.map_err(|error| CallError::of(OPERATION, &error)).map(|answer| Imported {
+                aws_request_id: answer.request_id().map(str::to_owned),
+                key_material_id: answer.key_material_id,
+            }),
+        )
+    }
+
+    /// `ListKeyRotations`: the expiry of one material of a symmetric key; `None` when the key does not hold it.
+    /// Read-only.
+    pub async fn material(
+        &self,
+        key: &KeyArn,
+        material_id: &str,
+        guard: &LeaseGuard,
+    ) -> Result<Option<Expiry>, CallError> {
+        const OPERATION: &str = "ListKeyRotations";
+        const MOST_PAGES: usize = 10;
+        let client = &self.clients(key, OPERATION)?.repeatable;
+        let mut marker = None;
+        for _ in 0..MOST_PAGES {
+            let answer = client
+                .list_key_rotations()
+                .key_id(key.to_string())
+                .include_key_material(IncludeKeyMaterial::AllKeyMaterial)
+                .set_marker(marker)
+                .customize()
+                .interceptor(self.gate(guard))
+                .send()
+                .await;
+            let page = self.counted(OPERATION, answer.map_err(|error| CallError::of(OPERATION, &error)))?;
+            let held = page.rotations().iter().find(|entry| entry.key_material_id() == Some(material_id));
+            if let Some(entry) = held {
+                let is_imported = entry.import_state() == Some(&ImportState::Imported);
+                return Ok(
+                    description::expiry(entry.expiration_model(), entry.valid_to().copied()).filter(|_| is_imported)
+                );
+            }
+            marker = page.next_marker;
+            if marker.is_none() {
+                break;
+            }
+        }
+        Ok(None)
+    }
+
+    fn clients(&self, key: &KeyArn, operation: &'static str) -> Result<&RegionClients, CallError> {
+        self.clients.get(key.region()).ok_or_else(|| CallError::no_target(operation, key.region()))
+    }
+
+    fn counted<T>(&self, operation: &'static str, outcome: Result<T, CallError>) -> Result<T, CallError> {
+        let word = outcome.as_ref().map_or_else(|error| error.kind.as_str(), |_| "ok");
+        self.metrics.aws_calls.with_label_values(&[operation, word]).inc();
+        outcome
+    }
+
+    /// A call leaves only when the lease outlives its time-out, so that its answer falls into the lease.
+    fn gate(&self, guard: &LeaseGuard) -> Gate {
+        Gate::new(guard.clone(), self.attempt_timeout)
+    }
+}
+
+impl RegionClients {
+    fn new(shared: &SdkConfig, region: &str, attempt_timeout: Duration) -> Self {
+        let timeouts = TimeoutConfig::builder()
+            .connect_timeout(attempt_timeout.min(Duration::from_millis(3_100)))
+            .operation_attempt_timeout(attempt_timeout)
+            .build();
+        let client = |retry: RetryConfig, partition: String| {
+            let config = Config::from(shared)
+                .to_builder()
+                .region(Region::new(region.to_owned()))
+                .timeout_config(timeouts.clone())
+                .retry_config(retry)
+                // A partition of its own: a throttled call must not use up the retries of another.
+                .retry_partition(RetryPartition::new(partition))
+                .build();
+            Client::from_conf(config)
+        };
+        Self {
+            repeatable: client(RetryConfig::standard().with_max_attempts(2), format!("keyferry-describe-{region}")),
+            once: client(RetryConfig::disabled(), format!("keyferry-once-{region}")),
+        }
+    }
+}

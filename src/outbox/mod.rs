@@ -1,0 +1,185 @@
+//! Committed events to the broker, until confirmed.
+//!
+//! At least once: an event whose confirmation was lost is published again, under the same id.
+
+mod rabbitmq;
+
+use crate::retry::{self, Attempts, Class};
+use crate::store::{OutboxRow, Store, StoreError};
+use crate::telemetry::{Health, Metrics, Part};
+use rabbitmq::{Publication, Publisher, PublisherError};
+use secrecy::{ExposeSecret as _, SecretString};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use time::OffsetDateTime;
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
+
+/// Events under way at most; the broker gains little from a wider window.
+const WINDOW: i64 = 200;
+/// Held events tried beside a window of fresh ones.
+const HELD_WINDOW: i64 = 20;
+/// How long a relay may take for a window before another may publish it.
+const LEASE: Duration = Duration::from_secs(30);
+/// How often an idle relay looks for events of processes that died, and for held ones.
+const POLL: Duration = Duration::from_millis(1_000);
+/// Covers transactions that stamped an event and have not yet committed.
+const MARGIN: time::Duration = time::Duration::seconds(15);
+/// Every so many looks one ignores the lower bound.
+const WHOLE_INDEX_EVERY: u64 = 20;
+
+/// What the relay works with.
+#[derive(Debug)]
+pub struct Relay {
+    /// The outbox.
+    pub store: Store,
+    /// The broker.
+    pub url: SecretString,
+    /// Where events go.
+    pub exchange: String,
+    /// How long a connection or a confirmation may take.
+    pub timeout: Duration,
+    /// Counters.
+    pub metrics: Metrics,
+    /// Told when publishing works.
+    pub health: Health,
+    /// Rung when there are events.
+    pub events: Arc<Notify>,
+}
+
+impl Relay {
+    /// Publishes until `drain`, and after that until the outbox holds nothing that could be published.
+    pub async fn run(self, drain: CancellationToken) {
+        let mut failures = Attempts::new(Class::Reconnect);
+        let mut cursor = Cursor::default();
+        loop {
+            let error = match Publisher::open(self.url.expose_secret(), &self.exchange, self.timeout).await {
+                Ok(publisher) => {
+                    self.metrics.amqp_sessions.with_label_values(&["events"]).inc();
+                    self.health.set(Part::Events, true);
+                    let ended = self.publish(&publisher, &drain, &mut cursor, &mut failures).await;
+                    self.health.set(Part::Events, false);
+                    match ended {
+                        Ok(()) => {
+                            publisher.close().await;
+                            return;
+                        }
+                        Err(error) => error,
+                    }
+                }
+                Err(error) => error,
+            };
+            let delay = failures.next_delay();
+            tracing::error!(%error, retry.delay_ms = delay.as_millis(), "events are not being published");
+            tokio::time::sleep(delay).await;
+        }
+    }
+
+    async fn publish(
+        &self,
+        publisher: &Publisher,
+        drain: &CancellationToken,
+        cursor: &mut Cursor,
+        failures: &mut Attempts,
+    ) -> Result<(), PublisherError> {
+        let mut outage = Attempts::new(Class::Reconnect);
+        loop {
+            let rows = match self.take(cursor).await {
+                Ok(rows) => rows,
+                Err(error) => {
+                    let delay = outage.next_delay();
+                    tracing::error!(%error, retry.delay_ms = delay.as_millis(), "the outbox cannot be read");
+                    tokio::time::sleep(delay).await;
+                    continue;
+                }
+            };
+            outage.reset();
+            if rows.is_empty() {
+                if drain.is_cancelled() {
+                    return Ok(());
+                }
+                tokio::select! {
+                    () = self.events.notified() => {}
+                    () = tokio::time::sleep(POLL) => publisher.check()?,
+                    () = drain.cancelled() => {}
+                }
+                continue;
+            }
+            // What a broken session leaves unconfirmed is this relay's for the rest of the lease.
+            cursor.unconfirmed.clone_from(&rows);
+            let outcomes = publisher.publish(&rows).await?;
+            failures.reset();
+            crate::failpoint!("outbox.after_publish");
+            cursor.unconfirmed.clear();
+            self.record(&rows, &outcomes).await;
+        }
+    }
+
+    /// What a broken session left, else fresh events, else, once in a while, held ones.
+    async fn take(&self, cursor: &mut Cursor) -> Result<Vec<OutboxRow>, StoreError> {
+        if !cursor.unconfirmed.is_empty() {
+            return Ok(cursor.unconfirmed.clone());
+        }
+        cursor.looks += 1;
+        let from = cursor.from.filter(|_| !cursor.looks.is_multiple_of(WHOLE_INDEX_EVERY));
+        let mut rows = self.store.take_events(WINDOW, LEASE, false, from).await?;
+        if let Some(first) = rows.iter().map(|row| row.due_at).min() {
+            cursor.from = Some(first - MARGIN);
+        }
+        if cursor.held_at.is_none_or(|at| at.elapsed() >= POLL) {
+            cursor.held_at = Some(Instant::now());
+            rows.extend(self.store.take_events(HELD_WINDOW, LEASE, true, None).await?);
+        }
+        Ok(rows)
+    }
+
+    /// Forgets what was confirmed, holds what was not; a store that is away only leads to a second copy.
+    async fn record(&self, rows: &[OutboxRow], outcomes: &[Publication]) {
+        let confirmed: Vec<i64> = rows
+            .iter()
+            .zip(outcomes)
+            .filter(|(_, outcome)| **outcome == Publication::Confirmed)
+            .map(|(row, _)| row.id)
+            .collect();
+        let held: Vec<(i64, Duration, &'static str)> = rows
+            .iter()
+            .zip(outcomes)
+            .filter_map(|(row, outcome)| {
+                let reason = match outcome {
+                    Publication::Confirmed => return None,
+                    Publication::Unroutable => "unroutable",
+                    Publication::Refused => "refused by the broker",
+                };
+                let attempt = u32::try_from(row.attempts).unwrap_or(1);
+                let delay = retry::envelope(Class::Unroutable, attempt);
+                tracing::warn!(event.id = %row.event_id, event.routing_key = row.routing_key, retry.delay_ms = delay.as_millis(),
+                               "event held: {reason}");
+                Some((row.id, delay, reason))
+            })
+            .collect();
+        self.metrics.events_published.inc_by(confirmed.len() as u64);
+        self.metrics.events_held.inc_by(held.len() as u64);
+        let forgotten = async {
+            if !confirmed.is_empty() {
+                self.store.forget_events(&confirmed).await?;
+            }
+            if !held.is_empty() {
+                self.store.hold_events(&held).await?;
+            }
+            Ok::<(), StoreError>(())
+        };
+        if let Err(error) = forgotten.await {
+            tracing::error!(%error, events = rows.len(), "published events could not be marked; they will be published again");
+        }
+    }
+}
+
+/// Where the relay stands.
+#[derive(Default)]
+struct Cursor {
+    unconfirmed: Vec<OutboxRow>,
+    /// No fresh event is due before this, as far as is known.
+    from: Option<OffsetDateTime>,
+    looks: u64,
+    held_at: Option<Instant>,
+}

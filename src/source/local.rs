@@ -1,0 +1,99 @@
+//! The `local` tier: keys sealed in Keyferry's own store.
+
+use super::{Fingerprint, KekError, KeyMaterial, Keyring};
+use crate::job::KeyKind;
+use uuid::Uuid;
+
+/// A local key as it is stored.
+#[derive(Clone, Debug)]
+pub struct SealedKey {
+    /// The key's id; part of what is sealed.
+    pub id: Uuid,
+    /// The key's name.
+    pub name: String,
+    /// What it is for; part of what is sealed.
+    pub kind: KeyKind,
+    /// Keyed hash of the material.
+    pub fingerprint: Fingerprint,
+    /// Which key-encryption key seals it.
+    pub kek_id: String,
+    /// Material under the data key; `None` once the key is deleted.
+    pub sealed_material: Option<Vec<u8>>,
+    /// Data key under the key-encryption key; `None` once the key is deleted.
+    pub sealed_data_key: Option<Vec<u8>>,
+}
+
+/// Why a local key gives no material.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum OpenError {
+    /// It was deleted.
+    #[error("the source key was deleted")]
+    Deleted,
+    /// The seal does not open.
+    #[error("the source key's row was changed or is sealed under another key-encryption key")]
+    Damaged,
+}
+
+impl SealedKey {
+    /// Generates a key of a kind.
+    pub fn generate(keyring: &Keyring, id: Uuid, name: String, kind: KeyKind) -> Result<(Self, KeyMaterial), KekError> {
+        let material = KeyMaterial::random(kind.material_bytes())?;
+        Ok((Self::seal(keyring, id, name, kind, &material)?, material))
+    }
+
+    /// Seals material that came from elsewhere. The caller has checked its length.
+    pub fn seal(
+        keyring: &Keyring,
+        id: Uuid,
+        name: String,
+        kind: KeyKind,
+        material: &KeyMaterial,
+    ) -> Result<Self, KekError> {
+        let (sealed_material, sealed_data_key) = keyring.seal_row(id, kind.as_str(), material)?;
+        Ok(Self {
+            id,
+            name,
+            kind,
+            fingerprint: keyring.fingerprint(kind.as_str(), material),
+            kek_id: keyring.kek_id().to_owned(),
+            sealed_material: Some(sealed_material),
+            sealed_data_key: Some(sealed_data_key),
+        })
+    }
+
+    /// Opens a stored key. Material whose fingerprint is not the row's is damage too: the row was put
+    /// together from two.
+    pub fn open(&self, keyring: &Keyring) -> Result<KeyMaterial, OpenError> {
+        let (Some(material), Some(data_key)) = (&self.sealed_material, &self.sealed_data_key) else {
+            return Err(OpenError::Deleted);
+        };
+        let kind = self.kind.as_str();
+        let material = keyring.open_row(self.id, kind, material, data_key).ok_or(OpenError::Damaged)?;
+        let genuine = material.expose().len() == self.kind.material_bytes()
+            && keyring.fingerprint(kind, &material) == self.fingerprint;
+        if genuine { Ok(material) } else { Err(OpenError::Damaged) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::source::Kek;
+
+    #[test]
+    fn a_generated_key_opens_until_it_is_deleted_or_changed() {
+        let kek = Kek::parse(&hex::encode([7; 32])).unwrap();
+        let sealed = Keyring::new_fingerprint_key(&kek).unwrap();
+        let keyring = Keyring::open(kek, &sealed).unwrap();
+        for kind in KeyKind::ALL {
+            let (key, material) = SealedKey::generate(&keyring, Uuid::new_v4(), "n".into(), kind).unwrap();
+            assert_eq!(material.expose().len(), kind.material_bytes());
+            assert_eq!(key.open(&keyring).unwrap().expose(), material.expose());
+            let deleted = SealedKey { sealed_material: None, sealed_data_key: None, ..key.clone() };
+            assert_eq!(deleted.open(&keyring).unwrap_err(), OpenError::Deleted);
+            let other = Fingerprint { version: 1, hash: vec![0; 32] };
+            let forged = SealedKey { fingerprint: other, ..key };
+            assert_eq!(forged.open(&keyring).unwrap_err(), OpenError::Damaged);
+        }
+    }
+}

@@ -1,0 +1,9 @@
+//! Obtains key material from a tier, holds it briefly, zeroises it.
+
+mod keyring;
+mod local;
+mod material;
+
+pub use keyring::{Fingerprint, FingerprintKey, Kek, KekError, Keyring, SealedFingerprintKey};
+pub use local::{OpenError, SealedKey};
+pub use material::KeyMaterial;

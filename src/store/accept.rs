@@ -1,0 +1,487 @@
+//! Intake: jobs and refusals become durable, a slice at a time.
+
+use super::{Store, StoreError};
+use crate::audit::{Fact, Kind};
+use crate::job::{Event, KeyArn, Refusal, RefusalCode, Request};
+use deadpool_postgres::Transaction;
+use serde_json::json;
+use std::collections::{BTreeMap, HashMap};
+use time::OffsetDateTime;
+use uuid::Uuid;
+
+/// The version of the digest's canonical form.
+const DIGEST_VERSION: i16 = 1;
+
+/// A message, judged without the store.
+#[derive(Clone, Debug)]
+pub enum Candidate {
+    /// May become a job.
+    Job(NewJob),
+    /// Will not.
+    Refusal(NewRefusal),
+}
+
+/// A job that is to be accepted, unless its id is known.
+#[derive(Clone, Debug)]
+pub struct NewJob {
+    /// The job's id if it is accepted (`UUIDv7`: new rows lie together in the index).
+    pub id: Uuid,
+    /// Who asks.
+    pub principal: String,
+    /// What is asked.
+    pub request: Request,
+    /// The KMS key, by whichever name it was given.
+    pub key: KeyArn,
+    /// W3C trace context of the message.
+    pub traceparent: Option<String>,
+    /// The transport, for the row of a refusal.
+    pub ingress: &'static str,
+}
+
+/// A message that was refused.
+#[derive(Clone, Debug)]
+pub struct NewRefusal {
+    /// The refusal's id, and its event's.
+    pub id: Uuid,
+    /// Who asked.
+    pub principal: String,
+    /// By which the message is known: its id's hash, or a keyed hash of queue and body.
+    pub id_hash: [u8; 32],
+    /// A keyed hash of the body, or the parsed request's digest.
+    pub digest: [u8; 32],
+    /// Why.
+    pub refusal: Refusal,
+    /// The id, if it is usable.
+    pub request_id: Option<String>,
+    /// The key, if the message names one.
+    pub key: Option<KeyArn>,
+    /// The transport.
+    pub ingress: &'static str,
+}
+
+/// What became of a message. All three are settled, the last with the dead-letter queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// A job now waits in its line.
+    Accepted,
+    /// The job was accepted before.
+    Duplicate,
+    /// A refusal has its row, now or from before.
+    Refused,
+}
+
+impl Store {
+    /// Decides a slice in one transaction; verdicts are in the slice's order.
+    ///
+    /// Replaying it after a lost answer gives the same verdicts: ids are the caller's.
+    pub async fn accept(&self, candidates: &[Candidate]) -> Result<Vec<Verdict>, StoreError> {
+        if candidates.is_empty() {
+            return Ok(Vec::new());
+        }
+        self.retrying(|| self.accept_once(candidates)).await
+    }
+
+    /// The ARNs behind the ids that Keyferry gave to KMS keys.
+    pub async fn resolve_keys(&self, ids: &[Uuid]) -> Result<HashMap<Uuid, KeyArn>, StoreError> {
+        let client = self.client().await?;
+        let statement = client.prepare_cached("select id, arn from kms_key where id = any($1)").await?;
+        let rows = client.query(&statement, &[&ids]).await?;
+        let known = rows.iter().filter_map(|row| Some((row.get(0), KeyArn::parse(row.get(1)).ok()?)));
+        Ok(known.collect())
+    }
+
+    async fn accept_once(&self, candidates: &[Candidate]) -> Result<Vec<Verdict>, StoreError> {
+        let mut client = self.client().await?;
+        let transaction = client.transaction().await?;
+        // The first delivery of an id stands for it, also within a slice. A map sorted by (principal, id
+        // hash): two intakes take the same ids in the same order.
+        let mut firsts: Firsts<'_> = BTreeMap::new();
+        for candidate in candidates {
+            if let Candidate::Job(job) = candidate {
+                firsts.entry((job.principal.as_str(), job.request.id_hash())).or_insert(job);
+            }
+        }
+        let standing = claim_ids(&transaction, &firsts).await?;
+        let mut refusals = Vec::new();
+        let verdicts = candidates
+            .iter()
+            .map(|candidate| match candidate {
+                Candidate::Refusal(refusal) => {
+                    refusals.push(refusal.clone());
+                    Verdict::Refused
+                }
+                Candidate::Job(job) => {
+                    let verdict = standing.judge(job);
+                    if verdict == Verdict::Refused {
+                        refusals.push(id_conflict(job));
+                    }
+                    verdict
+                }
+            })
+            .collect();
+        let winners: Vec<&NewJob> =
+            firsts.values().copied().filter(|job| standing.judge(job) == Verdict::Accepted).collect();
+        // Nothing was inserted although we own ids: this very slice was committed before, and its answer lost.
+        if !winners.is_empty() && !standing.replayed {
+            insert_jobs(&transaction, &winners, standing.now).await?;
+        }
+        insert_refusals(&transaction, &refusals, standing.now).await?;
+        transaction.commit().await?;
+        Ok(verdicts)
+    }
+}
+
+type Firsts<'a> = BTreeMap<(&'a str, [u8; 32]), &'a NewJob>;
+
+/// Which jobs own the ids that were asked for.
+struct Standing<'a> {
+    now: OffsetDateTime,
+    owners: HashMap<(&'a str, [u8; 32]), (Uuid, Vec<u8>)>,
+    replayed: bool,
+}
+
+impl Standing<'_> {
+    fn judge(&self, job: &NewJob) -> Verdict {
+        match self.owners.get(&(job.principal.as_str(), job.request.id_hash())) {
+            Some((owner, _)) if *owner == job.id => Verdict::Accepted,
+            Some((_, digest)) if digest[..] == job.request.digest() => Verdict::Duplicate,
+            _ => Verdict::Refused,
+        }
+    }
+}
+
+async fn claim_ids<'a>(transaction: &Transaction<'_>, firsts: &Firsts<'a>) -> Result<Standing<'a>, StoreError> {
+    const INSERT: &str = "
+        insert into request (principal, id_hash, digest, digest_version, job_id)
+        select principal, id_hash, digest, $5, job_id
+        from unnest($1::text[], $2::bytea[], $3::bytea[], $4::uuid[]) as new(principal, id_hash, digest, job_id)
+        order by principal, id_hash
+        on conflict do nothing";
+    // A new statement: it sees what a rival committed while the insert waited for it.
+    const READ: &str = "
+        select request.job_id, request.digest
+        from unnest($1::text[], $2::bytea[]) with ordinality as asked(principal, id_hash, place)
+        join request using (principal, id_hash)
+        order by place";
+    let principals: Vec<&str> = firsts.keys().map(|(principal, _)| *principal).collect();
+    let hashes: Vec<&[u8]> = firsts.keys().map(|(_, hash)| hash.as_slice()).collect();
+    let digests: Vec<Vec<u8>> = firsts.values().map(|job| job.request.digest().to_vec()).collect();
+    let ids: Vec<Uuid> = firsts.values().map(|job| job.id).collect();
+    let insert = transaction.prepare_cached(INSERT).await?;
+    let read = transaction.prepare_cached(READ).await?;
+    let clock = transaction.prepare_cached("select keyferry_now()").await?;
+    let inserted = transaction.execute(&insert, &[&principals, &hashes, &digests, &ids, &DIGEST_VERSION]).await?;
+    let asked: [&(dyn tokio_postgres::types::ToSql + Sync); 2] = [&principals, &hashes];
+    let (rows, now) = futures_util::try_join!(transaction.query(&read, &asked), transaction.query_one(&clock, &[]))?;
+    let owners: HashMap<_, _> = firsts.keys().copied().zip(rows.iter().map(|row| (row.get(0), row.get(1)))).collect();
+    let own = owners.values().any(|(owner, _)| ids.contains(owner));
+    Ok(Standing { now: now.get(0), owners, replayed: own && inserted == 0 })
+}
+
+async fn insert_jobs(transaction: &Transaction<'_>, jobs: &[&NewJob], now: OffsetDateTime) -> Result<(), StoreError> {
+    const INSERT: &str = "
+        insert into job (id, line_id, seq, lane_id, kms_key_id, principal, request_source, request_id, request,
+                         traceparent, accepted_at, deadline)
+        select * from unnest($1::uuid[], $2::bigint[], $3::bigint[], $4::bigint[], $5::uuid[], $6::text[], $7::text[],
+                             $8::text[], $9::text[], $10::text[], $11::timestamptz[], $12::timestamptz[])";
+    let keys = register_keys(transaction, jobs, now).await?;
+    let places = take_places(transaction, jobs, &keys, now).await?;
+
+    let of_key = |job: &&&NewJob| &keys[&job.key];
+    let ids: Vec<Uuid> = jobs.iter().map(|job| job.id).collect();
+    let lines: Vec<i64> = jobs.iter().map(|job| of_key(&job).line_id).collect();
+    let lanes: Vec<i64> = jobs.iter().map(|job| of_key(&job).lane_id).collect();
+    let key_ids: Vec<Uuid> = jobs.iter().map(|job| of_key(&job).id).collect();
+    let principals: Vec<&str> = jobs.iter().map(|job| job.principal.as_str()).collect();
+    let sources: Vec<&str> = jobs.iter().map(|job| job.request.source.as_str()).collect();
+    let request_ids: Vec<&str> = jobs.iter().map(|job| job.request.id.as_str()).collect();
+    let requests: Vec<&str> = jobs.iter().map(|job| job.request.canonical()).collect();
+    let traces: Vec<Option<&str>> = jobs.iter().map(|job| job.traceparent.as_deref()).collect();
+    let accepted: Vec<OffsetDateTime> = vec![now; jobs.len()];
+    let deadlines: Vec<OffsetDateTime> = jobs.iter().map(|job| job.request.deadline_from(now)).collect();
+    let insert = transaction.prepare_cached(INSERT).await?;
+    transaction
+        .execute(
+            &insert,
+            &[
+                &ids,
+                &lines,
+                &places,
+                &lanes,
+                &key_ids,
+                &principals,
+                &sources,
+                &request_ids,
+                &requests,
+                &traces,
+                &accepted,
+                &deadlines,
+            ],
+        )
+        .await?;
+
+    let later: Vec<(Uuid, OffsetDateTime)> =
+        jobs.iter().filter_map(|job| Some((job.id, waits_until(job, now)?))).collect();
+    if !later.is_empty() {
+        let (ids, times): (Vec<Uuid>, Vec<OffsetDateTime>) = later.into_iter().unzip();
+        let statement = transaction
+            .prepare_cached(
+                "insert into future (job_id, not_before) select * from unnest($1::uuid[], $2::timestamptz[])",
+            )
+            .await?;
+        transaction.execute(&statement, &[&ids, &times]).await?;
+    }
+    let entries = jobs.iter().map(|job: &&NewJob| {
+        let fact = Fact::new(
+            Kind::Accepted,
+            json!({
+                "principal": job.principal,
+                "ingress": job.ingress,
+                "request_source": job.request.source,
+                "request_id": job.request.id.as_str(),
+                "request_digest": hex::encode(job.request.digest()),
+                "operation": job.request.operation.as_str(),
+                "key": job.key.to_string(),
+            }),
+        );
+        (job.id, 1, fact.entry(job.id, 1, now))
+    });
+    insert_audit(transaction, entries.collect()).await
+}
+
+#[derive(Clone, Copy)]
+struct KnownKey {
+    id: Uuid,
+    line_id: i64,
+    lane_id: i64,
+}
+
+/// The first accepted job on an ARN registers it. Everything is inserted in sorted order and read again
+/// in a new statement, which sees what a rival registered first.
+async fn register_keys(
+    transaction: &Transaction<'_>,
+    jobs: &[&NewJob],
+    now: OffsetDateTime,
+) -> Result<HashMap<KeyArn, KnownKey>, StoreError> {
+    const READ: &str = "
+        select kms_key.arn, kms_key.id, kms_key.line_id, lane.id
+        from unnest($1::text[], $2::text[], $3::text[], $4::text[]) as asked(arn, account, region, operation)
+        join kms_key using (arn)
+        join lane using (account, region, operation)";
+    const LANES: &str = "
+        insert into lane (account, region, operation)
+        select account, region, operation
+        from (select distinct account, region from unnest($1::text[], $2::text[]) as new(account, region)) as new,
+             unnest($3::text[]) as operation
+        order by account, region, operation on conflict do nothing";
+    const LINES: &str = "
+        with named as (
+            insert into order_key (name) select distinct name from unnest($1::text[]) as new(name) order by name
+            on conflict do nothing returning name, line_id)
+        insert into line (id, lane_id)
+        select distinct on (named.line_id) named.line_id, lane.id
+        from named
+        join unnest($1::text[], $2::text[], $3::text[]) as new(name, account, region) using (name)
+        join lane using (account, region)
+        where lane.operation = $4
+        order by named.line_id, lane.id";
+    const KEYS: &str = "
+        insert into kms_key (id, arn, line_id, created_at, updated_at)
+        select new.id, new.arn, order_key.line_id, $4, $4
+        from unnest($1::uuid[], $2::text[], $3::text[]) as new(id, arn, name)
+        join order_key using (name)
+        order by new.arn on conflict do nothing";
+    let mut arns: Vec<&KeyArn> = jobs.iter().map(|job| &job.key).collect();
+    arns.sort_unstable();
+    arns.dedup();
+    let names: Vec<String> = arns.iter().map(ToString::to_string).collect();
+    let accounts: Vec<&str> = arns.iter().map(|arn| arn.account()).collect();
+    let regions: Vec<&str> = arns.iter().map(|arn| arn.region()).collect();
+    let first_operation = vec![FIRST_OPERATION; arns.len()];
+    let read = transaction.prepare_cached(READ).await?;
+    let mut rows = transaction.query(&read, &[&names, &accounts, &regions, &first_operation]).await?;
+    if rows.len() < arns.len() {
+        let order_keys: Vec<String> = arns.iter().map(|arn| arn.order_key()).collect();
+        let ids: Vec<Uuid> = arns.iter().map(|_| Uuid::new_v4()).collect();
+        let lanes = transaction.prepare_cached(LANES).await?;
+        transaction.execute(&lanes, &[&accounts, &regions, &OPERATIONS.as_slice()]).await?;
+        let lines = transaction.prepare_cached(LINES).await?;
+        transaction.execute(&lines, &[&order_keys, &accounts, &regions, &FIRST_OPERATION]).await?;
+        let keys = transaction.prepare_cached(KEYS).await?;
+        transaction.execute(&keys, &[&ids, &names, &order_keys, &now]).await?;
+        rows = transaction.query(&read, &[&names, &accounts, &regions, &first_operation]).await?;
+    }
+    let by_name: HashMap<&str, KnownKey> = rows
+        .iter()
+        .map(|row| (row.get(0), KnownKey { id: row.get(1), line_id: row.get(2), lane_id: row.get(3) }))
+        .collect();
+    let found: HashMap<KeyArn, KnownKey> = arns
+        .iter()
+        .zip(&names)
+        .filter_map(|(arn, name)| Some(((*arn).clone(), *by_name.get(name.as_str())?)))
+        .collect();
+    if found.len() == arns.len() {
+        Ok(found)
+    } else {
+        Err(StoreError::Conflict("a KMS key is being registered by another worker".into()))
+    }
+}
+
+/// The scarce operation that a new job needs first, and those that a line can wait for.
+const FIRST_OPERATION: &str = "GetParametersForImport";
+const OPERATIONS: [&str; 2] = [FIRST_OPERATION, "ImportKeyMaterial"];
+
+/// Places in the lines, in the slice's order; `None` for a job that joins later.
+async fn take_places(
+    transaction: &Transaction<'_>,
+    jobs: &[&NewJob],
+    keys: &HashMap<KeyArn, KnownKey>,
+    now: OffsetDateTime,
+) -> Result<Vec<Option<i64>>, StoreError> {
+    const LOCK: &str = "select id from line where id = any($1) order by id for no key update";
+    const EXTEND: &str = "
+        update line set tail_seq = tail_seq + joining.count,
+                        -- An empty line takes the lane of the job that opens it.
+                        lane_id = case when due_at is null then joining.lane_id else line.lane_id end,
+                        due_at = coalesce(due_at, keyferry_now())
+        from unnest($1::bigint[], $2::bigint[], $3::bigint[]) as joining(id, count, lane_id)
+        where line.id = joining.id
+        returning line.id, line.tail_seq";
+    let mut joining: BTreeMap<i64, (i64, i64)> = BTreeMap::new();
+    for job in jobs.iter().filter(|job| waits_until(job, now).is_none()) {
+        let key = &keys[&job.key];
+        joining.entry(key.line_id).or_insert((0, key.lane_id)).0 += 1;
+    }
+    let lines: Vec<i64> = joining.keys().copied().collect();
+    let counts: Vec<i64> = joining.values().map(|(count, _)| *count).collect();
+    let lanes: Vec<i64> = joining.values().map(|(_, lane)| *lane).collect();
+    let lock = transaction.prepare_cached(LOCK).await?;
+    transaction.execute(&lock, &[&lines]).await?;
+    let extend = transaction.prepare_cached(EXTEND).await?;
+    let rows = transaction.query(&extend, &[&lines, &counts, &lanes]).await?;
+    let mut next: HashMap<i64, i64> = rows
+        .iter()
+        .map(|row| {
+            let (line, tail): (i64, i64) = (row.get(0), row.get(1));
+            (line, tail - joining[&line].0 + 1)
+        })
+        .collect();
+    let mut place = |job: &NewJob| {
+        let next = next.get_mut(&keys[&job.key].line_id)?;
+        *next += 1;
+        Some(*next - 1)
+    };
+    Ok(jobs.iter().map(|job| if waits_until(job, now).is_some() { None } else { place(job) }).collect())
+}
+
+fn waits_until(job: &NewJob, now: OffsetDateTime) -> Option<OffsetDateTime> {
+    job.request.not_before.filter(|not_before| *not_before > now)
+}
+
+fn id_conflict(job: &NewJob) -> NewRefusal {
+    NewRefusal {
+        id: Uuid::now_v7(),
+        principal: job.principal.clone(),
+        id_hash: job.request.id_hash(),
+        digest: job.request.digest(),
+        refusal: Refusal::of(
+            "id",
+            RefusalCode::IdConflict,
+            "id: a job with this id and other content was accepted before, and stands; use a new id",
+        ),
+        request_id: Some(job.request.id.as_str().to_owned()),
+        key: Some(job.key.clone()),
+        ingress: job.ingress,
+    }
+}
+
+/// Writes refusals that are new verdicts, each with its audit entry and event.
+async fn insert_refusals(
+    transaction: &Transaction<'_>,
+    refusals: &[NewRefusal],
+    now: OffsetDateTime,
+) -> Result<(), StoreError> {
+    const INSERT: &str = "
+        insert into refusal (id, principal, id_hash, digest, code, field, message, request_id, ingress, refused_at)
+        select *, $10 from unnest($1::uuid[], $2::text[], $3::bytea[], $4::bytea[], $5::text[], $6::text[], $7::text[],
+                             $8::text[], $9::text[]) as new(id, principal, id_hash, digest, code)
+        order by 2, 3, 4, 5
+        on conflict do nothing returning id";
+    if refusals.is_empty() {
+        return Ok(());
+    }
+    let ids: Vec<Uuid> = refusals.iter().map(|new| new.id).collect();
+    let principals: Vec<&str> = refusals.iter().map(|new| new.principal.as_str()).collect();
+    let hashes: Vec<&[u8]> = refusals.iter().map(|new| new.id_hash.as_slice()).collect();
+    let digests: Vec<&[u8]> = refusals.iter().map(|new| new.digest.as_slice()).collect();
+    let codes: Vec<&str> = refusals.iter().map(|new| new.refusal.code.as_str()).collect();
+    let fields: Vec<Option<&str>> = refusals.iter().map(|new| new.refusal.field.as_deref()).collect();
+    let messages: Vec<&str> = refusals.iter().map(|new| new.refusal.message.as_str()).collect();
+    let request_ids: Vec<Option<&str>> = refusals.iter().map(|new| new.request_id.as_deref()).collect();
+    let ingresses: Vec<&str> = refusals.iter().map(|new| new.ingress).collect();
+    let insert = transaction.prepare_cached(INSERT).await?;
+    let rows = transaction
+        .query(
+            &insert,
+            &[&ids, &principals, &hashes, &digests, &codes, &fields, &messages, &request_ids, &ingresses, &now],
+        )
+        .await?;
+    let new: std::collections::HashSet<Uuid> = rows.iter().map(|row| row.get(0)).collect();
+    let new: Vec<&NewRefusal> = refusals.iter().filter(|refusal| new.contains(&refusal.id)).collect();
+    let entries = new.iter().map(|new| {
+        let fact = Fact::new(
+            Kind::Refused,
+            json!({
+                "principal": new.principal,
+                "ingress": new.ingress,
+                "request_id": new.request_id,
+                "key": new.key.as_ref().map(ToString::to_string),
+                "code": new.refusal.code.as_str(),
+                "field": new.refusal.field,
+            }),
+        );
+        (new.id, 1, fact.entry(new.id, 1, now))
+    });
+    insert_audit(transaction, entries.collect()).await?;
+    let events = new.iter().map(|new| {
+        Event::of_refusal(new.id, &new.principal, new.request_id.as_deref(), new.key.as_ref(), &new.refusal, now)
+    });
+    insert_events(transaction, &events.collect::<Vec<_>>()).await
+}
+
+/// Appends audit entries: subject, number, canonical bytes.
+pub(super) async fn insert_audit(
+    transaction: &Transaction<'_>,
+    entries: Vec<(Uuid, i32, String)>,
+) -> Result<(), StoreError> {
+    const INSERT: &str = "
+        insert into audit_entry (subject, n, entry) select * from unnest($1::uuid[], $2::integer[], $3::text[])";
+    let (mut subjects, mut numbers, mut texts) = (Vec::new(), Vec::new(), Vec::new());
+    for (subject, n, text) in entries {
+        subjects.push(subject);
+        numbers.push(n);
+        texts.push(text);
+    }
+    if subjects.is_empty() {
+        return Ok(());
+    }
+    let insert = transaction.prepare_cached(INSERT).await?;
+    transaction.execute(&insert, &[&subjects, &numbers, &texts]).await?;
+    Ok(())
+}
+
+/// Puts events into the outbox.
+pub(super) async fn insert_events(transaction: &Transaction<'_>, events: &[Event]) -> Result<(), StoreError> {
+    const INSERT: &str = "
+        insert into outbox (event_id, routing_key, body, due_at)
+        select *, keyferry_now() from unnest($1::uuid[], $2::text[], $3::text[])";
+    if events.is_empty() {
+        return Ok(());
+    }
+    let ids: Vec<Uuid> = events.iter().map(|event| event.id).collect();
+    let routing_keys: Vec<&str> = events.iter().map(|event| event.routing_key.as_str()).collect();
+    let bodies: Vec<&str> = events.iter().map(|event| event.body.as_str()).collect();
+    let insert = transaction.prepare_cached(INSERT).await?;
+    transaction.execute(&insert, &[&ids, &routing_keys, &bodies]).await?;
+    Ok(())
+}

@@ -1,0 +1,424 @@
+//! Claims: lines with work, each under a lease, with all that the head's job needs.
+
+use super::{Store, StoreError};
+use crate::job::{KeyArn, KeyKind, Request, RequestId, WrappingAlgorithm, WrappingKeySpec};
+use crate::kms::ImportParameters;
+use crate::source::{Fingerprint, SealedKey};
+use deadpool_postgres::Transaction;
+use std::collections::HashMap;
+use std::time::Duration;
+use time::OffsetDateTime;
+use tokio_postgres::Row;
+use uuid::Uuid;
+
+/// The right to act for a line until it expires. Every later write names it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Lease {
+    /// The line.
+    pub line_id: i64,
+    /// Random, new with every claim.
+    pub token: Uuid,
+}
+
+/// The job at the head of a claimed line.
+#[derive(Debug)]
+pub struct ClaimedJob {
+    /// The lease.
+    pub lease: Lease,
+    /// The store's time of the claim.
+    pub now: OffsetDateTime,
+    /// Claims of this job, this one included.
+    pub attempt: u32,
+    /// The job's id.
+    pub id: Uuid,
+    /// Place in the line.
+    pub sequence: i64,
+    /// Who asked.
+    pub principal: String,
+    /// What was asked.
+    pub request: Request,
+    /// W3C trace context of the request.
+    pub traceparent: Option<String>,
+    /// When the message was accepted.
+    pub accepted_at: OffsetDateTime,
+    /// When the job gives up.
+    pub deadline: OffsetDateTime,
+    /// The KMS key.
+    pub key: KeyArn,
+    /// Keyferry's name of the KMS key.
+    pub key_id: Uuid,
+    /// When the KMS key was registered.
+    pub key_created_at: OffsetDateTime,
+    /// How far earlier attempts came.
+    pub progress: Progress,
+    /// The source key that was chosen, or that the request names; `None`: unknown, or none named.
+    pub source_key: Option<SealedKey>,
+    /// The material that was last put on the key.
+    pub last_material: Option<KnownMaterial>,
+    /// A call of an earlier job that may still take effect: what it does, until when.
+    pub late: Option<(String, OffsetDateTime)>,
+}
+
+/// How far a job has come.
+#[derive(Clone, Debug, Default)]
+pub struct Progress {
+    /// Whether the choice of the source key is committed.
+    pub is_chosen: bool,
+    /// What its mutating call does.
+    pub effect: Option<String>,
+    /// A mutating call may have taken effect.
+    pub in_doubt: bool,
+    /// AWS answered that it took the material.
+    pub imported: bool,
+    /// The id that AWS gave the material.
+    pub key_material_id: Option<String>,
+    /// Sets of import parameters thrown away.
+    pub refreshes: u32,
+    /// Kept for retries.
+    pub parameters: Option<ImportParameters>,
+    /// Attempts so far ended because of this, as in the audit trail.
+    pub last_error: Option<serde_json::Value>,
+}
+
+/// A material that Keyferry has, or may have, put on a key.
+#[derive(Clone, Debug)]
+pub struct KnownMaterial {
+    /// Keyed hash.
+    pub fingerprint: Fingerprint,
+    /// The source key's name.
+    pub source_key_name: String,
+    /// The id that AWS gave it.
+    pub key_material_id: Option<String>,
+}
+
+/// Takes up to `$1` due lines: lanes that have any, the longest unserved first, an equal share each.
+///
+/// `$2` lease in milliseconds. `$3` whether to look below the lanes' `scan_from`.
+/// Lanes without work are never touched: the recursive term skips from one lane in the index to the next.
+pub const CLAIM: &str = "
+    with recursive clock as materialized (select keyferry_now() as now),
+    busy(lane_id) as (
+        (select lane_id from line where due_at is not null order by lane_id limit 1)
+        union all
+        select (select line.lane_id from line where due_at is not null and line.lane_id > busy.lane_id
+                order by line.lane_id limit 1)
+        from busy where busy.lane_id is not null
+    ),
+    open_lane as materialized (
+        select lane.id, case when $3 then '-infinity' else lane.scan_from end as scan_from, count(*) over () as lanes
+        from busy join lane on lane.id = busy.lane_id
+        where lane.open_at <= (select now from clock)
+        order by lane.served_at, lane.id
+    ),
+    picked as materialized (
+        select due.id, due.lane_id, due.taken_over from open_lane cross join lateral (
+            select line.id, line.lane_id, line.token is not null as taken_over from line
+            where line.lane_id = open_lane.id
+              and line.due_at >= open_lane.scan_from and line.due_at <= (select now from clock)
+            order by line.due_at
+            limit greatest(1, $1 / open_lane.lanes)
+            for no key update skip locked
+        ) as due
+        limit $1
+    ),
+    served as (
+        update lane set served_at = (select now from clock)
+        where id in (
+            select lane.id from lane
+            where lane.id in (select lane_id from picked)
+              and lane.served_at < (select now from clock) - interval '100 ms'
+            for no key update skip locked)
+    )
+    update line
+    set token = gen_random_uuid(),
+        due_at = clock.now + $2 * interval '1 ms',
+        attempt = line.attempt + 1
+    from picked, clock
+    where line.id = picked.id
+    returning line.id, line.token, line.head_seq, line.attempt, picked.taken_over, clock.now,
+              case when line.late_until > clock.now then line.late_effect end, line.late_until";
+
+/// Reads what the heads of claimed lines need. A statement of its own: it must not see an older state
+/// than the lines that were just locked.
+pub const READ: &str = "
+    select head.line_id,
+           job.id, job.principal, job.request_source, job.request_id, job.request, job.traceparent,
+           job.accepted_at, job.deadline, kms_key.arn, kms_key.id, kms_key.created_at,
+           progress.job_id is not null, progress.effect, coalesce(progress.in_doubt, false),
+           coalesce(progress.imported, false), progress.key_material_id, coalesce(progress.refreshes, 0),
+           progress.wrapping_algorithm, progress.wrapping_key_spec, progress.public_key, progress.import_token,
+           progress.parameters_valid_to, progress.last_error, progress.source_key_id,
+           source.id, source.name, source.kind, source.fingerprint, source.fingerprint_version, source.kek_id,
+           source.sealed_material, source.sealed_data_key,
+           last.fingerprint, last.fingerprint_version, last.source_key_name, last.key_material_id
+    from unnest($1::bigint[], $2::bigint[]) as head(line_id, seq)
+    join job on job.line_id = head.line_id and job.seq = head.seq
+    join kms_key on kms_key.id = job.kms_key_id
+    left join progress on progress.job_id = job.id
+    left join lateral (
+        select * from (
+            select * from source_key where id = progress.source_key_id
+            union all
+            select * from source_key
+            where progress.source_key_id is null and name = job.request::jsonb ->> 'source_key_identifier'
+            union all
+            select * from source_key
+            where progress.source_key_id is null and id = case
+                when job.request::jsonb ->> 'source_key_identifier' ~
+                     '^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$'
+                then (job.request::jsonb ->> 'source_key_identifier')::uuid end
+        ) as found limit 1
+    ) as source on true
+    left join lateral (
+        select * from kms_material where kms_key_id = kms_key.id and imported_at is not null
+        order by imported_at desc limit 1
+    ) as last on true";
+
+/// A takeover leaves a call behind that may still take effect, if its job was about to make one.
+const MARK_LATE: &str = "
+    update line
+    set late_until = greatest(line.late_until, keyferry_now() + $3 * interval '1 ms'), late_effect = taken.effect
+    from unnest($1::bigint[], $2::text[]) as taken(id, effect)
+    where line.id = taken.id";
+
+impl Store {
+    /// Claims up to `most` lines for `lease`. `whole_index` ignores the lanes' lower bounds, which are hints:
+    /// now and then a claim must.
+    pub async fn claim(
+        &self,
+        most: usize,
+        lease: Duration,
+        signature_life: Duration,
+        whole_index: bool,
+    ) -> Result<Vec<ClaimedJob>, StoreError> {
+        self.retrying(|| self.claim_once(most, lease, signature_life, whole_index)).await
+    }
+
+    async fn claim_once(
+        &self,
+        most: usize,
+        lease: Duration,
+        signature_life: Duration,
+        whole_index: bool,
+    ) -> Result<Vec<ClaimedJob>, StoreError> {
+        let mut client = self.client().await?;
+        let transaction = client.transaction().await?;
+        let claim = transaction.prepare_cached(CLAIM).await?;
+        let most = i64::try_from(most).unwrap_or(i64::MAX);
+        let claimed = transaction.query(&claim, &[&most, &millis(lease), &whole_index]).await?;
+        if claimed.is_empty() {
+            transaction.rollback().await?;
+            return Ok(Vec::new());
+        }
+        let heads: HashMap<i64, Head> = claimed.iter().map(|row| (row.get(0), Head::of(row))).collect();
+        let lines: Vec<i64> = heads.keys().copied().collect();
+        let seqs: Vec<i64> = heads.values().map(|head| head.seq).collect();
+        let read = transaction.prepare_cached(READ).await?;
+        let rows = transaction.query(&read, &[&lines, &seqs]).await?;
+        let jobs = rows.iter().map(|row| claimed_job(row, &heads)).collect::<Result<Vec<_>, _>>()?;
+        mark_late(&transaction, &jobs, &heads, signature_life).await?;
+        transaction.commit().await?;
+        Ok(jobs)
+    }
+
+    /// Renews leases that are still held; returns those that are. A line that is locked right now is left
+    /// for the next beat.
+    pub async fn renew(&self, leases: &[Lease], lease: Duration) -> Result<Renewed, StoreError> {
+        const RENEW: &str = "
+            with held as materialized (
+                select line.id from unnest($1::bigint[], $2::uuid[]) as asked(id, token)
+                join line on line.id = asked.id and line.token = asked.token
+                order by line.id for no key update of line skip locked)
+            update line set due_at = keyferry_now() + $3 * interval '1 ms'
+            from held where line.id = held.id
+            returning line.id, line.token";
+        const LOST: &str = "
+            select asked.id, asked.token from unnest($1::bigint[], $2::uuid[]) as asked(id, token)
+            join line on line.id = asked.id where line.token is distinct from asked.token";
+        let client = self.client().await?;
+        let lines: Vec<i64> = leases.iter().map(|lease| lease.line_id).collect();
+        let tokens: Vec<Uuid> = leases.iter().map(|lease| lease.token).collect();
+        let renew = client.prepare_cached(RENEW).await?;
+        let rows = client.query(&renew, &[&lines, &tokens, &millis(lease)]).await?;
+        let lost = client.prepare_cached(LOST).await?;
+        let lost =
+            if rows.len() == leases.len() { Vec::new() } else { client.query(&lost, &[&lines, &tokens]).await? };
+        let leases = |rows: &[Row]| rows.iter().map(|row| Lease { line_id: row.get(0), token: row.get(1) }).collect();
+        Ok(Renewed { held: leases(&rows), lost: leases(&lost) })
+    }
+
+    /// Lets jobs whose `not_before` has come join their lines, and moves the lanes' lower bounds.
+    /// Returns how many jobs joined.
+    pub async fn keep_house(&self) -> Result<usize, StoreError> {
+        self.retrying(|| self.keep_house_once()).await
+    }
+
+    async fn keep_house_once(&self) -> Result<usize, StoreError> {
+        const DUE: &str = "
+            select future.job_id, job.line_id from future join job on job.id = future.job_id
+            where future.not_before <= (select keyferry_now())
+            order by future.not_before limit 200
+            for no key update of future skip locked";
+        const LOCK: &str = "select id from line where id = any($1) order by id for no key update";
+        const JOIN: &str = "
+            with joining as materialized (
+                select job.id, job.line_id, job.lane_id,
+                       row_number() over (partition by job.line_id order by asked.place) as nth,
+                       count(*) over (partition by job.line_id) as count
+                from unnest($1::uuid[]) with ordinality as asked(id, place) join job using (id)),
+            extended as (
+                update line set tail_seq = line.tail_seq + joining.count,
+                                lane_id = case when due_at is null then joining.lane_id else line.lane_id end,
+                                due_at = coalesce(due_at, keyferry_now())
+                from joining where joining.nth = 1 and line.id = joining.line_id
+                returning line.id, line.tail_seq - joining.count as before),
+            gone as (delete from future where job_id = any($1))
+            update job set seq = extended.before + joining.nth
+            from joining join extended on extended.id = joining.line_id
+            where job.id = joining.id";
+        // A margin of five seconds covers transactions that stamped a line and have not yet committed.
+        const SCAN_FROM: &str = "
+            update lane set scan_from = bound.at
+            from (select lane.id, least(keyferry_now() - interval '5 s', (
+                      select line.due_at from line where line.lane_id = lane.id and line.due_at is not null
+                      order by line.due_at limit 1)) as at
+                  from (select id from lane where served_at > keyferry_now() - interval '1 min'
+                        order by id for no key update skip locked) as lane) as bound
+            where lane.id = bound.id and lane.scan_from < bound.at - interval '1 s'";
+        let mut client = self.client().await?;
+        let transaction = client.transaction().await?;
+        let due = transaction.prepare_cached(DUE).await?;
+        let rows = transaction.query(&due, &[]).await?;
+        if !rows.is_empty() {
+            let ids: Vec<Uuid> = rows.iter().map(|row| row.get(0)).collect();
+            let lines: Vec<i64> = rows.iter().map(|row| row.get(1)).collect();
+            let lock = transaction.prepare_cached(LOCK).await?;
+            transaction.execute(&lock, &[&lines]).await?;
+            let join = transaction.prepare_cached(JOIN).await?;
+            transaction.execute(&join, &[&ids]).await?;
+        }
+        let scan_from = transaction.prepare_cached(SCAN_FROM).await?;
+        transaction.execute(&scan_from, &[]).await?;
+        transaction.commit().await?;
+        Ok(rows.len())
+    }
+}
+
+/// What became of leases that were to be renewed.
+#[derive(Debug)]
+pub struct Renewed {
+    /// Renewed.
+    pub held: Vec<Lease>,
+    /// Taken over, or settled meanwhile.
+    pub lost: Vec<Lease>,
+}
+
+/// Milliseconds for `interval` arithmetic.
+pub(super) fn millis(duration: Duration) -> f64 {
+    duration.as_secs_f64() * 1_000.0
+}
+
+struct Head {
+    token: Uuid,
+    seq: i64,
+    attempt: i32,
+    taken_over: bool,
+    now: OffsetDateTime,
+    late: Option<(String, OffsetDateTime)>,
+}
+
+impl Head {
+    fn of(row: &Row) -> Self {
+        Self {
+            token: row.get(1),
+            seq: row.get(2),
+            attempt: row.get(3),
+            taken_over: row.get(4),
+            now: row.get(5),
+            late: row.get::<_, Option<String>>(6).zip(row.get::<_, Option<OffsetDateTime>>(7)),
+        }
+    }
+}
+
+fn claimed_job(row: &Row, heads: &HashMap<i64, Head>) -> Result<ClaimedJob, StoreError> {
+    let line_id: i64 = row.get(0);
+    let broken = |what: &str| {
+        StoreError::Settings(format!("line {line_id}: {what} cannot be read; was it written by a newer version?"))
+    };
+    let head = heads.get(&line_id).ok_or_else(|| broken("its head"))?;
+    let id = RequestId::parse(row.get(4)).ok_or_else(|| broken("the request's id"))?;
+    let request = Request::from_canonical(row.get(5), id, row.get(3)).map_err(|_| broken("the request"))?;
+    Ok(ClaimedJob {
+        lease: Lease { line_id, token: head.token },
+        now: head.now,
+        attempt: u32::try_from(head.attempt).unwrap_or(1),
+        id: row.get(1),
+        sequence: head.seq,
+        principal: row.get(2),
+        request,
+        traceparent: row.get(6),
+        accepted_at: row.get(7),
+        deadline: row.get(8),
+        key: KeyArn::parse(row.get(9)).map_err(|_| broken("the key's ARN"))?,
+        key_id: row.get(10),
+        key_created_at: row.get(11),
+        progress: Progress {
+            is_chosen: row.get::<_, Option<Uuid>>(24).is_some(),
+            effect: row.get(13),
+            in_doubt: row.get(14),
+            imported: row.get(15),
+            key_material_id: row.get(16),
+            refreshes: u32::try_from(row.get::<_, i32>(17)).unwrap_or(0),
+            parameters: parameters(row),
+            last_error: row.get(23),
+        },
+        source_key: source_key(row).map_err(broken)?,
+        last_material: row.get::<_, Option<Vec<u8>>>(33).map(|hash| KnownMaterial {
+            fingerprint: Fingerprint { version: row.get(34), hash },
+            source_key_name: row.get(35),
+            key_material_id: row.get(36),
+        }),
+        late: head.late.clone(),
+    })
+}
+
+fn parameters(row: &Row) -> Option<ImportParameters> {
+    Some(ImportParameters {
+        algorithm: WrappingAlgorithm::parse(row.get::<_, Option<&str>>(18)?)?,
+        key_spec: WrappingKeySpec::parse(row.get::<_, Option<&str>>(19)?)?,
+        public_key: row.get::<_, Option<Vec<u8>>>(20)?,
+        import_token: row.get::<_, Option<Vec<u8>>>(21)?,
+        valid_to: row.get::<_, Option<OffsetDateTime>>(22)?,
+        aws_request_id: None,
+    })
+}
+
+fn source_key(row: &Row) -> Result<Option<SealedKey>, &'static str> {
+    let Some(id) = row.get::<_, Option<Uuid>>(25) else { return Ok(None) };
+    Ok(Some(SealedKey {
+        id,
+        name: row.get(26),
+        kind: KeyKind::parse(row.get(27)).ok_or("the source key's kind")?,
+        fingerprint: Fingerprint { hash: row.get(28), version: row.get(29) },
+        kek_id: row.get(30),
+        sealed_material: row.get(31),
+        sealed_data_key: row.get(32),
+    }))
+}
+
+async fn mark_late(
+    transaction: &Transaction<'_>,
+    jobs: &[ClaimedJob],
+    heads: &HashMap<i64, Head>,
+    signature_life: Duration,
+) -> Result<(), StoreError> {
+    let left_behind = jobs.iter().filter(|job| job.progress.in_doubt && heads[&job.lease.line_id].taken_over);
+    let (lines, effects): (Vec<i64>, Vec<Option<&str>>) =
+        left_behind.map(|job| (job.lease.line_id, job.progress.effect.as_deref())).unzip();
+    if lines.is_empty() {
+        return Ok(());
+    }
+    let statement = transaction.prepare_cached(MARK_LATE).await?;
+    transaction.execute(&statement, &[&lines, &effects, &millis(signature_life)]).await?;
+    Ok(())
+}

@@ -1,0 +1,187 @@
+//! Every SQL statement and every transaction.
+//!
+//! Verbs take slices. Multi-row statements lock in id order; deadlocks and serialisation failures are
+//! tried again here, everything else is the caller's to judge by [`StoreError`]. No transaction is open
+//! across a network call other than to Postgres itself.
+
+mod accept;
+mod bisect;
+mod claim;
+mod keys;
+mod outbox;
+mod prepare;
+mod read;
+mod schema;
+mod settle;
+
+pub use accept::{Candidate, NewJob, NewRefusal, Verdict};
+pub use bisect::bisect;
+pub use claim::{ClaimedJob, KnownMaterial, Lease, Progress, Renewed};
+pub use keys::{KeyDeletion, KeyListing, NewSourceKey, SourceKeyOrigin};
+pub use outbox::OutboxRow;
+pub use prepare::{Prepared, Step};
+pub use read::{JobFilter, JobView};
+pub use schema::{Migrated, SchemaError, migrate};
+pub use settle::{Material, RetryState, Settlement, SettlementKind};
+
+/// Statements whose cost the suite bounds with `EXPLAIN`.
+pub mod statements {
+    pub use super::claim::{CLAIM, READ};
+    pub use super::settle::{END_JOBS, LOCK, RELEASE};
+}
+
+use crate::config::Database;
+use deadpool_postgres::{Manager, ManagerConfig, Object, Pool, PoolError, RecyclingMethod, Runtime};
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject as _;
+use std::time::Duration;
+use time::OffsetDateTime;
+use tokio_postgres::error::SqlState;
+use tokio_postgres_rustls::MakeRustlsConnect;
+
+/// Why a verb did not come to an end.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// Postgres is away, full, or slow. Try again later.
+    #[error("Postgres is not available: {0}")]
+    Unavailable(String),
+    /// A row breaks a rule of the database: the row's fault, found by bisection.
+    #[error("Postgres refuses a row: {0}")]
+    Data(String),
+    /// Two transactions met. Tried again here before anybody sees it.
+    #[error("a transaction gave way: {0}")]
+    Conflict(String),
+    /// The database URL or the authority's file is of no use.
+    #[error("{0}")]
+    Settings(String),
+}
+
+/// The store: a pool of connections of the worker's role.
+#[derive(Clone, Debug)]
+pub struct Store {
+    pool: Pool,
+}
+
+impl Store {
+    /// Prepares the pool. Connects nowhere yet.
+    pub fn new(url: &str, settings: &Database) -> Result<Self, StoreError> {
+        let (mut config, tls) = connection(url, settings)?;
+        // Plans must not depend on whether a fresh table was ever analysed: a cached plan that was made on
+        // an empty table would scan it when it is full. Every statement here has its index.
+        config.options(format!(
+            "-c statement_timeout={} -c lock_timeout={} -c idle_in_transaction_session_timeout=15000 \
+             -c client_connection_check_interval=5000 -c jit=off -c enable_seqscan=off \
+             -c enable_bitmapscan=off -c enable_hashjoin=off -c enable_mergejoin=off",
+            settings.statement_timeout_ms,
+            settings.statement_timeout_ms / 2,
+        ));
+        let manager = Manager::from_config(config, tls, ManagerConfig { recycling_method: RecyclingMethod::Fast });
+        let wait = Some(Duration::from_millis(settings.connect_timeout_ms));
+        let pool = Pool::builder(manager)
+            .max_size(settings.connections)
+            .wait_timeout(wait)
+            .create_timeout(wait)
+            .recycle_timeout(wait)
+            .runtime(Runtime::Tokio1)
+            .build()
+            .map_err(|error| StoreError::Settings(error.to_string()))?;
+        Ok(Self { pool })
+    }
+
+    /// The one clock.
+    pub async fn now(&self) -> Result<OffsetDateTime, StoreError> {
+        let client = self.client().await?;
+        let statement = client.prepare_cached("select keyferry_now()").await?;
+        Ok(client.query_one(&statement, &[]).await?.try_get(0)?)
+    }
+
+    async fn client(&self) -> Result<Object, StoreError> {
+        Ok(self.pool.get().await?)
+    }
+
+    /// Runs a transaction again while it gives way to another.
+    async fn retrying<T, F, Fut>(&self, transaction: F) -> Result<T, StoreError>
+    where
+        F: Fn() -> Fut,
+        Fut: Future<Output = Result<T, StoreError>>,
+    {
+        const MOST: u32 = 8;
+        let mut made = 1;
+        loop {
+            match transaction().await {
+                Err(StoreError::Conflict(reason)) if made == MOST => return Err(StoreError::Unavailable(reason)),
+                Err(StoreError::Conflict(_)) => made += 1,
+                outcome => return outcome,
+            }
+        }
+    }
+}
+
+/// Reads a URL and makes the TLS connector. `sslmode` decides whether TLS is used; the server's
+/// certificate is always verified when it is.
+fn connection(url: &str, settings: &Database) -> Result<(tokio_postgres::Config, MakeRustlsConnect), StoreError> {
+    let mut config: tokio_postgres::Config = url.parse().map_err(|_| {
+        // The parser's own words could repeat a password.
+        StoreError::Settings(
+            "the database URL is not understood: expected postgres://user:password@host:port/database?sslmode=require"
+                .into(),
+        )
+    })?;
+    config
+        .application_name("keyferry")
+        .connect_timeout(Duration::from_millis(settings.connect_timeout_ms))
+        .keepalives(true)
+        .keepalives_idle(Duration::from_secs(15))
+        .keepalives_interval(Duration::from_secs(5))
+        .tcp_user_timeout(Duration::from_millis(settings.statement_timeout_ms * 2));
+    let mut roots = rustls::RootCertStore::empty();
+    match &settings.ca_file {
+        Some(path) => {
+            let unreadable = |error: &dyn std::fmt::Display| {
+                StoreError::Settings(format!("the setting database.ca_file names {}: {error}", path.display()))
+            };
+            for certificate in CertificateDer::pem_file_iter(path).map_err(|error| unreadable(&error))? {
+                let certificate = certificate.map_err(|error| unreadable(&error))?;
+                roots.add(certificate).map_err(|error| unreadable(&error))?;
+            }
+        }
+        None => {
+            roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
+        }
+    }
+    let tls = rustls::ClientConfig::builder().with_root_certificates(roots).with_no_client_auth();
+    Ok((config, MakeRustlsConnect::new(tls)))
+}
+
+impl From<tokio_postgres::Error> for StoreError {
+    fn from(error: tokio_postgres::Error) -> Self {
+        let Some(database) = error.as_db_error() else { return Self::Unavailable(chain(&error)) };
+        // A detail can quote a row's values; the message does not.
+        let message = format!("{} ({})", database.message(), database.code().code());
+        match *database.code() {
+            SqlState::T_R_SERIALIZATION_FAILURE | SqlState::T_R_DEADLOCK_DETECTED => Self::Conflict(message),
+            // Classes 22 data exception, 23 integrity constraint, 54 program limit: the row's fault.
+            ref code if ["22", "23", "54"].contains(&&code.code()[..2]) => Self::Data(message),
+            _ => Self::Unavailable(message),
+        }
+    }
+}
+
+impl From<PoolError> for StoreError {
+    fn from(error: PoolError) -> Self {
+        match error {
+            PoolError::Backend(error) => error.into(),
+            other => Self::Unavailable(other.to_string()),
+        }
+    }
+}
+
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(inner) = cause {
+        text = format!("{text}: {inner}");
+        cause = inner.source();
+    }
+    text
+}

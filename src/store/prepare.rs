@@ -1,0 +1,152 @@
+//! The step before AWS is changed: the choice of material and the import parameters become durable.
+
+use super::accept::insert_audit;
+use super::{Lease, Store, StoreError};
+use crate::audit::Fact;
+use crate::kms::ImportParameters;
+use crate::source::SealedKey;
+use deadpool_postgres::Transaction;
+use std::collections::{HashMap, HashSet};
+use uuid::Uuid;
+
+/// What a job is about to do.
+#[derive(Debug)]
+pub struct Step {
+    /// The lease under which it is written.
+    pub lease: Lease,
+    /// The job.
+    pub job_id: Uuid,
+    /// The source key that will be imported.
+    pub source_key_id: Uuid,
+    /// A source key that was generated for this job and is stored with the choice.
+    pub generated: Option<SealedKey>,
+    /// What the mutating call does: source key and expiry.
+    pub effect: String,
+    /// Parameters to keep; `None`: those kept before are still in use.
+    pub parameters: Option<ImportParameters>,
+    /// What the audit trail says of it.
+    pub facts: Vec<Fact>,
+}
+
+/// What became of a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Prepared {
+    /// Durable: AWS may be changed now.
+    Ready,
+    /// The lease is another's.
+    LeaseLost,
+    /// The source key was deleted meanwhile.
+    SourceKeyDeleted,
+}
+
+impl Store {
+    /// Writes a slice of steps, each valid only under its lease.
+    pub async fn prepare(&self, steps: &[&Step]) -> Result<Vec<Prepared>, StoreError> {
+        self.retrying(|| self.prepare_once(steps)).await
+    }
+
+    async fn prepare_once(&self, steps: &[&Step]) -> Result<Vec<Prepared>, StoreError> {
+        const LOCK: &str = "
+            select line.id, coalesce(progress.audit_n, 1), (select keyferry_now())
+            from unnest($1::bigint[], $2::uuid[], $3::uuid[]) as asked(id, token, job_id)
+            join line on line.id = asked.id and line.token = asked.token
+            left join progress on progress.job_id = asked.job_id
+            order by line.id for no key update of line";
+        // Shared: a key that is being chosen cannot be deleted at the same time.
+        const PIN: &str = "select id from source_key where id = any($1) and deleted_at is null order by id for share";
+        let mut client = self.client().await?;
+        let transaction = client.transaction().await?;
+        let lines: Vec<i64> = steps.iter().map(|step| step.lease.line_id).collect();
+        let tokens: Vec<Uuid> = steps.iter().map(|step| step.lease.token).collect();
+        let jobs: Vec<Uuid> = steps.iter().map(|step| step.job_id).collect();
+        let lock = transaction.prepare_cached(LOCK).await?;
+        let rows = transaction.query(&lock, &[&lines, &tokens, &jobs]).await?;
+        let Some(now) = rows.first().map(|row| row.get(2)) else {
+            return Ok(vec![Prepared::LeaseLost; steps.len()]);
+        };
+        let held: HashMap<i64, i32> = rows.iter().map(|row| (row.get(0), row.get(1))).collect();
+
+        let generated: Vec<&SealedKey> = steps
+            .iter()
+            .filter(|step| held.contains_key(&step.lease.line_id))
+            .filter_map(|step| step.generated.as_ref())
+            .collect();
+        super::keys::insert_source_keys(&transaction, &generated, super::SourceKeyOrigin::Generated, now).await?;
+        let sources: Vec<Uuid> = steps.iter().map(|step| step.source_key_id).collect();
+        let pin = transaction.prepare_cached(PIN).await?;
+        let alive: HashSet<Uuid> = transaction.query(&pin, &[&sources]).await?.iter().map(|row| row.get(0)).collect();
+
+        let outcomes: Vec<Prepared> = steps
+            .iter()
+            .map(|step| match held.contains_key(&step.lease.line_id) {
+                false => Prepared::LeaseLost,
+                true if alive.contains(&step.source_key_id) => Prepared::Ready,
+                true => Prepared::SourceKeyDeleted,
+            })
+            .collect();
+        let ready: Vec<&Step> = steps
+            .iter()
+            .zip(&outcomes)
+            .filter(|(_, outcome)| **outcome == Prepared::Ready)
+            .map(|(step, _)| *step)
+            .collect();
+        write_progress(&transaction, &ready, &held).await?;
+        let mut entries = Vec::new();
+        for step in &ready {
+            for (n, fact) in (held[&step.lease.line_id] + 1..).zip(&step.facts) {
+                entries.push((step.job_id, n, fact.entry(step.job_id, n, now)));
+            }
+        }
+        insert_audit(&transaction, entries).await?;
+        transaction.commit().await?;
+        Ok(outcomes)
+    }
+}
+
+async fn write_progress(
+    transaction: &Transaction<'_>,
+    steps: &[&Step],
+    held: &HashMap<i64, i32>,
+) -> Result<(), StoreError> {
+    // A choice that was committed before stays: the caller has read it and brings the same.
+    const WRITE: &str = "
+        insert into progress (job_id, source_key_id, effect, in_doubt, audit_n, wrapping_algorithm, wrapping_key_spec,
+                              public_key, import_token, parameters_valid_to)
+        select job_id, source_key_id, effect, true, audit_n, algorithm, key_spec, public_key, import_token, valid_to
+        from unnest($1::uuid[], $2::uuid[], $3::text[], $4::integer[], $5::text[], $6::text[], $7::bytea[], $8::bytea[],
+                    $9::timestamptz[])
+             as new(job_id, source_key_id, effect, audit_n, algorithm, key_spec, public_key, import_token, valid_to)
+        on conflict (job_id) do update set
+            source_key_id = coalesce(progress.source_key_id, excluded.source_key_id),
+            effect = excluded.effect,
+            in_doubt = true,
+            audit_n = excluded.audit_n,
+            wrapping_algorithm = coalesce(excluded.wrapping_algorithm, progress.wrapping_algorithm),
+            wrapping_key_spec = coalesce(excluded.wrapping_key_spec, progress.wrapping_key_spec),
+            public_key = coalesce(excluded.public_key, progress.public_key),
+            import_token = coalesce(excluded.import_token, progress.import_token),
+            parameters_valid_to = coalesce(excluded.parameters_valid_to, progress.parameters_valid_to)";
+    if steps.is_empty() {
+        return Ok(());
+    }
+    let jobs: Vec<Uuid> = steps.iter().map(|step| step.job_id).collect();
+    let sources: Vec<Uuid> = steps.iter().map(|step| step.source_key_id).collect();
+    let effects: Vec<&str> = steps.iter().map(|step| step.effect.as_str()).collect();
+    let counts: Vec<i32> =
+        steps.iter().map(|step| held[&step.lease.line_id] + i32::try_from(step.facts.len()).unwrap_or(0)).collect();
+    let of = |step: &&Step| step.parameters.as_ref().map(|set| set.algorithm.as_str());
+    let algorithms: Vec<Option<&str>> = steps.iter().map(of).collect();
+    let specs: Vec<Option<&str>> =
+        steps.iter().map(|step| step.parameters.as_ref().map(|set| set.key_spec.as_str())).collect();
+    let public_keys: Vec<Option<&[u8]>> =
+        steps.iter().map(|step| step.parameters.as_ref().map(|set| set.public_key.as_slice())).collect();
+    let tokens: Vec<Option<&[u8]>> =
+        steps.iter().map(|step| step.parameters.as_ref().map(|set| set.import_token.as_slice())).collect();
+    let ends: Vec<Option<time::OffsetDateTime>> =
+        steps.iter().map(|step| step.parameters.as_ref().map(|set| set.valid_to)).collect();
+    let write = transaction.prepare_cached(WRITE).await?;
+    transaction
+        .execute(&write, &[&jobs, &sources, &effects, &counts, &algorithms, &specs, &public_keys, &tokens, &ends])
+        .await?;
+    Ok(())
+}

@@ -1,0 +1,438 @@
+//! Ends of attempts: outcome, audit entries, event, and the line's next head in one transaction.
+
+use super::accept::{insert_audit, insert_events};
+use super::claim::millis;
+use super::{Lease, Store, StoreError};
+use crate::audit::{Fact, Kind};
+use crate::job::{Event, Failure, JobResult, JobSummary, failure_json};
+use crate::source::Fingerprint;
+use deadpool_postgres::Transaction;
+use serde_json::{Value, json};
+use std::collections::HashMap;
+use std::time::Duration;
+use time::OffsetDateTime;
+use tokio_postgres::Row;
+use uuid::Uuid;
+
+/// How an attempt ended.
+#[derive(Debug)]
+pub struct Settlement {
+    /// The lease under which it is written.
+    pub lease: Lease,
+    /// The job.
+    pub job: JobSummary,
+    /// Keyferry's name of the KMS key.
+    pub key_id: Uuid,
+    /// What the audit trail says, before the outcome itself.
+    pub facts: Vec<Fact>,
+    /// What a mutating call of this attempt does that may still take effect.
+    pub late_effect: Option<String>,
+    /// What follows.
+    pub kind: SettlementKind,
+}
+
+/// What follows an attempt.
+#[derive(Debug)]
+pub enum SettlementKind {
+    /// The job ends.
+    Ended {
+        /// Its outcome.
+        outcome: Result<JobResult, Failure>,
+        /// The source key it imported, or was to import.
+        source_key_id: Option<Uuid>,
+        /// The material that the KMS key holds now, or may hold.
+        material: Option<Material>,
+    },
+    /// The job is tried again.
+    Retry {
+        /// When; never after the deadline while that lies ahead.
+        delay: Duration,
+        /// The job's deadline.
+        deadline: OffsetDateTime,
+        /// Why, in one line, for `jobs show`.
+        reason: Value,
+        /// What the next attempt must know.
+        state: RetryState,
+    },
+    /// The attempt did not begin; it does not count.
+    PutBack {
+        /// `None`: at once.
+        until: Option<OffsetDateTime>,
+        /// The job's deadline.
+        deadline: OffsetDateTime,
+    },
+}
+
+/// What the next attempt must know.
+#[derive(Clone, Debug, Default)]
+pub struct RetryState {
+    /// A mutating call may have taken effect.
+    pub in_doubt: bool,
+    /// AWS answered that it took the material, with this id if it gives ids.
+    pub imported: Option<Option<String>>,
+    /// AWS refused the import parameters: throw them away and count it.
+    pub refresh: bool,
+    /// Start counting refused parameters anew.
+    pub reset_refreshes: bool,
+}
+
+/// A material on a KMS key.
+#[derive(Clone, Debug)]
+pub struct Material {
+    /// Keyed hash.
+    pub fingerprint: Fingerprint,
+    /// The source key.
+    pub source_key_id: Uuid,
+    /// Its name.
+    pub source_key_name: String,
+    /// The id that AWS gave it.
+    pub key_material_id: Option<String>,
+    /// Its end of life.
+    pub valid_to: Option<OffsetDateTime>,
+    /// False: whether AWS took it was never learnt.
+    pub is_certain: bool,
+}
+
+/// Locks the lines whose leases still hold, in id order.
+pub const LOCK: &str = "
+    select line.id, coalesce(progress.audit_n, 1), line.attempt, (select keyferry_now())
+    from unnest($1::bigint[], $2::uuid[], $3::uuid[]) as asked(id, token, job_id)
+    join line on line.id = asked.id and line.token = asked.token
+    left join progress on progress.job_id = asked.job_id
+    order by line.id for no key update of line";
+
+/// Writes outcomes.
+pub const END_JOBS: &str = "
+    update job set state = ended.state, finished_at = ended.at, result = ended.result, error = ended.error,
+                   source_key_id = ended.source_key_id, attempts = ended.attempts
+    from unnest($1::uuid[], $2::text[], $3::timestamptz[], $4::jsonb[], $5::jsonb[], $6::uuid[], $7::integer[])
+         as ended(id, state, at, result, error, source_key_id, attempts)
+    where job.id = ended.id";
+
+/// Gives lines back: on to the next head, or later to the same one.
+pub const RELEASE: &str = "
+    update line set
+        token = null,
+        head_seq = line.head_seq + released.ended::int,
+        attempt = case when released.ended then 0 else line.attempt - (not released.counted)::int end,
+        due_at = case
+            when released.ended and line.head_seq = line.tail_seq then null
+            when released.ended then $8::timestamptz
+            when $8 < released.deadline then greatest($8, least(released.due_at, released.deadline))
+            else greatest($8, released.due_at) end,
+        lane_id = coalesce(
+            case when released.ended
+                 then (select job.lane_id from job where job.line_id = line.id and job.seq = line.head_seq + 1)
+                 else (select waiting.id from lane as now join lane as waiting using (account, region)
+                       where now.id = line.lane_id and waiting.operation = released.operation) end,
+            line.lane_id),
+        late_effect = coalesce(released.late_effect, line.late_effect),
+        late_until = case when released.late_effect is null then line.late_until
+                          else greatest(line.late_until, $8 + $9 * interval '1 ms') end
+    from unnest($1::bigint[], $2::boolean[], $3::boolean[], $4::timestamptz[], $5::timestamptz[], $6::text[], $7::text[])
+         as released(id, ended, counted, due_at, deadline, operation, late_effect)
+    where line.id = released.id";
+
+impl Store {
+    /// Settles a slice; says of each whether its lease still held. A lost lease means that another worker
+    /// has the line, or that this very settlement was committed and its answer lost.
+    pub async fn settle(&self, settlements: &[&Settlement], signature_life: Duration) -> Result<Vec<bool>, StoreError> {
+        self.retrying(|| self.settle_once(settlements, signature_life)).await
+    }
+
+    async fn settle_once(
+        &self,
+        settlements: &[&Settlement],
+        signature_life: Duration,
+    ) -> Result<Vec<bool>, StoreError> {
+        let mut client = self.client().await?;
+        let transaction = client.transaction().await?;
+        let lines: Vec<i64> = settlements.iter().map(|end| end.lease.line_id).collect();
+        let tokens: Vec<Uuid> = settlements.iter().map(|end| end.lease.token).collect();
+        let jobs: Vec<Uuid> = settlements.iter().map(|end| end.job.id).collect();
+        let lock = transaction.prepare_cached(LOCK).await?;
+        let rows = transaction.query(&lock, &[&lines, &tokens, &jobs]).await?;
+        let held: HashMap<i64, Held> = rows.iter().map(|row| (row.get(0), Held::of(row))).collect();
+        let Some(now) = held.values().next().map(|held| held.now) else {
+            return Ok(vec![false; settlements.len()]);
+        };
+        let valid: Vec<(&Settlement, &Held)> =
+            settlements.iter().filter_map(|end| Some((*end, held.get(&end.lease.line_id)?))).collect();
+
+        write_audit(&transaction, &valid, now).await?;
+        end_jobs(&transaction, &valid, now).await?;
+        keep_progress(&transaction, &valid).await?;
+        release(&transaction, &valid, now, signature_life).await?;
+        transaction.commit().await?;
+        Ok(settlements.iter().map(|end| held.contains_key(&end.lease.line_id)).collect())
+    }
+}
+
+struct Held {
+    audit_n: i32,
+    attempt: i32,
+    now: OffsetDateTime,
+}
+
+impl Held {
+    fn of(row: &Row) -> Self {
+        Self { audit_n: row.get(1), attempt: row.get(2), now: row.get(3) }
+    }
+}
+
+async fn write_audit(
+    transaction: &Transaction<'_>,
+    ends: &[(&Settlement, &Held)],
+    now: OffsetDateTime,
+) -> Result<(), StoreError> {
+    let mut entries = Vec::new();
+    for (end, held) in ends {
+        let facts = end.facts.iter().cloned().chain(end.own_fact());
+        for (n, fact) in (held.audit_n + 1..).zip(facts) {
+            entries.push((end.job.id, n, fact.entry(end.job.id, n, now)));
+        }
+    }
+    insert_audit(transaction, entries).await
+}
+
+impl Settlement {
+    /// The entry of the ending itself.
+    fn own_fact(&self) -> Option<Fact> {
+        match &self.kind {
+            SettlementKind::Ended { outcome: Ok(result), .. } => {
+                let material = result.0.pointer("/aws_param/CurrentKeyMaterialId");
+                Some(Fact::new(Kind::Succeeded, json!({"key": self.job.key.to_string(), "key_material_id": material})))
+            }
+            SettlementKind::Ended { outcome: Err(failure), .. } => Some(Fact::new(Kind::Failed, failure_json(failure))),
+            SettlementKind::Retry { reason, .. } => Some(Fact::new(Kind::AttemptFailed, reason.clone())),
+            SettlementKind::PutBack { .. } => None,
+        }
+    }
+
+    fn fact_count(&self) -> i32 {
+        let own = usize::from(!matches!(self.kind, SettlementKind::PutBack { .. }));
+        i32::try_from(self.facts.len() + own).unwrap_or(i32::MAX)
+    }
+}
+
+async fn end_jobs(
+    transaction: &Transaction<'_>,
+    ends: &[(&Settlement, &Held)],
+    now: OffsetDateTime,
+) -> Result<(), StoreError> {
+    const EMPTY_PROGRESS: &str = "delete from progress where job_id = any($1)";
+    const TOUCH_KEYS: &str = "
+        update kms_key set updated_at = $2 where id in
+            (select id from kms_key where id = any($1) order by id for no key update)";
+    const MATERIALS: &str = "
+        insert into kms_material (kms_key_id, fingerprint, fingerprint_version, source_tier, source_key_id,
+                                  source_key_name, key_material_id, valid_to, imported_at, job_id)
+        select key_id, fingerprint, version, 'local', source_id, name, material_id, valid_to,
+               case when certain then $10::timestamptz end, job_id
+        from unnest($1::uuid[], $2::bytea[], $3::integer[], $4::text[], $5::text[], $6::text[], $7::timestamptz[],
+                    $8::boolean[], $9::uuid[])
+             as new(key_id, fingerprint, version, source_id, name, material_id, valid_to, certain, job_id)
+        order by key_id, fingerprint
+        on conflict (kms_key_id, fingerprint) do update set
+            source_key_id = excluded.source_key_id,
+            source_key_name = excluded.source_key_name,
+            key_material_id = coalesce(excluded.key_material_id, kms_material.key_material_id),
+            valid_to = excluded.valid_to,
+            imported_at = coalesce(excluded.imported_at, kms_material.imported_at),
+            job_id = excluded.job_id";
+    let mut rows = EndedRows::default();
+    let mut events = Vec::new();
+    let mut materials = MaterialRows::default();
+    for (end, held) in ends {
+        let SettlementKind::Ended { outcome, source_key_id, material } = &end.kind else { continue };
+        rows.push(&end.job, outcome, *source_key_id, held.attempt, now);
+        events.push(Event::of_job(&end.job, outcome, now));
+        if let Some(material) = material {
+            materials.push(end, material);
+        }
+    }
+    if rows.ids.is_empty() {
+        return Ok(());
+    }
+    let end_jobs = transaction.prepare_cached(END_JOBS).await?;
+    let empty_progress = transaction.prepare_cached(EMPTY_PROGRESS).await?;
+    transaction
+        .execute(
+            &end_jobs,
+            &[&rows.ids, &rows.states, &rows.times, &rows.results, &rows.errors, &rows.sources, &rows.attempts],
+        )
+        .await?;
+    transaction.execute(&empty_progress, &[&rows.ids]).await?;
+    if !materials.keys.is_empty() {
+        let m = &materials;
+        let write = transaction.prepare_cached(MATERIALS).await?;
+        transaction
+            .execute(
+                &write,
+                &[
+                    &m.keys,
+                    &m.fingerprints,
+                    &m.versions,
+                    &m.sources,
+                    &m.names,
+                    &m.ids,
+                    &m.ends,
+                    &m.certain,
+                    &m.jobs,
+                    &now,
+                ],
+            )
+            .await?;
+        let touch = transaction.prepare_cached(TOUCH_KEYS).await?;
+        transaction.execute(&touch, &[&m.keys, &now]).await?;
+    }
+    insert_events(transaction, &events).await
+}
+
+#[derive(Default)]
+struct EndedRows {
+    ids: Vec<Uuid>,
+    states: Vec<&'static str>,
+    times: Vec<OffsetDateTime>,
+    results: Vec<Option<Value>>,
+    errors: Vec<Option<Value>>,
+    sources: Vec<Option<Uuid>>,
+    attempts: Vec<i32>,
+}
+
+impl EndedRows {
+    fn push(
+        &mut self,
+        job: &JobSummary,
+        outcome: &Result<JobResult, Failure>,
+        source: Option<Uuid>,
+        attempts: i32,
+        now: OffsetDateTime,
+    ) {
+        self.ids.push(job.id);
+        self.states.push(if outcome.is_ok() { "succeeded" } else { "failed" });
+        self.times.push(now);
+        self.results.push(outcome.as_ref().ok().map(|result| result.0.clone()));
+        self.errors.push(outcome.as_ref().err().map(failure_json));
+        self.sources.push(source);
+        self.attempts.push(attempts);
+    }
+}
+
+#[derive(Default)]
+struct MaterialRows {
+    keys: Vec<Uuid>,
+    fingerprints: Vec<Vec<u8>>,
+    versions: Vec<i32>,
+    sources: Vec<String>,
+    names: Vec<String>,
+    ids: Vec<Option<String>>,
+    ends: Vec<Option<OffsetDateTime>>,
+    certain: Vec<bool>,
+    jobs: Vec<Uuid>,
+}
+
+impl MaterialRows {
+    fn push(&mut self, end: &Settlement, material: &Material) {
+        self.keys.push(end.key_id);
+        self.fingerprints.push(material.fingerprint.hash.clone());
+        self.versions.push(material.fingerprint.version);
+        self.sources.push(material.source_key_id.to_string());
+        self.names.push(material.source_key_name.clone());
+        self.ids.push(material.key_material_id.clone());
+        self.ends.push(material.valid_to);
+        self.certain.push(material.is_certain);
+        self.jobs.push(end.job.id);
+    }
+}
+
+/// What the next attempt must know. A job that was put back before it did anything keeps no row.
+async fn keep_progress(transaction: &Transaction<'_>, ends: &[(&Settlement, &Held)]) -> Result<(), StoreError> {
+    const WRITE: &str = "
+        insert into progress (job_id, audit_n, in_doubt, imported, key_material_id, refreshes, last_error)
+        select job_id, audit_n, in_doubt, imported, material_id, refresh::int, last_error
+        from unnest($1::uuid[], $2::integer[], $3::boolean[], $4::boolean[], $5::text[], $6::boolean[], $7::boolean[],
+                    $8::jsonb[])
+             as new(job_id, audit_n, in_doubt, imported, material_id, refresh, reset, last_error)
+        on conflict (job_id) do update set
+            audit_n = excluded.audit_n,
+            in_doubt = excluded.in_doubt,
+            imported = excluded.imported or progress.imported,
+            key_material_id = coalesce(excluded.key_material_id, progress.key_material_id),
+            last_error = excluded.last_error,
+            refreshes = progress.refreshes + excluded.refreshes";
+    // Parameters that AWS refused are of no more use, whatever the reason.
+    const DISCARD: &str = "
+        update progress set wrapping_algorithm = null, wrapping_key_spec = null, public_key = null, import_token = null,
+                            parameters_valid_to = null
+        where job_id = any($1)";
+    const RESET: &str = "update progress set refreshes = 0 where job_id = any($1)";
+    let retries: Vec<(&Settlement, &Held, &Value, &RetryState)> = ends
+        .iter()
+        .filter_map(|(end, held)| match &end.kind {
+            SettlementKind::Retry { reason, state, .. } => Some((*end, *held, reason, state)),
+            _ => None,
+        })
+        .collect();
+    if retries.is_empty() {
+        return Ok(());
+    }
+    let jobs: Vec<Uuid> = retries.iter().map(|(end, ..)| end.job.id).collect();
+    let counts: Vec<i32> = retries.iter().map(|(end, held, ..)| held.audit_n + end.fact_count()).collect();
+    let doubts: Vec<bool> = retries.iter().map(|(.., state)| state.in_doubt).collect();
+    let imported: Vec<bool> = retries.iter().map(|(.., state)| state.imported.is_some()).collect();
+    let ids: Vec<Option<String>> = retries.iter().map(|(.., state)| state.imported.clone().flatten()).collect();
+    let refresh: Vec<bool> = retries.iter().map(|(.., state)| state.refresh).collect();
+    let reset: Vec<bool> = retries.iter().map(|(.., state)| state.reset_refreshes).collect();
+    let reasons: Vec<&Value> = retries.iter().map(|(_, _, reason, _)| *reason).collect();
+    let write = transaction.prepare_cached(WRITE).await?;
+    transaction.execute(&write, &[&jobs, &counts, &doubts, &imported, &ids, &refresh, &reset, &reasons]).await?;
+    let chosen = |wanted: &[bool]| -> Vec<Uuid> {
+        jobs.iter().zip(wanted).filter(|(_, wanted)| **wanted).map(|(job, _)| *job).collect()
+    };
+    for (statement, which) in [(DISCARD, chosen(&refresh)), (RESET, chosen(&reset))] {
+        if !which.is_empty() {
+            let statement = transaction.prepare_cached(statement).await?;
+            transaction.execute(&statement, &[&which]).await?;
+        }
+    }
+    Ok(())
+}
+
+async fn release(
+    transaction: &Transaction<'_>,
+    ends: &[(&Settlement, &Held)],
+    now: OffsetDateTime,
+    signature_life: Duration,
+) -> Result<(), StoreError> {
+    let count = ends.len();
+    let (mut lines, mut ended, mut counted) =
+        (Vec::with_capacity(count), Vec::with_capacity(count), Vec::with_capacity(count));
+    let (mut due, mut deadlines) = (Vec::with_capacity(count), Vec::with_capacity(count));
+    let (mut operations, mut late) = (Vec::with_capacity(count), Vec::with_capacity(count));
+    for (end, _) in ends {
+        let (is_end, counts, at, deadline, operation) = match &end.kind {
+            SettlementKind::Ended { .. } => (true, true, now, now, None),
+            SettlementKind::Retry { delay, deadline, state, .. } => {
+                let next = if state.refresh { "GetParametersForImport" } else { "ImportKeyMaterial" };
+                (false, true, now + *delay, *deadline, Some(next))
+            }
+            SettlementKind::PutBack { until, deadline } => (false, false, until.unwrap_or(now), *deadline, None),
+        };
+        lines.push(end.lease.line_id);
+        ended.push(is_end);
+        counted.push(counts);
+        due.push(at);
+        deadlines.push(deadline);
+        operations.push(operation);
+        late.push(end.late_effect.as_deref());
+    }
+    let release = transaction.prepare_cached(RELEASE).await?;
+    transaction
+        .execute(
+            &release,
+            &[&lines, &ended, &counted, &due, &deadlines, &operations, &late, &now, &millis(signature_life)],
+        )
+        .await?;
+    Ok(())
+}

@@ -1,0 +1,75 @@
+//! The admin HTTP server: `/metrics`, `/livez`, `/readyz`.
+
+use super::Metrics;
+use axum::Router;
+use axum::extract::State;
+use axum::http::StatusCode;
+use axum::routing::get;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+
+/// What must work before the process is ready.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    /// The store answers.
+    Store,
+    /// Requests are consumed.
+    Ingress,
+    /// Events can be published.
+    Events,
+}
+
+/// Which parts work now.
+#[derive(Clone, Debug, Default)]
+pub struct Health(Arc<[AtomicBool; 3]>);
+
+impl Health {
+    /// A part began or ceased to work.
+    pub fn set(&self, part: Part, works: bool) {
+        self.0[part as usize].store(works, Ordering::Release);
+    }
+
+    /// The names of the parts that do not work.
+    pub fn missing(&self) -> Vec<&'static str> {
+        [(Part::Store, "store"), (Part::Ingress, "ingress"), (Part::Events, "events")]
+            .into_iter()
+            .filter(|(part, _)| !self.0[*part as usize].load(Ordering::Acquire))
+            .map(|(_, name)| name)
+            .collect()
+    }
+}
+
+/// Binds at once, so that a taken address is an error at start; the returned future serves until `stop`.
+pub async fn serve_admin(
+    listen: SocketAddr,
+    metrics: Metrics,
+    health: Health,
+    stop: CancellationToken,
+) -> std::io::Result<(SocketAddr, impl Future<Output = std::io::Result<()>>)> {
+    let listener = TcpListener::bind(listen).await?;
+    let address = listener.local_addr()?;
+    let router = Router::new()
+        .route("/metrics", get(|State((metrics, _)): State<(Metrics, Health)>| async move { render(&metrics) }))
+        .route("/livez", get(|| async { "ok\n" }))
+        .route("/readyz", get(|State((_, health)): State<(Metrics, Health)>| async move { ready(&health) }))
+        .with_state((metrics, health));
+    let serving = async move { axum::serve(listener, router).with_graceful_shutdown(stop.cancelled_owned()).await };
+    Ok((address, serving))
+}
+
+fn render(metrics: &Metrics) -> (StatusCode, String) {
+    match metrics.render() {
+        Ok(text) => (StatusCode::OK, text),
+        Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()),
+    }
+}
+
+fn ready(health: &Health) -> (StatusCode, String) {
+    match health.missing() {
+        missing if missing.is_empty() => (StatusCode::OK, "ready\n".into()),
+        missing => (StatusCode::SERVICE_UNAVAILABLE, format!("not ready: {}\n", missing.join(", "))),
+    }
+}

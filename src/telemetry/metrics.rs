@@ -1,0 +1,104 @@
+//! Every metric of the process. Labels come from closed sets only.
+
+use prometheus::{IntCounter, IntCounterVec, IntGauge, Opts, Registry, TextEncoder};
+
+/// Handles of all metrics; a clone counts into the same series.
+#[derive(Clone, Debug)]
+pub struct Metrics {
+    registry: Registry,
+    /// Messages decided at intake, by verdict: accepted, duplicate, refused.
+    pub intake_messages: IntCounterVec,
+    /// Jobs that ended, by outcome.
+    pub jobs_finished: IntCounterVec,
+    /// Attempts that will be repeated, by the class of their error.
+    pub retries: IntCounterVec,
+    /// AWS calls by operation and result.
+    pub aws_calls: IntCounterVec,
+    /// Leases that another worker took over or that ran out.
+    pub leases_lost: IntCounter,
+    /// Claims put back because a late effect may still contradict them.
+    pub lines_closed: IntCounter,
+    /// Events confirmed by the broker.
+    pub events_published: IntCounter,
+    /// Publishes that the broker could not route or would not take.
+    pub events_held: IntCounter,
+    /// Sessions opened with the broker, by role: ingress, events.
+    pub amqp_sessions: IntCounterVec,
+    /// Jobs under way.
+    pub jobs_running: IntGauge,
+}
+
+impl Metrics {
+    /// Makes and registers everything; series that are known exist at zero.
+    pub fn new() -> Result<Self, prometheus::Error> {
+        let registry = Registry::new();
+        let counters = |name: &str, help: &str, labels: &[&str]| {
+            let counter = IntCounterVec::new(Opts::new(name, help), labels)?;
+            registry.register(Box::new(counter.clone()))?;
+            Ok::<_, prometheus::Error>(counter)
+        };
+        let counter = |name: &str, help: &str| {
+            let counter = IntCounter::new(name, help)?;
+            registry.register(Box::new(counter.clone()))?;
+            Ok::<_, prometheus::Error>(counter)
+        };
+        let jobs_running = IntGauge::new("keyferry_jobs_running", "Jobs under way in this process.")?;
+        registry.register(Box::new(jobs_running.clone()))?;
+        let build = IntGauge::with_opts(
+            Opts::new("keyferry_build_info", "Always 1; the version is a label.")
+                .const_label("version", env!("CARGO_PKG_VERSION")),
+        )?;
+        build.set(1);
+        registry.register(Box::new(build))?;
+        registry.register(Box::new(prometheus::process_collector::ProcessCollector::for_self()))?;
+        let metrics = Self {
+            intake_messages: counters("keyferry_intake_messages_total", "Messages decided at intake.", &["verdict"])?,
+            jobs_finished: counters("keyferry_jobs_finished_total", "Jobs that ended.", &["outcome", "code"])?,
+            retries: counters("keyferry_retries_total", "Attempts that will be repeated.", &["reason"])?,
+            aws_calls: counters("keyferry_aws_calls_total", "AWS calls.", &["operation", "result"])?,
+            leases_lost: counter("keyferry_leases_lost_total", "Leases taken over by another worker or run out.")?,
+            lines_closed: counter(
+                "keyferry_lines_closed_total",
+                "Claims put back because a late effect may contradict them.",
+            )?,
+            events_published: counter("keyferry_events_published_total", "Events confirmed by the broker.")?,
+            events_held: counter(
+                "keyferry_events_held_total",
+                "Publishes that the broker could not route or refused.",
+            )?,
+            amqp_sessions: counters("keyferry_amqp_sessions_total", "Sessions opened with the broker.", &["role"])?,
+            jobs_running,
+            registry,
+        };
+        for verdict in ["accepted", "duplicate", "refused"] {
+            metrics.intake_messages.with_label_values(&[verdict]);
+        }
+        for role in ["ingress", "events"] {
+            metrics.amqp_sessions.with_label_values(&[role]);
+        }
+        metrics.jobs_finished.with_label_values(&["succeeded", ""]);
+        Ok(metrics)
+    }
+
+    /// The exposition in Prometheus's text format.
+    pub fn render(&self) -> Result<String, prometheus::Error> {
+        TextEncoder::new().encode_to_string(&self.registry.gather())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn known_series_exist_at_zero() {
+        let text = Metrics::new().unwrap().render().unwrap();
+        for line in [
+            "keyferry_intake_messages_total{verdict=\"duplicate\"} 0",
+            "keyferry_events_held_total 0",
+            "keyferry_amqp_sessions_total{role=\"ingress\"} 0",
+        ] {
+            assert!(text.contains(line), "{line}\n{text}");
+        }
+    }
+}

@@ -1,0 +1,208 @@
+//! The broker's default topology: data in `ops/rabbitmq/definitions.json`, applied and compared over the
+//! management API. A passive AMQP declaration sees neither a queue's type nor its policies; this does.
+
+use reqwest::{Client, StatusCode};
+use serde_json::Value;
+use url::Url;
+
+/// The topology as `RabbitMQ` definitions of one virtual host.
+pub const DEFINITIONS: &str = include_str!("../ops/rabbitmq/definitions.json");
+
+/// Why the management API was of no use.
+#[derive(Debug, thiserror::Error)]
+pub enum TopologyError {
+    /// Not a URL.
+    #[error("rabbitmq.api_url is not understood: expected http://user:password@host:15672")]
+    ApiUrl,
+    /// Not an AMQP URL.
+    #[error("rabbitmq.url is not understood: expected amqp://user:password@host:port/vhost")]
+    AmqpUrl,
+    /// No connection.
+    #[error("RabbitMQ's management API does not answer: {0}")]
+    Unreachable(String),
+    /// An answer that refuses.
+    #[error("RabbitMQ's management API refuses ({status}): {reason}")]
+    Refused {
+        /// HTTP status.
+        status: u16,
+        /// Its words.
+        reason: String,
+    },
+    /// The definitions are not JSON: a fault of the build.
+    #[error("the definitions are damaged: {0}")]
+    Definitions(#[from] serde_json::Error),
+}
+
+/// A difference between the broker and the definitions.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct Difference {
+    /// `queue`, `exchange`, `binding` or `policy`.
+    pub kind: &'static str,
+    /// Its name.
+    pub name: String,
+    /// What is wrong.
+    pub problem: String,
+}
+
+/// The management API of one virtual host.
+#[derive(Debug)]
+pub struct Management {
+    client: Client,
+    base: Url,
+    user: String,
+    password: String,
+    vhost: String,
+}
+
+impl Management {
+    /// From the two URLs: the API's, and the AMQP one that names the virtual host.
+    pub fn new(api_url: &str, amqp_url: &str) -> Result<Self, TopologyError> {
+        let mut base = Url::parse(api_url).map_err(|_| TopologyError::ApiUrl)?;
+        let decoded = |text: &str| percent_decoded(text);
+        let (user, password) = (decoded(base.username()), decoded(base.password().unwrap_or("")));
+        // Credentials go into a header, not into a URL that an error could show.
+        base.set_username("").map_err(|()| TopologyError::ApiUrl)?;
+        base.set_password(None).map_err(|()| TopologyError::ApiUrl)?;
+        let amqp = Url::parse(amqp_url).map_err(|_| TopologyError::AmqpUrl)?;
+        let vhost = match amqp.path().strip_prefix('/') {
+            None | Some("") => "/".to_owned(),
+            Some(name) => percent_decoded(name),
+        };
+        let client = Client::builder()
+            .timeout(std::time::Duration::from_secs(10))
+            .build()
+            .map_err(|error| TopologyError::Unreachable(error.to_string()))?;
+        Ok(Self { client, base, user, password, vhost })
+    }
+
+    /// Brings the definitions in. What is there already stays; a queue of another type is not changed by this.
+    pub async fn apply(&self) -> Result<(), TopologyError> {
+        let definitions: Value = serde_json::from_str(DEFINITIONS)?;
+        let url = self.url(&["api", "definitions", &self.vhost])?;
+        let request = self.client.post(url).json(&definitions);
+        self.send(request).await.map(drop)
+    }
+
+    /// Compares every queue, exchange, binding and policy of the definitions with the broker's.
+    pub async fn check(&self) -> Result<Vec<Difference>, TopologyError> {
+        let wanted: Value = serde_json::from_str(DEFINITIONS)?;
+        let present = self.get(&["api", "definitions", &self.vhost]).await?;
+        Ok(differences(&wanted, &present))
+    }
+
+    /// The number of messages in a queue; `None` while the broker has not counted yet.
+    pub async fn queue_depth(&self, queue: &str) -> Result<Option<u64>, TopologyError> {
+        let answer = self.get(&["api", "queues", &self.vhost, queue]).await?;
+        Ok(answer["messages"].as_u64())
+    }
+
+    async fn get(&self, path: &[&str]) -> Result<Value, TopologyError> {
+        let request = self.client.get(self.url(path)?);
+        self.send(request).await
+    }
+
+    async fn send(&self, request: reqwest::RequestBuilder) -> Result<Value, TopologyError> {
+        let unreachable = |error: reqwest::Error| TopologyError::Unreachable(error.without_url().to_string());
+        let answer = request.basic_auth(&self.user, Some(&self.password)).send().await.map_err(unreachable)?;
+        let status = answer.status();
+        let text = answer.text().await.map_err(unreachable)?;
+        if !status.is_success() {
+            let reason = match status {
+                StatusCode::UNAUTHORIZED => {
+                    "user or password is wrong, or the user lacks the tag administrator".to_owned()
+                }
+                _ => text.chars().take(300).collect(),
+            };
+            return Err(TopologyError::Refused { status: status.as_u16(), reason });
+        }
+        if text.is_empty() { Ok(Value::Null) } else { Ok(serde_json::from_str(&text)?) }
+    }
+
+    fn url(&self, path: &[&str]) -> Result<Url, TopologyError> {
+        let mut url = self.base.clone();
+        url.path_segments_mut().map_err(|()| TopologyError::ApiUrl)?.pop_if_empty().extend(path);
+        Ok(url)
+    }
+}
+
+fn percent_decoded(text: &str) -> String {
+    url::form_urlencoded::parse(format!("x={}", text.replace('+', "%2B")).as_bytes())
+        .next()
+        .map(|(_, value)| value.into_owned())
+        .unwrap_or_default()
+}
+
+fn differences(wanted: &Value, present: &Value) -> Vec<Difference> {
+    let mut found = Vec::new();
+    for (list, kind, parts) in [
+        ("queues", "queue", ["durable", "arguments"].as_slice()),
+        ("exchanges", "exchange", &["type", "durable"]),
+        ("policies", "policy", &["pattern", "apply-to", "priority", "definition"]),
+    ] {
+        for item in each(wanted, list) {
+            let name = item["name"].as_str().unwrap_or_default();
+            let problem = match each(present, list).find(|other| other["name"] == item["name"]) {
+                None => Some("is missing".to_owned()),
+                Some(other) => parts
+                    .iter()
+                    .find(|part| !contains(&other[**part], &item[**part]))
+                    .map(|part| format!("{part} is {}, expected {}", other[*part], item[*part])),
+            };
+            found.extend(problem.map(|problem| Difference { kind, name: name.to_owned(), problem }));
+        }
+    }
+    let ends = ["source", "destination", "destination_type", "routing_key"];
+    for binding in each(wanted, "bindings") {
+        if !each(present, "bindings").any(|other| ends.iter().all(|end| other[*end] == binding[*end])) {
+            let text = |end: &str| binding[end].as_str().unwrap_or_default().to_owned();
+            let name = format!("{} -> {}", text("source"), text("destination"));
+            found.push(Difference { kind: "binding", name, problem: "is missing".into() });
+        }
+    }
+    found
+}
+
+fn each<'a>(definitions: &'a Value, list: &str) -> impl Iterator<Item = &'a Value> {
+    definitions[list].as_array().into_iter().flatten()
+}
+
+/// Whether `present` has all of `wanted`; a broker adds defaults of its own.
+fn contains(present: &Value, wanted: &Value) -> bool {
+    match (present, wanted) {
+        (Value::Object(present), Value::Object(wanted)) => {
+            wanted.iter().all(|(name, value)| present.get(name).is_some_and(|other| contains(other, value)))
+        }
+        _ => present == wanted,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_definitions_agree_with_themselves_and_every_part_is_compared() {
+        let wanted: Value = serde_json::from_str(DEFINITIONS).unwrap();
+        assert_eq!(differences(&wanted, &wanted), []);
+        let count: usize =
+            ["queues", "exchanges", "policies", "bindings"].iter().map(|list| each(&wanted, list).count()).sum();
+        assert_eq!(differences(&wanted, &serde_json::json!({})).len(), count);
+        let mut classic = wanted.clone();
+        classic["queues"][0]["arguments"]["x-queue-type"] = "classic".into();
+        let found = differences(&wanted, &classic);
+        assert!(found.len() == 1 && found[0].problem.contains("arguments"), "{found:?}");
+    }
+
+    #[test]
+    fn the_vhost_is_the_amqp_urls() {
+        let of = |amqp: &str| Management::new("http://u:p%40x@h:1", amqp).unwrap();
+        assert_eq!(of("amqp://h").vhost, "/");
+        assert_eq!(of("amqp://h/%2f").vhost, "/");
+        assert_eq!(of("amqp://h/kf-1").vhost, "kf-1");
+        assert_eq!(of("amqp://h").password, "p@x");
+        assert_eq!(
+            of("amqp://h").url(&["api", "definitions", "/"]).unwrap().as_str(),
+            "http://h:1/api/definitions/%2F"
+        );
+    }
+}

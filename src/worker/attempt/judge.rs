@@ -1,0 +1,64 @@
+//! What follows an AWS error: retried with a bound, or ended with a reason.
+//!
+//! After the error lists of `GetParametersForImport` and `ImportKeyMaterial` (AWS KMS API Reference).
+
+use crate::job::FailureCode;
+use crate::kms::{CallError, ErrorKind};
+use crate::retry::Class;
+
+/// What follows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Verdict {
+    /// Again after a delay; the code, if the class runs out of attempts.
+    Retry(Class, FailureCode),
+    /// Again at once with fresh import parameters; the code, if that was done before.
+    Refresh(FailureCode),
+    /// The end, with advice.
+    Fail(FailureCode, &'static str),
+}
+
+/// `DescribeKey` and `GetParametersForImport`.
+pub(super) fn read_only(error: &CallError) -> Verdict {
+    match error.kind {
+        ErrorKind::Dropped
+        | ErrorKind::NotSent
+        | ErrorKind::Unanswered
+        | ErrorKind::ServerFault
+        | ErrorKind::Incomplete => Verdict::Retry(Class::Transient, FailureCode::DeadlineExceeded),
+        _ => import(error),
+    }
+}
+
+/// `ImportKeyMaterial`, when AWS's answer says that nothing was changed.
+pub(super) fn import(error: &CallError) -> Verdict {
+    match error.kind {
+        ErrorKind::Dropped | ErrorKind::NotSent => Verdict::Retry(Class::Transient, FailureCode::DeadlineExceeded),
+        ErrorKind::Unanswered | ErrorKind::ServerFault | ErrorKind::Incomplete => {
+            Verdict::Retry(Class::Transient, FailureCode::OutcomeUnknown)
+        }
+        ErrorKind::Throttled => Verdict::Retry(Class::Throttled, FailureCode::DeadlineExceeded),
+        ErrorKind::Credentials => Verdict::Retry(Class::Credentials, FailureCode::DeadlineExceeded),
+        // A key that was made, or changed, moments ago.
+        ErrorKind::NotFound => Verdict::Retry(Class::NotYetVisible, FailureCode::KeyNotFound),
+        ErrorKind::InvalidState => Verdict::Retry(Class::NotYetVisible, FailureCode::KeyInvalidState),
+        ErrorKind::ExpiredImportToken | ErrorKind::InvalidImportToken => {
+            Verdict::Refresh(FailureCode::ImportParametersRefused)
+        }
+        ErrorKind::InvalidCiphertext => Verdict::Refresh(FailureCode::CiphertextRefused),
+        ErrorKind::IncorrectKeyMaterial => Verdict::Fail(
+            FailureCode::OtherMaterial,
+            "the key holds or held other material and takes only the same again; name that source key",
+        ),
+        ErrorKind::Unsupported => {
+            Verdict::Fail(FailureCode::AwsRefused, "the key's origin or kind does not allow an import")
+        }
+        ErrorKind::AccessDenied => Verdict::Fail(
+            FailureCode::AccessDenied,
+            "allow the worker kms:DescribeKey, kms:GetParametersForImport, kms:ImportKeyMaterial and kms:ListKeyRotations",
+        ),
+        ErrorKind::NoTarget => {
+            Verdict::Fail(FailureCode::TargetRemoved, "configure the target, or ask for another key")
+        }
+        ErrorKind::Refused => Verdict::Fail(FailureCode::AwsRefused, "the request breaks a rule of AWS"),
+    }
+}

@@ -1,0 +1,317 @@
+//! Drives jobs: claim, source key, parameters, wrap, import, verify, settle.
+//!
+//! One process runs one worker: a loop that claims as many lines as there are free permits, a task for each
+//! job under way, a heartbeat for all leases together, and two batchers that write what is there.
+
+mod attempt;
+mod batcher;
+mod leases;
+
+use crate::config::Worker as WorkerSettings;
+use crate::job::{Failure, FailureCode, KeyArn};
+use crate::kms::{Kms, LeaseGuard};
+use crate::policy::Policy;
+use crate::retry::{Attempts, Class};
+use crate::source::Keyring;
+use crate::store::{ClaimedJob, Prepared, Settlement, SettlementKind, Step, Store, StoreError, bisect};
+use crate::telemetry::Metrics;
+use attempt::Attempt;
+use batcher::Batcher;
+use futures_util::FutureExt as _;
+use leases::Leases;
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+/// Rows of one transaction at most.
+const BATCH: usize = 200;
+/// Every so many claims one ignores the lanes' lower bounds, which are hints.
+const WHOLE_INDEX_EVERY: u64 = 10;
+const HOUSEKEEPING: Duration = Duration::from_secs(1);
+
+/// What a worker works with.
+#[derive(Debug)]
+pub struct Context {
+    /// Every SQL statement.
+    pub store: Store,
+    /// AWS.
+    pub kms: Kms,
+    /// The keys of the local tier.
+    pub keyring: Arc<Keyring>,
+    /// Asked again at each claim.
+    pub policy: Policy,
+    /// Accounts and Regions that may be touched.
+    pub targets: Targets,
+    /// Limits and times.
+    pub settings: WorkerSettings,
+    /// Counters.
+    pub metrics: Metrics,
+    /// Rung when there may be jobs to claim.
+    pub jobs: Arc<Notify>,
+    /// Rung when there are events to publish.
+    pub events: Arc<Notify>,
+}
+
+/// Accounts and Regions that requests may name.
+#[derive(Clone, Debug, Default)]
+pub struct Targets(std::collections::HashSet<(String, String, String)>);
+
+impl Targets {
+    /// From the settings.
+    pub fn new(targets: &[crate::config::Target]) -> Self {
+        let each = targets.iter().flat_map(|target| {
+            target.regions.iter().map(|region| (target.partition.clone(), target.account.clone(), region.clone()))
+        });
+        Self(each.collect())
+    }
+
+    /// Whether the key lies in one of them.
+    pub fn contains(&self, key: &KeyArn) -> bool {
+        self.0.contains(&(key.partition().to_owned(), key.account().to_owned(), key.region().to_owned()))
+    }
+}
+
+/// Runs until `stop`; then lets jobs under way end for the grace time, gives back the rest between two
+/// steps, and returns when all of it is written.
+pub async fn run(context: Arc<Context>, stop: CancellationToken) {
+    let settings = &context.settings;
+    let give_back = CancellationToken::new();
+    let leases = Leases::default();
+    let background = TaskTracker::new();
+    let finished = CancellationToken::new();
+    let steps = {
+        let store = context.store.clone();
+        let (steps, running) = Batcher::new(BATCH, move |steps: Vec<Step>| {
+            let store = store.clone();
+            async move { prepare(&store, steps).await }
+        });
+        background.spawn(running);
+        steps
+    };
+    let settler = {
+        let context = Arc::clone(&context);
+        let (settler, running) = Batcher::new(BATCH, move |ends: Vec<Settlement>| {
+            let context = Arc::clone(&context);
+            async move { settle(&context, ends).await }
+        });
+        background.spawn(running);
+        settler
+    };
+    background.spawn(leases.clone().beat(Arc::clone(&context), finished.clone()));
+    background.spawn(keep_house(Arc::clone(&context), stop.clone()));
+
+    let pool = Pool {
+        context: Arc::clone(&context),
+        permits: Arc::new(Semaphore::new(settings.concurrency)),
+        wrapping: Arc::new(Semaphore::new(std::thread::available_parallelism().map_or(1, usize::from))),
+        leases,
+        steps,
+        settler,
+        give_back: give_back.clone(),
+        jobs: TaskTracker::new(),
+    };
+    pool.claim_until(&stop).await;
+    pool.jobs.close();
+    if tokio::time::timeout(settings.grace(), pool.jobs.wait()).await.is_err() {
+        tracing::warn!(jobs.running = pool.jobs.len(), "the grace time is over: giving back jobs between two steps");
+        give_back.cancel();
+        // A step is one AWS call or one transaction.
+        let last_step = settings.aws_timeout() + Duration::from_secs(10);
+        if tokio::time::timeout(last_step, pool.jobs.wait()).await.is_err() {
+            tracing::error!(jobs.running = pool.jobs.len(), "jobs are left to their leases: the store does not answer");
+        }
+    }
+    finished.cancel();
+    // Dropping the senders ends the batchers.
+    drop(pool);
+    background.close();
+    drop(tokio::time::timeout(Duration::from_secs(5), background.wait()).await);
+}
+
+struct Pool {
+    context: Arc<Context>,
+    permits: Arc<Semaphore>,
+    wrapping: Arc<Semaphore>,
+    leases: Leases,
+    steps: Batcher<Step, Result<Prepared, StoreError>>,
+    settler: Batcher<Settlement, bool>,
+    give_back: CancellationToken,
+    jobs: TaskTracker,
+}
+
+impl Pool {
+    async fn claim_until(&self, stop: &CancellationToken) {
+        let mut outage = Attempts::new(Class::Reconnect);
+        let mut claims = 0_u64;
+        loop {
+            let first = tokio::select! {
+                () = stop.cancelled() => return,
+                permit = Arc::clone(&self.permits).acquire_owned() => permit,
+            };
+            // The semaphore is never closed.
+            let Ok(first) = first else { return };
+            let mut permits = vec![first];
+            while let Ok(permit) = Arc::clone(&self.permits).try_acquire_owned() {
+                permits.push(permit);
+            }
+            claims += 1;
+            let asked_at = Instant::now();
+            let settings = &self.context.settings;
+            let whole_index = claims.is_multiple_of(WHOLE_INDEX_EVERY);
+            let claimed =
+                self.context.store.claim(permits.len(), settings.lease(), settings.signature_life(), whole_index).await;
+            let pause = match claimed {
+                Ok(jobs) => {
+                    outage.reset();
+                    let found = !jobs.is_empty();
+                    for (job, permit) in jobs.into_iter().zip(permits) {
+                        self.start(job, permit, asked_at);
+                    }
+                    if found {
+                        continue;
+                    }
+                    Duration::from_millis(settings.poll_ms)
+                }
+                Err(error) => {
+                    let delay = outage.next_delay();
+                    tracing::error!(%error, retry.delay_ms = delay.as_millis(), "claiming failed");
+                    delay
+                }
+            };
+            tokio::select! {
+                () = stop.cancelled() => return,
+                () = self.context.jobs.notified() => {}
+                () = tokio::time::sleep(pause) => {}
+            }
+        }
+    }
+
+    fn start(&self, job: ClaimedJob, permit: OwnedSemaphorePermit, asked_at: Instant) {
+        crate::failpoint!("worker.after_claim");
+        let guard = LeaseGuard::new(asked_at, self.context.settings.lease());
+        self.leases.hold(job.lease, guard.clone());
+        let attempt = Attempt {
+            context: Arc::clone(&self.context),
+            steps: self.steps.clone(),
+            wrapping: Arc::clone(&self.wrapping),
+            give_back: self.give_back.clone(),
+            guard,
+        };
+        let (leases, settler) = (self.leases.clone(), self.settler.clone());
+        let metrics = self.context.metrics.clone();
+        self.jobs.spawn(async move {
+            metrics.jobs_running.inc();
+            let lease = job.lease;
+            let fallback = attempt::Broken::of(&job);
+            // A job that panics is this job's failure, not the worker's.
+            let end =
+                AssertUnwindSafe(attempt.run(job)).catch_unwind().await.unwrap_or_else(|_| Some(fallback.retry()));
+            if let Some(end) = end {
+                let held = settler.submit(end).await.unwrap_or(false);
+                if !held {
+                    metrics.leases_lost.inc();
+                }
+            }
+            leases.release(lease);
+            metrics.jobs_running.dec();
+            drop(permit);
+        });
+    }
+}
+
+/// Writes steps; a row that Postgres refuses fails alone.
+async fn prepare(store: &Store, steps: Vec<Step>) -> Vec<Result<Prepared, StoreError>> {
+    let rows: Vec<&Step> = steps.iter().collect();
+    match bisect(&rows, |range| store.prepare(&rows[range])).await {
+        Ok(outcomes) => outcomes,
+        Err(error) => {
+            let reason = error.to_string();
+            steps.iter().map(|_| Err(StoreError::Unavailable(reason.clone()))).collect()
+        }
+    }
+}
+
+/// Writes ends of attempts, however long Postgres stays away: the token decides whether they still count.
+async fn settle(context: &Context, mut ends: Vec<Settlement>) -> Vec<bool> {
+    let signature_life = context.settings.signature_life();
+    let mut outage = Attempts::new(Class::Reconnect);
+    loop {
+        crate::failpoint!("worker.before_settle");
+        let rows: Vec<&Settlement> = ends.iter().collect();
+        let outcomes = match bisect(&rows, |range| context.store.settle(&rows[range], signature_life)).await {
+            Ok(outcomes) => outcomes,
+            Err(error) => {
+                let delay = outage.next_delay();
+                tracing::error!(%error, retry.delay_ms = delay.as_millis(), "settling failed");
+                tokio::time::sleep(delay).await;
+                continue;
+            }
+        };
+        let refused: Vec<usize> =
+            outcomes.iter().enumerate().filter_map(|(at, outcome)| outcome.is_err().then_some(at)).collect();
+        let mut held: Vec<bool> = outcomes.iter().map(|outcome| *outcome.as_ref().unwrap_or(&false)).collect();
+        for at in refused {
+            tracing::error!(job.id = %ends[at].job.id, "Postgres refuses the outcome of a job: it ends as unstorable");
+            ends[at].make_storable();
+            let again = context.store.settle(&[&ends[at]], signature_life).await;
+            held[at] = again.is_ok_and(|held| held.first() == Some(&true));
+        }
+        crate::failpoint!("worker.after_settle");
+        for (end, held) in ends.iter().zip(&held) {
+            if *held {
+                count(&context.metrics, end);
+            }
+        }
+        // The lines' next heads may be ready, and events wait.
+        context.jobs.notify_one();
+        context.events.notify_one();
+        return held;
+    }
+}
+
+impl Settlement {
+    /// The same end without any text that came from elsewhere.
+    fn make_storable(&mut self) {
+        let (source_key_id, material) = match &mut self.kind {
+            SettlementKind::Ended { source_key_id, material, .. } => (*source_key_id, material.take()),
+            _ => (None, None),
+        };
+        let failure = Failure {
+            code: FailureCode::Unstorable,
+            message: "the outcome holds text that Postgres does not store; see the worker's log".into(),
+            aws_changed: true,
+        };
+        self.facts.clear();
+        self.kind = SettlementKind::Ended { outcome: Err(failure), source_key_id, material };
+    }
+}
+
+fn count(metrics: &Metrics, end: &Settlement) {
+    match &end.kind {
+        SettlementKind::Ended { outcome: Ok(_), .. } => {
+            metrics.jobs_finished.with_label_values(&["succeeded", ""]).inc();
+        }
+        SettlementKind::Ended { outcome: Err(failure), .. } => {
+            metrics.jobs_finished.with_label_values(&["failed", failure.code.as_str()]).inc();
+        }
+        SettlementKind::Retry { .. } | SettlementKind::PutBack { .. } => {}
+    }
+}
+
+/// Lets waiting jobs join their lines and moves the lanes' lower bounds.
+async fn keep_house(context: Arc<Context>, stop: CancellationToken) {
+    loop {
+        tokio::select! {
+            () = stop.cancelled() => return,
+            () = tokio::time::sleep(HOUSEKEEPING) => {}
+        }
+        match context.store.keep_house().await {
+            Ok(0) => {}
+            Ok(_) => context.jobs.notify_one(),
+            Err(error) => tracing::warn!(%error, "housekeeping failed"),
+        }
+    }
+}
