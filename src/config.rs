@@ -255,7 +255,7 @@ impl Loaded {
     }
 
     fn need<'a>(&self, name: &'static str, value: Option<&'a SecretString>) -> Result<&'a str, ConfigError> {
-        value.map(|secret| secret.expose_secret()).filter(|text| !text.is_empty()).ok_or_else(|| self.missing(name))
+        value.map(SecretString::expose_secret).filter(|text| !text.is_empty()).ok_or_else(|| self.missing(name))
     }
 
     fn missing(&self, name: &'static str) -> ConfigError {
@@ -374,6 +374,7 @@ fn default_partition() -> String {
 }
 
 /// Shows that a secret is set, never what it is.
+#[expect(clippy::ref_option, reason = "serde hands the field over so")]
 fn redacted<S: Serializer>(secret: &Option<SecretString>, serializer: S) -> Result<S::Ok, S::Error> {
     secret.as_ref().map(|_| "(set)").serialize(serializer)
 }

@@ -17,6 +17,7 @@ pub mod retry;
 pub mod source;
 pub mod store;
 pub mod telemetry;
+pub mod tls;
 pub mod topology;
 pub mod worker;
 pub mod wrap;

@@ -57,11 +57,10 @@ impl Class {
         match self {
             Self::Reconnect => (ms(100), ms(5_000)),
             Self::Transient => (ms(500), ms(60_000)),
-            Self::Throttled => (ms(1_000), ms(60_000)),
+            Self::Throttled | Self::Unroutable => (ms(1_000), ms(60_000)),
             Self::NotYetVisible => (ms(250), ms(15_000)),
             Self::Credentials => (ms(5_000), ms(300_000)),
             Self::Immediate => (ms(0), ms(0)),
-            Self::Unroutable => (ms(1_000), ms(60_000)),
         }
     }
 

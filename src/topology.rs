@@ -1,6 +1,7 @@
 //! The broker's default topology: data in `ops/rabbitmq/definitions.json`, applied and compared over the
 //! management API. A passive AMQP declaration sees neither a queue's type nor its policies; this does.
 
+use crate::tls::client_config;
 use reqwest::{Client, StatusCode};
 use serde_json::Value;
 use url::Url;
@@ -70,6 +71,7 @@ impl Management {
         };
         let client = Client::builder()
             .timeout(std::time::Duration::from_secs(10))
+            .tls_backend_preconfigured(client_config(None).map_err(TopologyError::Unreachable)?)
             .build()
             .map_err(|error| TopologyError::Unreachable(error.to_string()))?;
         Ok(Self { client, base, user, password, vhost })

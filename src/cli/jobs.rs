@@ -1,7 +1,7 @@
 //! `keyferry jobs`.
 
 use super::Failed;
-use super::output::Output;
+use super::output::{Output, duration};
 use crate::app::open_store;
 use crate::config::Loaded;
 use crate::intake::ANONYMOUS;
@@ -62,9 +62,9 @@ pub(super) struct Wait {
     /// Ids of jobs, or of requests.
     #[arg(required = true)]
     ids: Vec<String>,
-    /// Give up after so many seconds.
-    #[arg(long, default_value_t = 300, value_name = "SECONDS")]
-    timeout: u64,
+    /// Give up after this time.
+    #[arg(long, default_value = "5m", value_name = "TIME", value_parser = duration)]
+    timeout: Duration,
 }
 
 impl Jobs {
@@ -95,7 +95,7 @@ impl Jobs {
                 });
             }
             Self::Wait(wait) => {
-                let followed = follow(&store, wait.ids, Duration::from_secs(wait.timeout)).await?;
+                let followed = follow(&store, wait.ids, wait.timeout).await?;
                 finish(output, &followed)?;
             }
         }

@@ -46,10 +46,10 @@ pub(super) enum Keys {
 
 #[derive(Debug, Args)]
 pub(super) struct Named {
-    /// The name by which requests ask for it (source_key_identifier).
+    /// The name by which requests ask for it (`source_key_identifier`).
     #[arg(long, value_parser = name)]
     name: String,
-    /// What it is for, named as AWS's KeySpec.
+    /// What it is for, named as AWS's `KeySpec`.
     #[arg(long, value_parser = kind, default_value = "SYMMETRIC_DEFAULT")]
     kind: KeyKind,
 }

@@ -53,7 +53,7 @@ struct Cli {
 enum Command {
     /// Run the worker until SIGTERM or SIGINT.
     Serve(Serve),
-    /// Bring the database schema up to date, as its owner (database.owner_url).
+    /// Bring the database schema up to date, as its owner (`database.owner_url`).
     Migrate,
     /// Publish import requests.
     Submit(submit::Submit),
@@ -73,14 +73,14 @@ enum Command {
 
 #[derive(Debug, Args)]
 struct Serve {
-    /// Bring the schema up to date first. For demonstrations: it needs the owner's rights (database.owner_url).
+    /// Bring the schema up to date first. For demonstrations: it needs the owner's rights (`database.owner_url`).
     #[arg(long)]
     migrate: bool,
 }
 
 #[derive(Debug, Subcommand)]
 enum Topology {
-    /// Make what is missing, over the management API (rabbitmq.api_url).
+    /// Make what is missing, over the management API (`rabbitmq.api_url`).
     Apply,
     /// Compare with what is there; exit code 1 when something differs.
     Check,
@@ -113,8 +113,6 @@ pub fn main() -> ExitCode {
         Err(error) => error.exit(),
     };
     protect_memory();
-    // Fails only when a provider is there already, which is then this one.
-    drop(rustls::crypto::aws_lc_rs::default_provider().install_default());
     let outcome = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()

@@ -2,6 +2,7 @@
 
 use serde::Serialize;
 use std::io::Write as _;
+use std::time::Duration;
 
 /// How a command prints.
 #[derive(Clone, Copy, Debug)]
@@ -34,6 +35,21 @@ impl Output {
     }
 }
 
+/// Reads a duration such as `90`, `90s`, `5m` or `2h`.
+pub(super) fn duration(text: &str) -> Result<Duration, String> {
+    let digits = text.trim_end_matches(['s', 'm', 'h']);
+    let factor = match &text[digits.len()..] {
+        "" | "s" => 1,
+        "m" => 60,
+        "h" => 3_600,
+        _ => return Err(EXPECTED.into()),
+    };
+    let count: u64 = digits.parse().map_err(|_| EXPECTED)?;
+    count.checked_mul(factor).map(Duration::from_secs).ok_or_else(|| EXPECTED.into())
+}
+
+const EXPECTED: &str = "expected a number of seconds, or one with s, m or h, such as 90, 5m or 2h";
+
 /// A reader that has gone away, as `head` does, is no error.
 fn print(text: &str) {
     let mut out = std::io::stdout().lock();
@@ -56,6 +72,16 @@ fn table<const N: usize>(head: [&str; N], rows: &[[String; N]]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn durations_have_units() {
+        assert_eq!(duration("90"), Ok(Duration::from_secs(90)));
+        assert_eq!(duration("5m"), Ok(Duration::from_secs(300)));
+        assert_eq!(duration("2h"), Ok(Duration::from_secs(7_200)));
+        for text in ["", "m", "5mm", "-1", "5 m", "99999999999999999999", "9999999999999999h"] {
+            assert!(duration(text).is_err(), "{text}");
+        }
+    }
 
     #[test]
     fn columns_are_as_wide_as_their_widest_cell() {

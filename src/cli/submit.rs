@@ -2,7 +2,7 @@
 
 use super::Failed;
 use super::jobs::{finish, follow, progress_bar};
-use super::output::Output;
+use super::output::{Output, duration};
 use crate::app::open_store;
 use crate::config::Loaded;
 use crate::ingress::rabbitmq::connect;
@@ -28,7 +28,7 @@ const WINDOW: usize = 200;
 #[command(after_help = "Examples:\n  \
     keyferry submit --key arn:aws:kms:eu-central-1:111122223333:key/... --source-key payroll --wait\n  \
     keyferry submit --key ... --source-key payroll --valid-to 2027-01-31T12:00:00Z\n  \
-    keyferry submit --file requests.jsonl --wait --timeout 600\n  \
+    keyferry submit --file requests.jsonl --wait --timeout 10m\n  \
     generate-requests | keyferry submit --file -")]
 pub(super) struct Submit {
     /// The KMS key: its ARN, or the id that Keyferry gave it.
@@ -55,9 +55,9 @@ pub(super) struct Submit {
     /// Follow the jobs until they have ended. Exit code 3 if one did not succeed, 4 if it took too long.
     #[arg(long)]
     wait: bool,
-    /// Wait at most so many seconds.
-    #[arg(long, default_value_t = 300, value_name = "SECONDS", requires = "wait")]
-    timeout: u64,
+    /// Wait at most this long.
+    #[arg(long, default_value = "5m", value_name = "TIME", requires = "wait", value_parser = duration)]
+    timeout: Duration,
 }
 
 /// A request ready to be published.
@@ -79,7 +79,7 @@ impl Submit {
         .context("RabbitMQ cannot be reached")?;
         let channel = connection.create_channel().await?;
         channel.confirm_select(ConfirmSelectOptions::default()).await?;
-        let (timeout, is_waiting) = (Duration::from_secs(self.timeout), self.wait);
+        let (timeout, is_waiting) = (self.timeout, self.wait);
 
         let (sender, mut messages) = mpsc::channel(WINDOW);
         let reader = tokio::task::spawn_blocking(move || self.read(&sender));
@@ -119,7 +119,7 @@ impl Submit {
     fn read(self, sender: &mpsc::Sender<Message>) -> anyhow::Result<()> {
         let Some(file) = &self.file else {
             // An error means that publishing has failed, which says more.
-            drop(sender.blocking_send(self.from_flags()?));
+            drop(sender.blocking_send(self.flags_message()?));
             return Ok(());
         };
         let reader: Box<dyn std::io::BufRead> = if file.as_os_str() == "-" {
@@ -142,7 +142,7 @@ impl Submit {
         Ok(())
     }
 
-    fn from_flags(&self) -> anyhow::Result<Message> {
+    fn flags_message(&self) -> anyhow::Result<Message> {
         let id = self.id.clone().unwrap_or_else(|| Uuid::new_v4().to_string());
         let mut fields = Map::new();
         let mut put = |name: &str, value: Option<&String>| {

@@ -50,6 +50,8 @@ pub struct Session {
     consumer: Consumer,
     /// Highest delivery tag taken from the stream.
     last_tag: u64,
+    /// Highest delivery tag below which everything is settled. To name a settled tag again is a protocol error.
+    settled_tag: u64,
 }
 
 impl Session {
@@ -69,7 +71,7 @@ impl Session {
                     FieldTable::default(),
                 )
                 .await?;
-            Ok(Self { connection, channel, consumer, last_tag: 0 })
+            Ok(Self { connection, channel, consumer, last_tag: 0, settled_tag: 0 })
         };
         tokio::time::timeout(options.connect_timeout, opening)
             .await
@@ -108,6 +110,7 @@ impl Session {
         if let Some(tag) = last_done {
             self.channel.basic_ack(tag, BasicAckOptions { multiple: true }).await?;
         }
+        self.settled_tag = self.last_tag;
         if self.channel.status().connected() { Ok(()) } else { Err(SessionError::NotSettled) }
     }
 
@@ -118,7 +121,7 @@ impl Session {
         while let Some(Some(Ok(left))) = self.consumer.next().now_or_never() {
             self.last_tag = left.delivery_tag;
         }
-        if self.last_tag > 0 {
+        if self.last_tag > self.settled_tag {
             let all = BasicNackOptions { multiple: true, requeue: true };
             self.channel.basic_nack(self.last_tag, all).await?;
         }

@@ -234,20 +234,7 @@ impl Request {
     fn from_fields(fields: &mut Fields, id: RequestId, source: String) -> Result<Self, Refusal> {
         fields.only(FIELDS)?;
         let mut given = Map::new();
-        let operation = match fields.optional_string("operation")?.as_deref() {
-            None => Operation::Import,
-            Some("import") => {
-                given.insert("operation".into(), json!("import"));
-                Operation::Import
-            }
-            Some("rotate" | "delete") => {
-                return Err(not_supported("operation", "this version carries out import only"));
-            }
-            Some(_) => {
-                let expected = "operation: expected import";
-                return Err(Refusal::of("operation", RefusalCode::UnknownOperation, expected));
-            }
-        };
+        let operation = read_operation(fields, &mut given)?;
         let key = fields.required_string("key")?;
         let key = key_ref(&key).map_err(|expected| {
             Refusal::of(
@@ -429,6 +416,21 @@ fn open_envelope(envelope: Envelope<'_>, seen: &mut Rejected) -> Result<Fields, 
         return Err(invalid("data", "JSON, not data_base64"));
     }
     outer.object("data").ok_or_else(|| invalid("data", "a JSON object"))
+}
+
+fn read_operation(fields: &mut Fields, given: &mut Map<String, Value>) -> Result<Operation, Refusal> {
+    match fields.optional_string("operation")?.as_deref() {
+        None => Ok(Operation::Import),
+        Some("import") => {
+            given.insert("operation".into(), json!("import"));
+            Ok(Operation::Import)
+        }
+        Some("rotate" | "delete") => Err(not_supported("operation", "this version carries out import only")),
+        Some(_) => {
+            let expected = "operation: expected import";
+            Err(Refusal::of("operation", RefusalCode::UnknownOperation, expected))
+        }
+    }
 }
 
 fn read_expiry(fields: &mut Fields, given: &mut Map<String, Value>) -> Result<Expiry, Refusal> {

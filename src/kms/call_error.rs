@@ -130,7 +130,7 @@ impl CallError {
     {
         let code = ProvideErrorMetadata::code(error).map(str::to_owned);
         let kind = match error {
-            _ if caused_by(error, |cause| cause.is::<Dropped>()) => ErrorKind::Dropped,
+            _ if caused_by(error, <dyn StdError + 'static>::is::<Dropped>) => ErrorKind::Dropped,
             SdkError::ServiceError(_) => code.as_deref().and_then(ErrorKind::of_code).unwrap_or(ErrorKind::Refused),
             SdkError::ConstructionFailure(_) => ErrorKind::Credentials,
             SdkError::DispatchFailure(_) if caused_by(error, was_refused) => ErrorKind::NotSent,

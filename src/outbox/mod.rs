@@ -22,7 +22,7 @@ const HELD_WINDOW: i64 = 20;
 /// How long a relay may take for a window before another may publish it.
 const LEASE: Duration = Duration::from_secs(30);
 /// How often an idle relay looks for events of processes that died, and for held ones.
-const POLL: Duration = Duration::from_millis(1_000);
+const POLL: Duration = Duration::from_secs(1);
 /// Covers transactions that stamped an event and have not yet committed.
 const MARGIN: time::Duration = time::Duration::seconds(15);
 /// Every so many looks one ignores the lower bound.

@@ -77,7 +77,7 @@ impl Publisher {
                 confirmations.push(sent.await?);
             }
             let confirmed = try_join_all(confirmations).await?;
-            Ok(confirmed.into_iter().map(outcome).collect())
+            Ok(confirmed.iter().map(outcome).collect())
         };
         tokio::time::timeout(self.timeout, publishing).await.map_err(|_| PublisherError::Timeout(self.timeout))?
     }
@@ -93,7 +93,7 @@ impl Publisher {
     }
 }
 
-fn outcome(confirmation: Confirmation) -> Publication {
+fn outcome(confirmation: &Confirmation) -> Publication {
     match confirmation {
         Confirmation::Ack(None) => Publication::Confirmed,
         Confirmation::Ack(Some(_)) => Publication::Unroutable,

@@ -131,12 +131,13 @@ impl Store {
     }
 }
 
-type Firsts<'a> = BTreeMap<(&'a str, [u8; 32]), &'a NewJob>;
+type IdKey<'a> = (&'a str, [u8; 32]);
+type Firsts<'a> = BTreeMap<IdKey<'a>, &'a NewJob>;
 
 /// Which jobs own the ids that were asked for.
 struct Standing<'a> {
     now: OffsetDateTime,
-    owners: HashMap<(&'a str, [u8; 32]), (Uuid, Vec<u8>)>,
+    owners: HashMap<IdKey<'a>, (Uuid, Vec<u8>)>,
     replayed: bool,
 }
 

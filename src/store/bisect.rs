@@ -10,7 +10,8 @@ where
     Fut: Future<Output = Result<Vec<R>, StoreError>>,
 {
     let mut outcomes = Vec::with_capacity(items.len());
-    let mut left = vec![0..items.len()];
+    let whole = 0..items.len();
+    let mut left = Vec::from([whole]);
     while let Some(range) = left.pop() {
         match verb(range.clone()).await {
             Ok(done) => outcomes.extend(done.into_iter().map(Ok)),

@@ -105,7 +105,7 @@ pub const CLAIM: &str = "
         from busy where busy.lane_id is not null
     ),
     open_lane as materialized (
-        select lane.id, case when $3 then '-infinity' else lane.scan_from end as scan_from, count(*) over () as lanes
+        select lane.id, case when $3::boolean then '-infinity' else lane.scan_from end as scan_from, count(*) over () as lanes
         from busy join lane on lane.id = busy.lane_id
         where lane.open_at <= (select now from clock)
         order by lane.served_at, lane.id

@@ -31,9 +31,8 @@ pub mod statements {
 }
 
 use crate::config::Database;
+use crate::tls::client_config;
 use deadpool_postgres::{Manager, ManagerConfig, Object, Pool, PoolError, RecyclingMethod, Runtime};
-use rustls::pki_types::CertificateDer;
-use rustls::pki_types::pem::PemObject as _;
 use std::time::Duration;
 use time::OffsetDateTime;
 use tokio_postgres::error::SqlState;
@@ -134,22 +133,8 @@ fn connection(url: &str, settings: &Database) -> Result<(tokio_postgres::Config,
         .keepalives_idle(Duration::from_secs(15))
         .keepalives_interval(Duration::from_secs(5))
         .tcp_user_timeout(Duration::from_millis(settings.statement_timeout_ms * 2));
-    let mut roots = rustls::RootCertStore::empty();
-    match &settings.ca_file {
-        Some(path) => {
-            let unreadable = |error: &dyn std::fmt::Display| {
-                StoreError::Settings(format!("the setting database.ca_file names {}: {error}", path.display()))
-            };
-            for certificate in CertificateDer::pem_file_iter(path).map_err(|error| unreadable(&error))? {
-                let certificate = certificate.map_err(|error| unreadable(&error))?;
-                roots.add(certificate).map_err(|error| unreadable(&error))?;
-            }
-        }
-        None => {
-            roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
-        }
-    }
-    let tls = rustls::ClientConfig::builder().with_root_certificates(roots).with_no_client_auth();
+    let tls = client_config(settings.ca_file.as_deref())
+        .map_err(|error| StoreError::Settings(format!("the setting database.ca_file is wrong: {error}")))?;
     Ok((config, MakeRustlsConnect::new(tls)))
 }
 

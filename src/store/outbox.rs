@@ -38,7 +38,7 @@ impl Store {
         const FRESH: &str = "
             with due as materialized (
                 select id, due_at from outbox
-                where held_because is null and due_at >= coalesce($3, '-infinity') and due_at <= (select keyferry_now())
+                where held_because is null and due_at >= coalesce($3::timestamptz, '-infinity') and due_at <= (select keyferry_now())
                 order by due_at limit $1 for update skip locked)
             update outbox set due_at = keyferry_now() + $2 * interval '1 ms', attempts = attempts + 1
             from due where outbox.id = due.id
@@ -46,7 +46,7 @@ impl Store {
         const HELD: &str = "
             with due as materialized (
                 select id, due_at from outbox
-                where held_because is not null and due_at >= coalesce($3, '-infinity') and due_at <= (select keyferry_now())
+                where held_because is not null and due_at >= coalesce($3::timestamptz, '-infinity') and due_at <= (select keyferry_now())
                 order by due_at limit $1 for update skip locked)
             update outbox set due_at = keyferry_now() + $2 * interval '1 ms', attempts = attempts + 1
             from due where outbox.id = due.id

@@ -111,5 +111,5 @@ impl Store {
 }
 
 fn newest() -> i32 {
-    migrations::runner().get_migrations().iter().map(|migration| migration.version() as i32).max().unwrap_or(0)
+    migrations::runner().get_migrations().iter().map(refinery::Migration::version).max().unwrap_or(0)
 }

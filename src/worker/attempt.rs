@@ -42,14 +42,10 @@ pub(super) struct Attempt {
 }
 
 /// Either what the next step needs, or the end of the attempt.
-type Or<T> = Result<T, Box<End>>;
+type Or<T> = Result<T, End>;
 
-/// How an attempt ends.
-enum End {
-    Settled(Settlement),
-    /// The lease is another's: nothing may be written.
-    Lost,
-}
+/// How an attempt ends; `None`: the lease is another's, and nothing may be written.
+type End = Option<Box<Settlement>>;
 
 /// An attempt under way: the job and what it has found out.
 struct Run {
@@ -60,18 +56,24 @@ struct Run {
     source_key: Option<SealedKey>,
     /// A mutating call of this or an earlier attempt may have taken effect.
     in_doubt: bool,
+    /// The mutating call of this attempt was not answered, and may still take effect.
+    unanswered: bool,
 }
 
 impl Attempt {
     /// Runs the attempt; `None` when its lease is another's.
     pub(super) async fn run(self, job: ClaimedJob) -> Option<Settlement> {
-        let mut run = Run { in_doubt: job.progress.in_doubt, source_key: None, attempt: self, job, facts: Vec::new() };
+        let mut run = Run {
+            in_doubt: job.progress.in_doubt,
+            unanswered: false,
+            source_key: None,
+            attempt: self,
+            job,
+            facts: Vec::new(),
+        };
         match run.steps().await {
             Ok(settlement) => Some(settlement),
-            Err(end) => match *end {
-                End::Settled(settlement) => Some(settlement),
-                End::Lost => None,
-            },
+            Err(end) => end.map(|settlement| *settlement),
         }
     }
 }
@@ -326,7 +328,7 @@ impl Run {
         };
         match self.attempt.steps.submit(step).await {
             Some(Ok(Prepared::Ready)) => {}
-            Some(Ok(Prepared::LeaseLost)) | None => return Err(Box::new(End::Lost)),
+            Some(Ok(Prepared::LeaseLost)) | None => return Err(None),
             Some(Ok(Prepared::SourceKeyDeleted)) => {
                 return self.fail(FailureCode::SourceKeyDeleted, "the source key was deleted");
             }
@@ -437,6 +439,7 @@ impl Run {
     fn import_failed<T>(&mut self, error: &CallError) -> Or<T> {
         if error.kind.may_have_taken_effect() {
             self.in_doubt = true;
+            self.unanswered = true;
             return self.retry_call(Class::Transient, error, FailureCode::OutcomeUnknown);
         }
         match judge::import(error) {
@@ -485,7 +488,7 @@ impl Run {
         message: &str,
         aws_request_id: Option<&str>,
         state: RetryState,
-    ) -> Box<End> {
+    ) -> End {
         let times = self.times(class);
         let delay = retry::delay(class, times, retry::random_unit());
         self.attempt.context.metrics.retries.with_label_values(&[class.as_str()]).inc();
@@ -501,12 +504,7 @@ impl Run {
             "aws_request_id": aws_request_id,
             "aws_changed": state.in_doubt || state.imported.is_some(),
         });
-        let mut end = self.settlement(SettlementKind::Retry { delay, deadline: self.job.deadline, reason, state });
-        // A call of this attempt that was not answered may take effect while its signature lives.
-        if self.in_doubt && !self.job.progress.in_doubt || class == Class::Transient && self.in_doubt {
-            end.late_effect = self.source_key.as_ref().map(|key| self.effect(key));
-        }
-        Box::new(End::Settled(end))
+        self.settled(SettlementKind::Retry { delay, deadline: self.job.deadline, reason, state })
     }
 
     /// How often this class has come up in a row, this time included.
@@ -563,17 +561,19 @@ impl Run {
         Ok(())
     }
 
-    fn settled(&mut self, kind: SettlementKind) -> Box<End> {
-        Box::new(End::Settled(self.settlement(kind)))
+    #[expect(clippy::unnecessary_wraps, reason = "the other end, a lost lease, settles nothing")]
+    fn settled(&mut self, kind: SettlementKind) -> End {
+        Some(Box::new(self.settlement(kind)))
     }
 
     fn settlement(&mut self, kind: SettlementKind) -> Settlement {
+        let late = self.source_key.as_ref().filter(|_| self.unanswered);
         Settlement {
+            late_effect: late.map(|key| self.effect(key)),
             lease: self.job.lease,
             job: summary(&self.job),
             key_id: self.job.key_id,
             facts: std::mem::take(&mut self.facts),
-            late_effect: None,
             kind,
         }
     }

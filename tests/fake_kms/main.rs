@@ -5,6 +5,8 @@
 //! `aws-kms-import.md`, the project's reference; where the reference does not know what AWS does, the code says
 //! UNVERIFIED. The control interface is described in [`control`], the layout of ciphertexts in [`crypto`].
 
+#![expect(clippy::disallowed_methods, reason = "this is AWS's clock, not Keyferry's")]
+
 mod control;
 mod crypto;
 mod crypto_ops;

@@ -1,1 +1,1 @@
-
+//! The integration suite: one binary, real servers.

@@ -162,9 +162,9 @@ fn two_sources_are_two_namespaces_of_ids() {
 proptest! {
     #[test]
     fn any_bytes_are_accepted_or_refused_without_a_panic(body in proptest::collection::vec(any::<u8>(), 0..300)) {
-        let _ = Request::parse(Envelope { body: &body, content_type: None, message_id: Some("m") }, NOW);
+        let _read = Request::parse(Envelope { body: &body, content_type: None, message_id: Some("m") }, NOW);
         let envelope = Envelope { body: &body, content_type: Some(CONTENT_TYPE_CLOUDEVENTS), message_id: None };
-        let _ = Request::parse(envelope, NOW);
+        let _read = Request::parse(envelope, NOW);
     }
 
     #[test]

@@ -21,11 +21,10 @@ impl Run {
                 key.state,
                 key.expiry.map_or("none".to_owned(), expiry_text)
             );
-            let end =
-                match self.retry::<()>(Class::NotYetVisible, "verify", &message, None, FailureCode::UnexpectedAnswer) {
-                    Err(end) => end,
-                    Ok(()) => Box::new(End::Lost),
-                };
+            let end = self
+                .retry::<()>(Class::NotYetVisible, "verify", &message, None, FailureCode::UnexpectedAnswer)
+                .err()
+                .flatten();
             return Err(self.after_import(end, material_id));
         }
         if let (Some(id), Some(fields)) = (&material_id, key.aws_param.as_object_mut()) {
@@ -39,8 +38,8 @@ impl Run {
     }
 
     /// The import was answered; whatever ends this attempt, the next one only has to see it.
-    pub(super) fn after_import(&self, mut end: Box<End>, material_id: Option<String>) -> Box<End> {
-        if let End::Settled(settlement) = &mut *end {
+    pub(super) fn after_import(&self, mut end: End, material_id: Option<String>) -> End {
+        if let Some(settlement) = &mut end {
             match &mut settlement.kind {
                 SettlementKind::Retry { state, .. } => {
                     *state = RetryState { imported: Some(material_id), ..RetryState::default() };
