@@ -119,8 +119,15 @@ impl Store {
                 }
             })
             .collect();
-        let winners: Vec<&NewJob> =
-            firsts.values().copied().filter(|job| standing.judge(job) == Verdict::Accepted).collect();
+        // In the slice's order, which becomes the order in the lines.
+        let winners: Vec<&NewJob> = candidates
+            .iter()
+            .filter_map(|candidate| match candidate {
+                Candidate::Job(job) => Some(job),
+                Candidate::Refusal(_) => None,
+            })
+            .filter(|job| standing.judge(job) == Verdict::Accepted)
+            .collect();
         // Nothing was inserted although we own ids: this very slice was committed before, and its answer lost.
         if !winners.is_empty() && !standing.replayed {
             insert_jobs(&transaction, &winners, standing.now).await?;
