@@ -80,8 +80,13 @@ async fn what_is_no_request_is_refused_by_name() {
     for (_, _, message) in &cases {
         world.send(message.clone()).await;
     }
-    let mut found: Vec<(String, Option<String>)> =
-        world.refused(cases.len()).await.into_iter().map(|one| (one.code, one.field)).collect();
+    let refusals = world.refused(cases.len()).await;
+    for refusal in &refusals {
+        // It says what was expected; a field's name stands before it.
+        let field = refusal.field.as_deref().unwrap_or_default();
+        assert!(refusal.message.len() > 15 && refusal.message.contains(field), "{refusal:?}");
+    }
+    let mut found: Vec<(String, Option<String>)> = refusals.into_iter().map(|one| (one.code, one.field)).collect();
     let mut expected: Vec<(String, Option<String>)> =
         cases.iter().map(|(code, field, _)| ((*code).to_owned(), field.map(str::to_owned))).collect();
     found.sort();

@@ -87,10 +87,10 @@ impl Fake {
         self.post("faults", order).await;
     }
 
-    /// Withdraws all faults.
-    pub async fn clear_faults(&self) {
-        let answer = self.client.delete(format!("{}/_fake/faults", self.url)).send().await.unwrap();
-        assert!(answer.status().is_success());
+    /// The same for one call, after so many that pass.
+    pub async fn fault_after(&self, operation: &str, key: &str, skip: u64, fault: Value) {
+        let order = json!({"operation": operation, "key": key, "times": 1, "skip": skip, "fault": fault});
+        self.post("faults", order).await;
     }
 
     /// Waits until so many calls of the operation on the key are held.

@@ -80,9 +80,24 @@ impl Worker {
         self.process.wait(Duration::from_secs(40)).await.signal() == Some(Signal::ABORT.as_raw())
     }
 
+    /// Whether it has not ended yet.
+    pub fn is_running(&mut self) -> bool {
+        self.process.ended().is_none()
+    }
+
+    /// Ends it by force.
+    pub fn kill(&mut self) {
+        self.process.kill();
+    }
+
     /// Asks it to stop and expects an orderly end.
     pub async fn stop(&mut self) {
         self.signal(Signal::TERM);
+        self.ends_well().await;
+    }
+
+    /// Expects an orderly end of a worker that was asked to stop.
+    pub async fn ends_well(&mut self) {
         let status = self.process.wait(Duration::from_secs(40)).await;
         assert!(status.success(), "SIGTERM ended the worker with {status}:\n{}", self.log());
     }
@@ -428,7 +443,7 @@ impl World {
             })
             .await;
             for worker in &mut self.workers {
-                if worker.process.ended().is_none() {
+                if worker.is_running() {
                     worker.stop().await;
                 }
             }
