@@ -261,10 +261,26 @@ async fn a_job_gives_up_at_its_deadline() {
     world.fake.fault("DescribeKey", &arn, None, json!({"kind": "throttle"})).await;
     let deadline = rfc3339(world.now().await + time::Duration::hours(1));
     world.publish(request("r1", &arn, json!({"deadline": deadline}))).await;
-    world.fake.wait(1, &format!("key={arn}&outcome=throttled")).await;
+    world.until("an attempt failed", THROTTLED, 1).await;
     world.db.advance(Duration::from_secs(3_600)).await;
     let job = world.failed("r1", "deadline_exceeded").await;
     assert!(!job.aws_changed());
     assert!(job.error.unwrap()["message"].as_str().unwrap().contains("ThrottlingException"));
     world.finish().await;
 }
+
+#[tokio::test]
+async fn a_job_whose_material_would_have_expired_meanwhile_gives_up() {
+    let mut world = World::with_worker(Tuning::default()).await;
+    let arn = world.fake.key().await;
+    world.fake.fault("DescribeKey", &arn, None, json!({"kind": "throttle"})).await;
+    let valid_to = rfc3339(world.now().await + time::Duration::hours(1));
+    world.publish(request("r1", &arn, json!({"key_expiration": true, "valid_to": valid_to}))).await;
+    world.until("an attempt failed", THROTTLED, 1).await;
+    world.db.advance(Duration::from_secs(3_600)).await;
+    assert!(!world.failed("r1", "valid_to_passed").await.aws_changed());
+    world.finish().await;
+}
+
+/// Jobs of which an attempt has been throttled.
+const THROTTLED: &str = "select count(*) from progress where last_error ->> 'class' = 'throttled'";

@@ -1,9 +1,11 @@
 //! Several workers on one queue, and one that is thought dead and is not.
 
+use crate::aws_errors::CLOSED;
 use crate::support::proof::decrypts;
 use crate::support::world::{Tuning, World, request};
 use rustix::process::Signal;
 use serde_json::json;
+use time::format_description::well_known::Rfc3339;
 
 #[tokio::test]
 async fn two_workers_share_the_work() {
@@ -21,11 +23,14 @@ async fn two_workers_share_the_work() {
     for number in 0..arns.len() {
         world.succeeded(&format!("r{number}-2")).await;
     }
-    let mut sum = 0.0;
-    for worker in &world.workers {
-        sum += worker.metric("keyferry_jobs_finished_total{code=\"\",outcome=\"succeeded\"}").await;
-    }
-    assert!((sum - 72.0).abs() < 0.1, "every job ended in one of them: {sum}");
+    crate::support::eventually("every job was counted in one of them", || async {
+        let mut sum = 0.0;
+        for worker in &world.workers {
+            sum += worker.metric("keyferry_jobs_finished_total{code=\"\",outcome=\"succeeded\"}").await;
+        }
+        (sum > 71.5).then_some(())
+    })
+    .await;
     world.finish().await;
 }
 
@@ -68,32 +73,21 @@ async fn a_worker_that_slept_past_its_lease_commits_nothing() {
 
 #[tokio::test]
 async fn a_takeover_closes_the_line_to_the_next_job_that_contradicts() {
-    let tuning = Tuning { signature_life_ms: 4_000, ..Tuning::hasty() };
-    let mut world = World::new(tuning).await;
+    let mut world = World::new(Tuning { signature_life_ms: 600_000, ..Tuning::hasty() }).await;
     world.symmetric_key("payroll").await;
     let arn = world.fake.key().await;
-    let valid_to =
-        (world.now().await + time::Duration::days(9)).format(&time::format_description::well_known::Rfc3339).unwrap();
-    let named = json!({"source_key_identifier": "payroll"});
-    world.publish(request("r1", &arn, named)).await;
+    let valid_to = (world.now().await + time::Duration::days(9)).format(&Rfc3339).unwrap();
+    world.publish(request("r1", &arn, json!({"source_key_identifier": "payroll"}))).await;
+    // Nobody knows whether it made the call before it died.
     let first = world.start("worker.after_prepare=return").await;
     assert!(world.workers[first].aborted().await);
     let more = json!({"source_key_identifier": "payroll", "key_expiration": true, "valid_to": valid_to});
     world.publish(request("r2", &arn, more)).await;
     world.serve().await;
     world.succeeded("r1").await;
+    world.until("the line is closed", CLOSED, 1).await;
+    assert_eq!(world.job("r2").await.unwrap().state, "waiting");
+    world.db.advance(std::time::Duration::from_secs(600)).await;
     world.succeeded("r2").await;
-    // r2 began when a call of the dead worker's could no longer take effect.
-    let waited: f64 = world
-        .client
-        .query_one(
-            "select extract(epoch from two.finished_at - one.finished_at)::float8 from job one, job two
-             where one.request_id = 'r1' and two.request_id = 'r2'",
-            &[],
-        )
-        .await
-        .unwrap()
-        .get(0);
-    assert!(waited > 2.0, "{waited} s");
     world.finish().await;
 }

@@ -93,6 +93,11 @@ impl Fake {
         self.post("faults", order).await;
     }
 
+    /// Chooses between behaviours that nobody knows of AWS.
+    pub async fn options(&self, changes: Value) {
+        self.post("options", changes).await;
+    }
+
     /// Waits until so many calls of the operation on the key are held.
     pub async fn held(&self, count: usize, operation: &str, key: &str) {
         let query = format!("waiting?operation={operation}&key={key}&at_least={count}&timeout_ms=40000");
