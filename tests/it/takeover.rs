@@ -14,8 +14,10 @@ async fn two_workers_share_the_work() {
     let arns = world.fake.seed(json!({"count": 24})).await;
     for round in 0..3 {
         for (number, arn) in arns.iter().enumerate() {
-            let id = format!("r{number}-{round}");
-            world.publish(request(&id, arn, json!({"source_key_identifier": "payroll"}))).await;
+            // Each twice: both workers may hold a copy at the same time.
+            let request = request(&format!("r{number}-{round}"), arn, json!({"source_key_identifier": "payroll"}));
+            world.publish(request.clone()).await;
+            world.publish(request).await;
         }
     }
     world.start("").await;
@@ -89,5 +91,54 @@ async fn a_takeover_closes_the_line_to_the_next_job_that_contradicts() {
     assert_eq!(world.job("r2").await.unwrap().state, "waiting");
     world.db.advance(std::time::Duration::from_secs(600)).await;
     world.succeeded("r2").await;
+    world.finish().await;
+}
+
+#[tokio::test]
+async fn a_dead_workers_call_that_takes_effect_late_undoes_nothing() {
+    let mut world = World::new(Tuning { signature_life_ms: 600_000, ..Tuning::hasty() }).await;
+    let bytes = world.symmetric_key("payroll").await;
+    let arn = world.fake.key().await;
+    let valid_to = (world.now().await + time::Duration::days(9)).format(&Rfc3339).unwrap();
+    // Were an import token good for one import only, the late effect could not happen.
+    world.fake.options(json!({"single_use_tokens": false})).await;
+    world.fake.fault("ImportKeyMaterial", &arn, Some(1), json!({"kind": "hold"})).await;
+    let first = world.serve().await;
+    world.publish(request("r1", &arn, json!({"source_key_identifier": "payroll"}))).await;
+    world.fake.held(1, "ImportKeyMaterial", &arn).await;
+    world.workers[first].kill();
+    let more = json!({"source_key_identifier": "payroll", "key_expiration": true, "valid_to": valid_to});
+    world.publish(request("r2", &arn, more)).await;
+    world.serve().await;
+    world.succeeded("r1").await;
+    world.until("the line is closed", CLOSED, 1).await;
+    world.fake.release(&arn).await;
+    world.fake.wait(1, &format!("key={arn}&late=true&effect=imported")).await;
+    world.db.advance(std::time::Duration::from_secs(600)).await;
+    world.succeeded("r2").await;
+    assert_eq!(world.fake.show(&arn).await["expiration_model"], "KEY_MATERIAL_EXPIRES");
+    assert!(decrypts(&world.fake, &arn, &bytes).await);
+    world.finish().await;
+}
+
+#[tokio::test]
+async fn a_worker_that_slept_before_its_import_does_not_send_it() {
+    let mut world = World::new(Tuning::hasty()).await;
+    world.symmetric_key("payroll").await;
+    let arn = world.fake.key().await;
+    let sleeper = world.serve().await;
+    world.fake.fault("GetParametersForImport", &arn, Some(1), json!({"kind": "hold"})).await;
+    world.publish(request("r1", &arn, json!({"source_key_identifier": "payroll"}))).await;
+    world.fake.held(1, "GetParametersForImport", &arn).await;
+    world.workers[sleeper].signal(Signal::STOP);
+    world.fake.release(&arn).await;
+    world.serve().await;
+    world.succeeded("r1").await;
+    world.workers[sleeper].signal(Signal::CONT);
+    crate::support::eventually("the sleeper gives up", || async {
+        (world.workers[sleeper].metric("keyferry_jobs_running").await < 0.5).then_some(())
+    })
+    .await;
+    assert_eq!(world.fake.journal(&format!("key={arn}&operation=ImportKeyMaterial")).await.len(), 1);
     world.finish().await;
 }
