@@ -171,6 +171,15 @@ fn a_secret_is_found_in_any_spelling() {
 }
 
 #[test]
+fn a_refused_body_is_found() {
+    let body = "a body that nobody should have sent";
+    spoilt("I5", |s| {
+        s.dead.push(body.into());
+        s.texts.push(("a log".into(), format!("refused: {body}").into_bytes()));
+    });
+}
+
+#[test]
 fn what_still_waits_is_found() {
     spoilt("I6", |s| s.left.values_mut().for_each(|count| *count = 1));
     spoilt("I6", |s| s.lines[0].is_due = true);

@@ -66,11 +66,20 @@ async fn a_named_key_is_imported_and_the_result_has_the_original_shape() {
     }
     let events = world.events_of("r1").await;
     assert_eq!(events.len(), 1);
+    for (attribute, expected) in [
+        ("specversion", json!("1.0")),
+        ("source", json!("keyferry")),
+        ("type", json!("io.keyferry.job.succeeded")),
+        ("id", json!(job.id)),
+        ("datacontenttype", json!("application/json")),
+    ] {
+        assert_eq!(events[0][attribute], expected, "{attribute} of {:#}", events[0]);
+    }
     assert_eq!(events[0]["data"]["result"], result);
     assert_eq!(events[0]["subject"], json!(arn));
     assert_eq!(events[0]["sequence"], "00000000000000000001");
     assert_eq!(world.events().await[0].routing_key, "job.succeeded.import.111122223333.eu-central-1");
-    // A first import costs four calls.
+    // A first import costs four calls at most.
     assert!(
         world
             .fake
