@@ -97,14 +97,14 @@ async fn nobody_at_the_address_is_an_outage() {
     let settings = Database { connect_timeout_ms: 300, ..db.settings() };
     let from = Instant::now();
     unavailable(Store::new(url.as_str(), &settings).unwrap().now().await);
-    assert!(from.elapsed() < Duration::from_secs(3));
+    assert!(from.elapsed() < Duration::from_secs(10));
 }
 
 #[tokio::test]
 async fn a_pool_whose_connections_are_all_busy_says_so_in_time() {
     let db = TestDb::create().await;
     let mut blocker = db.client().await;
-    let settings = Database { connections: 2, connect_timeout_ms: 300, ..db.settings() };
+    let settings = Database { connections: 2, connect_timeout_ms: 2_000, ..db.settings() };
     let store = Store::new(&db.worker_url(), &settings).unwrap();
     let blocking = blocker.transaction().await.unwrap();
     blocking.batch_execute("lock table kms_key").await.unwrap();
@@ -117,7 +117,7 @@ async fn a_pool_whose_connections_are_all_busy_says_so_in_time() {
     until_waiting(&db.client().await, 2).await;
     let from = Instant::now();
     unavailable(store.now().await);
-    assert!((Duration::from_millis(250)..Duration::from_secs(2)).contains(&from.elapsed()), "{:?}", from.elapsed());
+    assert!((Duration::from_millis(1_900)..Duration::from_secs(10)).contains(&from.elapsed()), "{:?}", from.elapsed());
     blocking.rollback().await.unwrap();
     for busy in busy {
         busy.await.unwrap().unwrap();
@@ -129,7 +129,7 @@ async fn a_pool_whose_connections_are_all_busy_says_so_in_time() {
 async fn a_statement_or_a_lock_is_not_waited_for_without_end() {
     let db = TestDb::create().await;
     let mut client = db.client().await;
-    let settings = Database { statement_timeout_ms: 600, ..db.settings() };
+    let settings = Database { statement_timeout_ms: 2_000, ..db.settings() };
     let store = Store::new(&db.worker_url(), &settings).unwrap();
     {
         let locking = client.transaction().await.unwrap();
@@ -149,7 +149,7 @@ async fn a_statement_or_a_lock_is_not_waited_for_without_end() {
     let from = Instant::now();
     let reason = unavailable(store.accept(&[Candidate::Refusal(refusal("r", RefusalCode::NotJson))]).await);
     assert!(reason.contains("statement timeout"), "{reason}");
-    assert!(from.elapsed() < Duration::from_secs(5));
+    assert!(from.elapsed() < Duration::from_secs(15));
     // The connection is good for the next.
     accept(&store, &[job("a", &arn(1))]).await;
 }
