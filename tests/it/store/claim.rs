@@ -88,6 +88,43 @@ async fn a_full_lane_keeps_no_other_lane_out_of_a_small_claim() {
     assert!(singles.iter().any(|job| job.key.region() == "eu-west-2"), "the longest unserved lane goes first");
 }
 
+/// Lanes that were served before and those that never were are found in different ways.
+#[tokio::test]
+async fn every_lane_with_work_is_found_whether_it_was_served_before_or_not() {
+    let db = TestDb::create().await;
+    let store = db.store().await;
+    let lane = |n: u128| arn_in(&format!("eu-west-{n}"), n);
+    let all = async |most| {
+        let mut found = HashSet::new();
+        loop {
+            let claimed = claim(&store, most).await;
+            if claimed.is_empty() {
+                return found;
+            }
+            for job in claimed {
+                assert!(found.insert(job.key.region().to_owned()));
+                assert!(settle(&store, &succeeded(&job)).await);
+            }
+        }
+    };
+    // Lanes get their numbers in the order in which they are first named.
+    let jobs = |round: &str, lanes: &[u128]| -> Vec<NewJob> {
+        lanes.iter().map(|n| job(&format!("{round}-{n}"), &lane(*n))).collect()
+    };
+    accept(&store, &jobs("a", &[1, 2, 3, 4, 5, 6, 7, 8, 9])).await;
+    assert_eq!(all(4).await.len(), 9);
+    accept(&store, &jobs("b", &[2, 5, 6, 9, 10, 11])).await;
+    assert_eq!(all(1).await.len(), 6);
+    accept(&store, &jobs("c", &[1, 8, 11, 12])).await;
+    assert_eq!(all(64).await.len(), 4);
+    // So long ago that they count as never served.
+    db.advance(Duration::from_secs(2 * 86_400)).await;
+    accept(&store, &jobs("d", &[3, 4, 12, 13])).await;
+    assert_eq!(all(2).await.len(), 4);
+    accept(&store, &jobs("e", &[1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14])).await;
+    assert_eq!(all(3).await.len(), 14);
+}
+
 #[tokio::test]
 async fn a_closed_lane_is_left_alone() {
     let db = TestDb::create().await;
