@@ -244,7 +244,13 @@ impl Store {
         let seqs: Vec<i64> = heads.values().map(|head| head.seq).collect();
         let read = transaction.prepare_cached(READ).await?;
         let rows = transaction.query(&read, &[&lines, &seqs]).await?;
-        let jobs = rows.iter().map(|row| claimed_job(row, &heads)).collect::<Result<Vec<_>, _>>()?;
+        // One that this version cannot read keeps its lease until that runs out, and stops no other.
+        let jobs: Vec<ClaimedJob> = rows
+            .iter()
+            .filter_map(|row| {
+                claimed_job(row, &heads).map_err(|error| tracing::error!(%error, "a job is left to others")).ok()
+            })
+            .collect();
         mark_late(&transaction, &jobs, &heads, signature_life).await?;
         transaction.commit().await?;
         Ok(jobs)
