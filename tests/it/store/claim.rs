@@ -301,6 +301,29 @@ async fn a_locked_line_does_not_keep_other_leases_from_being_renewed() {
     assert_eq!(held, 2);
 }
 
+/// As while two versions run side by side: what only the newer one can read is left to it.
+#[tokio::test]
+async fn a_job_that_cannot_be_read_stops_no_other() {
+    let db = TestDb::create().await;
+    let (store, client) = (db.store().await, db.client().await);
+    let jobs: Vec<NewJob> = (0..6).map(|n| job(&format!("j{n}"), &arn(n))).collect();
+    accept(&store, &jobs).await;
+    let newer = "update job set request = '{\"operation\":\"transmute\"}' where request_id = 'j3'";
+    client.execute(newer, &[]).await.unwrap();
+    let claimed = claim(&store, 10).await;
+    assert_eq!(claimed.len(), 5);
+    assert!(claimed.iter().all(|job| job.request.id.as_str() != "j3"));
+    assert_eq!(value::<i64>(&client, "select count(*) from job where state = 'waiting'", &[]).await, 6);
+    // It is offered again when the lease has run out.
+    client
+        .execute("update job set request = $1 where request_id = 'j3'", &[&jobs[3].request.canonical()])
+        .await
+        .unwrap();
+    assert!(claim(&store, 10).await.is_empty());
+    db.advance(LEASE * 2).await;
+    assert!(claim(&store, 10).await.iter().any(|job| job.request.id.as_str() == "j3"));
+}
+
 /// The lower bound of a lane's scan is a hint that must not hide work for long.
 #[tokio::test]
 async fn housekeeping_moves_the_scans_bound_and_hides_nothing_that_is_due() {

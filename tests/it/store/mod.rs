@@ -10,5 +10,6 @@ mod given;
 mod keys;
 mod outbox;
 mod plans;
+mod read;
 mod rights;
 mod settle;
