@@ -28,8 +28,9 @@ use tokio_util::task::TaskTracker;
 
 /// Rows of one transaction at most.
 const BATCH: usize = 200;
-/// Every so many claims one ignores the lanes' lower bounds, which are hints.
-const WHOLE_INDEX_EVERY: u64 = 10;
+/// So often a claim ignores the lanes' lower bounds, which are hints. By time: it may have to read every dead entry
+/// that a long snapshot keeps.
+const WHOLE_INDEX_EVERY: Duration = Duration::from_secs(5);
 const HOUSEKEEPING: Duration = Duration::from_secs(1);
 
 /// What a worker works with.
@@ -145,7 +146,7 @@ struct Pool {
 impl Pool {
     async fn claim_until(&self, stop: &CancellationToken) {
         let mut outage = Attempts::new(Class::Reconnect);
-        let mut claims = 0_u64;
+        let mut whole_index_at = Instant::now();
         loop {
             let first = tokio::select! {
                 () = stop.cancelled() => return,
@@ -157,10 +158,12 @@ impl Pool {
             while let Ok(permit) = Arc::clone(&self.permits).try_acquire_owned() {
                 permits.push(permit);
             }
-            claims += 1;
             let asked_at = Instant::now();
             let settings = &self.context.settings;
-            let whole_index = claims.is_multiple_of(WHOLE_INDEX_EVERY);
+            let whole_index = asked_at >= whole_index_at;
+            if whole_index {
+                whole_index_at = asked_at + WHOLE_INDEX_EVERY;
+            }
             let claimed =
                 self.context.store.claim(permits.len(), settings.lease(), settings.signature_life(), whole_index).await;
             let pause = match claimed {

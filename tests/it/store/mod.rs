@@ -1,14 +1,15 @@
-//! The store against a real Postgres.
+//! The store against a real Postgres, as the worker's role.
 
-use crate::support::db::TestDb;
+#![allow(clippy::unwrap_used, clippy::panic, reason = "helpers may stop at the first surprise, as tests may")]
 
-#[tokio::test]
-async fn a_test_database_is_migrated() {
-    let db = TestDb::create().await;
-    let store = db.store().await;
-    store.check_schema().await.unwrap();
-    let before = store.now().await.unwrap();
-    db.advance(std::time::Duration::from_secs(60)).await;
-    assert!(store.now().await.unwrap() - before >= time::Duration::seconds(60));
-    assert!(db.reader_url().contains("keyferry_reader"));
-}
+mod accept;
+mod bisection;
+mod claim;
+mod connection;
+mod given;
+mod keys;
+mod outbox;
+mod plans;
+mod read;
+mod rights;
+mod settle;

@@ -1,0 +1,268 @@
+//! Ends of attempts: outcome, audit, event and the next head together, once, under the lease alone.
+
+use super::given::{
+    LEASE, SIGNATURE_LIFE, accept, accept_line, add_source_key, arn, assert_audit_holds, claim, claim_one, contents,
+    end, failed, generating_step, job, material, put_back, retry, sealed, settle, step, succeeded, value,
+};
+use crate::support::db::TestDb;
+use keyferry::audit::{Fact, Kind};
+use keyferry::store::{Prepared, RetryState, SettlementKind};
+use serde_json::json;
+use std::time::Duration;
+use time::OffsetDateTime;
+
+const DUE_AT: &str = "select due_at from line where due_at is not null";
+
+#[tokio::test]
+async fn an_end_writes_outcome_audit_and_event_and_goes_on_to_the_next_head() {
+    let db = TestDb::create().await;
+    let (store, client) = (db.store().await, db.client().await);
+    accept_line(&store, "j", &arn(1), 2).await;
+    let first = claim_one(&store).await;
+    assert!(settle(&store, &succeeded(&first)).await);
+    let second = claim_one(&store).await;
+    assert_eq!((first.sequence, second.sequence), (1, 2));
+    assert!(settle(&store, &failed(&second, "no")).await);
+    assert!(claim(&store, 8).await.is_empty());
+
+    let rows = client
+        .query("select state, attempts, finished_at is not null, result is not null, error ->> 'code' from job order by seq", &[])
+        .await
+        .unwrap();
+    let states: Vec<(String, i32, bool, bool, Option<String>)> =
+        rows.iter().map(|row| (row.get(0), row.get(1), row.get(2), row.get(3), row.get(4))).collect();
+    assert_eq!(
+        states,
+        [("succeeded".into(), 1, true, true, None), ("failed".into(), 1, true, false, Some("aws_refused".into()))]
+    );
+    let events: Vec<uuid::Uuid> = client
+        .query("select event_id from outbox order by id", &[])
+        .await
+        .unwrap()
+        .iter()
+        .map(|row| row.get(0))
+        .collect();
+    assert_eq!(events, [first.id, second.id]);
+    assert_eq!(value::<i64>(&client, "select count(*) from progress", &[]).await, 0);
+    assert_eq!(value::<i64>(&client, "select count(*) from line where due_at is null and token is null", &[]).await, 1);
+    assert_audit_holds(&client).await;
+}
+
+#[tokio::test]
+async fn settling_again_after_a_lost_answer_changes_nothing() {
+    let db = TestDb::create().await;
+    let (store, client) = (db.store().await, db.client().await);
+    accept_line(&store, "j", &arn(1), 2).await;
+    accept_line(&store, "k", &arn(2), 1).await;
+    let claimed = claim(&store, 8).await;
+    let (ended, retried) = (succeeded(&claimed[0]), {
+        let job = &claimed[1];
+        retry(job, Duration::from_secs(5), job.deadline, RetryState::default())
+    });
+    assert_eq!(store.settle(&[&ended, &retried], SIGNATURE_LIFE).await.unwrap(), [true, true]);
+    let before = contents(&client).await;
+    assert_eq!(store.settle(&[&ended, &retried], SIGNATURE_LIFE).await.unwrap(), [false, false]);
+    assert_eq!(contents(&client).await, before);
+}
+
+#[tokio::test]
+async fn what_was_put_back_was_no_attempt() {
+    let db = TestDb::create().await;
+    let (store, client) = (db.store().await, db.client().await);
+    accept(&store, &[job("a", &arn(1))]).await;
+    for _ in 0..3 {
+        let job = claim_one(&store).await;
+        assert_eq!(job.attempt, 1);
+        assert!(settle(&store, &put_back(&job, None)).await);
+    }
+    let job = claim_one(&store).await;
+    let until = job.now + time::Duration::minutes(5);
+    assert!(settle(&store, &put_back(&job, Some(until))).await);
+    assert_eq!(value::<OffsetDateTime>(&client, DUE_AT, &[]).await, until);
+    assert!(claim(&store, 8).await.is_empty());
+    db.advance(Duration::from_secs(301)).await;
+    let job = claim_one(&store).await;
+    assert!(settle(&store, &retry(&job, Duration::ZERO, job.deadline, RetryState::default())).await);
+    assert_eq!(claim_one(&store).await.attempt, 2, "a retry was one");
+    assert_audit_holds(&client).await;
+}
+
+/// Whatever a worker has to tell when it gives a job back, the trail goes on counting.
+#[tokio::test]
+async fn facts_of_a_job_that_is_put_back_are_numbered_on() {
+    let db = TestDb::create().await;
+    let (store, client) = (db.store().await, db.client().await);
+    accept(&store, &[job("a", &arn(1))]).await;
+    for prepared in [false, true] {
+        let job = claim_one(&store).await;
+        if prepared {
+            let (step, _) = generating_step(&job);
+            assert_eq!(store.prepare(&[&step]).await.unwrap(), [Prepared::Ready]);
+        }
+        let mut back = put_back(&job, None);
+        back.facts = vec![Fact::new(Kind::MaterialImported, json!({"attempt": job.attempt}))];
+        assert!(settle(&store, &back).await);
+    }
+    let job = claim_one(&store).await;
+    assert!(job.progress.is_chosen && job.progress.in_doubt, "what is known is kept");
+    assert!(settle(&store, &succeeded(&job)).await);
+    assert_audit_holds(&client).await;
+}
+
+#[tokio::test]
+async fn a_retry_is_due_by_the_deadline_and_after_it_never_in_the_past() {
+    let db = TestDb::create().await;
+    let (store, client) = (db.store().await, db.client().await);
+    accept(&store, &[job("a", &arn(1))]).await;
+    let due = async || value::<OffsetDateTime>(&client, DUE_AT, &[]).await;
+
+    let job = claim_one(&store).await;
+    let deadline = job.now + time::Duration::seconds(60);
+    assert!(settle(&store, &retry(&job, Duration::from_secs(3_600), deadline, RetryState::default())).await);
+    assert_eq!(due().await, deadline);
+
+    db.advance(Duration::from_secs(61)).await;
+    for (delay, put) in [(0, false), (90, false), (0, true)] {
+        let job = claim_one(&store).await;
+        assert!(job.now > deadline);
+        let end = if put {
+            end(&job, SettlementKind::PutBack { until: Some(deadline), deadline })
+        } else {
+            retry(&job, Duration::from_secs(delay), deadline, RetryState::default())
+        };
+        let before = store.now().await.unwrap();
+        assert!(settle(&store, &end).await);
+        let (due, after) = (due().await, store.now().await.unwrap());
+        let delay = time::Duration::seconds(i64::try_from(delay).unwrap());
+        assert!(before + delay <= due && due <= after + delay, "{before} {due} {after}");
+        db.advance(Duration::from_secs(91)).await;
+    }
+}
+
+#[tokio::test]
+async fn a_retry_keeps_what_the_next_attempt_must_know() {
+    let db = TestDb::create().await;
+    let (store, client) = (db.store().await, db.client().await);
+    let key = sealed("k");
+    assert!(add_source_key(&store, &key).await);
+    accept(&store, &[job("a", &arn(1))]).await;
+    let again = async |state: RetryState| {
+        let job = claim_one(&store).await;
+        let attempt = job.attempt;
+        assert!(settle(&store, &retry(&job, Duration::ZERO, job.deadline, state)).await);
+        let job = claim_one(&store).await;
+        assert_eq!(job.attempt, attempt + 1);
+        assert!(settle(&store, &put_back(&job, None)).await);
+        job.progress
+    };
+    let operation = "select operation from lane join line on line.lane_id = lane.id";
+    assert_eq!(value::<String>(&client, operation, &[]).await, "GetParametersForImport");
+
+    let job = claim_one(&store).await;
+    assert_eq!(store.prepare(&[&step(&job, &key)]).await.unwrap(), [Prepared::Ready]);
+    assert!(settle(&store, &put_back(&job, None)).await);
+
+    let doubtful = again(RetryState { in_doubt: true, ..RetryState::default() }).await;
+    assert!(doubtful.is_chosen && doubtful.in_doubt && !doubtful.imported && doubtful.parameters.is_some());
+    assert_eq!(doubtful.last_error.unwrap()["message"], "later");
+    assert_eq!(value::<String>(&client, operation, &[]).await, "ImportKeyMaterial");
+
+    let refreshed = again(RetryState { refresh: true, ..RetryState::default() }).await;
+    assert!(refreshed.is_chosen && !refreshed.in_doubt && refreshed.parameters.is_none());
+    assert_eq!(refreshed.refreshes, 1);
+    assert_eq!(value::<String>(&client, operation, &[]).await, "GetParametersForImport");
+    assert_eq!(again(RetryState { reset_refreshes: true, ..RetryState::default() }).await.refreshes, 0);
+
+    let imported = again(RetryState { imported: Some(Some("m".into())), ..RetryState::default() }).await;
+    assert!(imported.imported && imported.key_material_id.as_deref() == Some("m"));
+    let still = again(RetryState::default()).await;
+    assert!(still.imported && still.key_material_id.as_deref() == Some("m"), "AWS's answer is not forgotten");
+    assert_audit_holds(&client).await;
+}
+
+#[tokio::test]
+async fn the_choice_of_material_is_made_once() {
+    let db = TestDb::create().await;
+    let (store, client) = (db.store().await, db.client().await);
+    accept(&store, &[job("a", &arn(1))]).await;
+    let job = claim_one(&store).await;
+    let (first, chosen) = generating_step(&job);
+    let (mut second, _) = generating_step(&job);
+    second.generated = Some(sealed("another"));
+    second.source_key_id = second.generated.as_ref().unwrap().id;
+    assert_eq!(store.prepare(&[&first]).await.unwrap(), [Prepared::Ready]);
+    db.advance(LEASE * 2).await;
+    let successor = claim_one(&store).await;
+    assert_eq!(successor.source_key.as_ref().unwrap().id, chosen.id);
+    second.lease = successor.lease;
+    assert_eq!(store.prepare(&[&second]).await.unwrap(), [Prepared::Ready]);
+    assert_eq!(value::<uuid::Uuid>(&client, "select source_key_id from progress", &[]).await, chosen.id);
+}
+
+#[tokio::test]
+async fn a_late_effect_ends_by_time_alone() {
+    let db = TestDb::create().await;
+    let (store, client) = (db.store().await, db.client().await);
+    accept_line(&store, "j", &arn(1), 4).await;
+    let late = async || {
+        let row = client.query_one("select late_effect, late_until from line", &[]).await.unwrap();
+        (row.get::<_, Option<String>>(0), row.get::<_, Option<OffsetDateTime>>(1))
+    };
+    let job = claim_one(&store).await;
+    assert_eq!((job.late.clone(), late().await), (None, (None, None)));
+    let mut unanswered = retry(&job, Duration::ZERO, job.deadline, RetryState::default());
+    unanswered.late_effect = Some("import x never".into());
+    assert!(settle(&store, &unanswered).await);
+    let marked = late().await;
+    assert_eq!(marked.0.as_deref(), Some("import x never"));
+    let length = marked.1.unwrap() - job.now;
+    assert!((time::Duration::seconds(600)..time::Duration::seconds(620)).contains(&length), "{length}");
+
+    // Not by a retry, not by being put back, not by an end.
+    let job = claim_one(&store).await;
+    assert_eq!(job.late.as_ref().map(|(effect, _)| effect.as_str()), Some("import x never"));
+    assert!(settle(&store, &retry(&job, Duration::ZERO, job.deadline, RetryState::default())).await);
+    assert_eq!(late().await, marked);
+    assert!(settle(&store, &put_back(&claim_one(&store).await, None)).await);
+    assert_eq!(late().await, marked);
+    assert!(settle(&store, &succeeded(&claim_one(&store).await)).await);
+    assert_eq!(late().await, marked);
+    // Not shortened by a later call with a shorter signature.
+    let mut shorter = succeeded(&claim_one(&store).await);
+    shorter.late_effect = Some("import x never".into());
+    assert_eq!(store.settle(&[&shorter], Duration::from_secs(1)).await.unwrap(), [true]);
+    assert_eq!(late().await, marked);
+    // Lengthened by one that may come later.
+    db.advance(Duration::from_secs(100)).await;
+    let mut longer = succeeded(&claim_one(&store).await);
+    longer.late_effect = Some("import x never".into());
+    assert!(settle(&store, &longer).await);
+    assert!(late().await.1 > marked.1);
+
+    db.advance(SIGNATURE_LIFE * 2).await;
+    assert_eq!(claim_one(&store).await.late, None, "over");
+}
+
+#[tokio::test]
+async fn materials_are_recorded_per_key_and_an_uncertain_one_hides_no_certain_one() {
+    let db = TestDb::create().await;
+    let (store, client) = (db.store().await, db.client().await);
+    accept_line(&store, "j", &arn(1), 4).await;
+    let (first, other) = (sealed("first"), sealed("other"));
+    let ended = async |key, certain| {
+        let job = claim_one(&store).await;
+        let mut end = succeeded(&job);
+        if let SettlementKind::Ended { material: of_key, .. } = &mut end.kind {
+            *of_key = Some(material(key, certain));
+        }
+        assert!(settle(&store, &end).await);
+        job.last_material.map(|last| last.source_key_name)
+    };
+    assert_eq!(ended(&first, true).await, None);
+    assert_eq!(ended(&other, false).await.as_deref(), Some("first"));
+    assert_eq!(ended(&first, false).await.as_deref(), Some("first"), "an uncertain material is not the last");
+    assert_eq!(ended(&first, true).await.as_deref(), Some("first"));
+    assert_eq!(value::<i64>(&client, "select count(*) from kms_material", &[]).await, 2);
+    let certain = "select count(*) from kms_material where imported_at is not null";
+    assert_eq!(value::<i64>(&client, certain, &[]).await, 1);
+}
