@@ -16,7 +16,7 @@ async fn fails(world: &mut World, id: &str, arn: &str, code: &str) {
         assert!(READ_ONLY.contains(&call["operation"].as_str().unwrap()), "{call}");
     }
     let events = world.events_of(id).await;
-    assert!(events.is_empty() || events[0]["data"]["error"]["code"] == code, "{events:?}");
+    assert!(events.len() == 1 && events[0]["data"]["error"]["code"] == code, "{events:?}");
     let message = job.error.unwrap()["message"].as_str().unwrap().to_owned();
     assert!(message.len() > 20, "a sentence that says what to do: {message}");
 }

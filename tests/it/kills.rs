@@ -137,7 +137,7 @@ async fn after_the_outcome_was_committed() {
 #[tokio::test]
 async fn after_an_event_was_published_and_before_it_was_marked() {
     let mut killed = killed_at("outbox.after_publish=return").await;
-    assert_eq!(killed.world.events_of("r1").await.len(), 1);
+    assert_eq!(killed.world.events_now("r1").await.len(), 1);
     assert_eq!(killed.world.count("select count(*) from outbox").await, 1);
     // The dead relay's lease on the event is longer than a test may wait.
     killed.world.db.advance(std::time::Duration::from_secs(31)).await;

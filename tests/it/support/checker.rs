@@ -24,6 +24,8 @@ const PREFLIGHT: [&str; 9] = [
     "description_not_allowed",
 ];
 
+const REFUSED_BODY: &str = "the body of a refused message";
+
 /// Everything that is not as it must be.
 pub fn violations(snapshot: &Snapshot) -> Vec<String> {
     let mut found = Vec::new();
@@ -271,10 +273,12 @@ fn nothing_secret_shows(snapshot: &Snapshot, found: &mut Vec<String>) {
     let texts: Vec<(String, Vec<u8>)> = snapshot.texts.iter().cloned().chain(told).collect();
     // What a publisher sent and should not have; shorter ones can be found by chance.
     let bodies = snapshot.dead.iter().filter(|body| body.len() >= 24);
-    let bodies = bodies.map(|body| ("the body of a refused message".to_owned(), vec![body.clone()]));
+    let bodies = bodies.map(|body| (REFUSED_BODY.to_owned(), vec![body.clone()]));
     for (name, spellings) in secrets.into_iter().chain(bodies) {
         for (place, text) in &texts {
-            if spellings.iter().any(|spelling| holds(text, spelling)) {
+            // What was accepted is kept there in canonical form, which can be what another message lacked an id for.
+            let is_own = place == "job.request" && name == REFUSED_BODY;
+            if !is_own && spellings.iter().any(|spelling| holds(text, spelling)) {
                 found.push(format!("I5: {place} shows {name}"));
             }
         }

@@ -409,8 +409,14 @@ impl World {
         &self.events
     }
 
-    /// The events about one request.
+    /// The events about one request, once every event was told that the broker can route.
     pub async fn events_of(&mut self, request_id: &str) -> Vec<Value> {
+        self.until("events are told", "select count(*) from outbox where held_because is null", 0).await;
+        self.events_now(request_id).await
+    }
+
+    /// The events about one request so far.
+    pub async fn events_now(&mut self, request_id: &str) -> Vec<Value> {
         let all = self.events().await.iter().map(Received::json);
         all.filter(|event| event["data"]["job"]["request_id"] == request_id).collect()
     }
