@@ -3,9 +3,9 @@
 use super::Failed;
 use super::jobs::{finish, follow, progress_bar};
 use super::output::{Output, duration};
+use crate::amqp::connect;
 use crate::app::open_store;
 use crate::config::Loaded;
-use crate::ingress::rabbitmq::connect;
 use crate::job::MAX_BODY_BYTES;
 use anyhow::{Context as _, anyhow, bail};
 use clap::{ArgGroup, Args};
@@ -70,13 +70,9 @@ impl Submit {
     pub(super) async fn run(self, loaded: &Loaded, output: Output) -> Result<(), Failed> {
         // Before anything is published: following needs the store.
         let store = if self.wait { Some(open_store(loaded).await?) } else { None };
-        let connection = tokio::time::timeout(
-            Duration::from_millis(loaded.settings.rabbitmq.connect_timeout_ms),
-            connect(loaded.amqp_url()?, "keyferry submit"),
-        )
-        .await
-        .context("RabbitMQ does not answer")?
-        .context("RabbitMQ cannot be reached")?;
+        let patience = Duration::from_millis(loaded.settings.rabbitmq.connect_timeout_ms);
+        let connection =
+            connect(loaded.amqp_url()?, "keyferry submit", patience).await.context("RabbitMQ cannot be reached")?;
         let channel = connection.create_channel().await?;
         channel.confirm_select(ConfirmSelectOptions::default()).await?;
         let (timeout, is_waiting) = (self.timeout, self.wait);

@@ -11,7 +11,7 @@ pub use call_error::{CallError, ErrorKind};
 pub use description::KeyDescription;
 pub use guard::LeaseGuard;
 
-use crate::job::{Expiry, KeyArn, WrappingAlgorithm, WrappingKeySpec};
+use crate::job::{Expiry, ImportParameters, KeyArn, WrappingAlgorithm, WrappingKeySpec};
 use crate::telemetry::Metrics;
 use aws_config::{BehaviorVersion, SdkConfig};
 use aws_sdk_kms::Client;
@@ -29,23 +29,6 @@ use std::collections::HashMap;
 use std::time::Duration;
 use time::OffsetDateTime;
 
-/// A set of `GetParametersForImport`: public key and token belong together and live for 24 hours.
-#[derive(Clone, Debug)]
-pub struct ImportParameters {
-    /// What the set is bound to.
-    pub algorithm: WrappingAlgorithm,
-    /// What was asked for.
-    pub key_spec: WrappingKeySpec,
-    /// DER `SubjectPublicKeyInfo`.
-    pub public_key: Vec<u8>,
-    /// Opaque.
-    pub import_token: Vec<u8>,
-    /// The set's end of life.
-    pub valid_to: OffsetDateTime,
-    /// AWS's id of the call, for the audit trail.
-    pub aws_request_id: Option<String>,
-}
-
 /// How a symmetric key's material is to be taken.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum MaterialRole {
@@ -56,8 +39,7 @@ pub enum MaterialRole {
     Existing(String),
 }
 
-/// One `ImportKeyMaterial`.
-#[derive(Debug)]
+/// One `ImportKeyMaterial`. Not `Debug`: it holds the token.
 pub struct ImportCall<'a> {
     /// From the same set as the key that wrapped.
     pub import_token: &'a [u8],

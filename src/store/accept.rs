@@ -2,7 +2,7 @@
 
 use super::{Store, StoreError};
 use crate::audit::{Fact, Kind};
-use crate::job::{Event, KeyArn, Refusal, RefusalCode, Request};
+use crate::job::{Event, KeyArn, Operation, Refusal, RefusalCode, Request};
 use deadpool_postgres::Transaction;
 use serde_json::json;
 use std::collections::{BTreeMap, HashMap};
@@ -53,6 +53,8 @@ pub struct NewRefusal {
     pub refusal: Refusal,
     /// The id, if it is usable.
     pub request_id: Option<String>,
+    /// The operation, if the message is a valid request.
+    pub operation: Option<Operation>,
     /// The key, if the message names one.
     pub key: Option<KeyArn>,
     /// The transport.
@@ -391,6 +393,7 @@ fn id_conflict(job: &NewJob) -> NewRefusal {
             "id: a job with this id and other content was accepted before, and stands; use a new id",
         ),
         request_id: Some(job.request.id.as_str().to_owned()),
+        operation: Some(job.request.operation),
         key: Some(job.key.clone()),
         ingress: job.ingress,
     }
@@ -445,7 +448,15 @@ async fn insert_refusals(
     });
     insert_audit(transaction, entries.collect()).await?;
     let events = new.iter().map(|new| {
-        Event::of_refusal(new.id, &new.principal, new.request_id.as_deref(), new.key.as_ref(), &new.refusal, now)
+        Event::of_refusal(
+            new.id,
+            &new.principal,
+            new.request_id.as_deref(),
+            new.operation,
+            new.key.as_ref(),
+            &new.refusal,
+            now,
+        )
     });
     insert_events(transaction, &events.collect::<Vec<_>>()).await
 }

@@ -3,7 +3,7 @@
 use super::accept::insert_audit;
 use super::{Lease, Store, StoreError};
 use crate::audit::Fact;
-use crate::kms::ImportParameters;
+use crate::job::ImportParameters;
 use crate::source::SealedKey;
 use deadpool_postgres::Transaction;
 use std::collections::{HashMap, HashSet};

@@ -8,9 +8,9 @@ mod batcher;
 mod leases;
 
 use crate::config::Worker as WorkerSettings;
-use crate::job::{Failure, FailureCode, KeyArn};
+use crate::job::{Failure, FailureCode};
 use crate::kms::{Kms, LeaseGuard};
-use crate::policy::Policy;
+use crate::policy::{Policy, Targets};
 use crate::retry::{Attempts, Class};
 use crate::source::Keyring;
 use crate::store::{ClaimedJob, Prepared, Settlement, SettlementKind, Step, Store, StoreError, bisect};
@@ -53,25 +53,6 @@ pub struct Context {
     pub jobs: Arc<Notify>,
     /// Rung when there are events to publish.
     pub events: Arc<Notify>,
-}
-
-/// Accounts and Regions that requests may name.
-#[derive(Clone, Debug, Default)]
-pub struct Targets(std::collections::HashSet<(String, String, String)>);
-
-impl Targets {
-    /// From the settings.
-    pub fn new(targets: &[crate::config::Target]) -> Self {
-        let each = targets.iter().flat_map(|target| {
-            target.regions.iter().map(|region| (target.partition.clone(), target.account.clone(), region.clone()))
-        });
-        Self(each.collect())
-    }
-
-    /// Whether the key lies in one of them.
-    pub fn contains(&self, key: &KeyArn) -> bool {
-        self.0.contains(&(key.partition().to_owned(), key.account().to_owned(), key.region().to_owned()))
-    }
 }
 
 /// Runs until `stop`; then lets jobs under way end for the grace time, gives back the rest between two
@@ -209,11 +190,12 @@ impl Pool {
             // A job that panics is this job's failure, not the worker's.
             let end =
                 AssertUnwindSafe(attempt.run(job)).catch_unwind().await.unwrap_or_else(|_| Some(fallback.retry()));
-            if let Some(end) = end {
-                let held = settler.submit(end).await.unwrap_or(false);
-                if !held {
-                    metrics.leases_lost.inc();
-                }
+            let held = match end {
+                Some(end) => settler.submit(end).await.unwrap_or(false),
+                None => false,
+            };
+            if !held {
+                metrics.leases_lost.inc();
             }
             leases.release(lease);
             metrics.jobs_running.dec();
