@@ -117,8 +117,8 @@ impl Intake {
                     Verdict::Refused => Settlement::DeadLetter,
                 })
                 .collect();
-            session.settle(&batch, &settlements).await?;
             self.announce(&verdicts);
+            session.settle(&batch, &settlements).await?;
         }
     }
 
