@@ -3,7 +3,8 @@
 //! The classes follow the error lists of `GetParametersForImport` and `ImportKeyMaterial` (AWS KMS API
 //! Reference). Throttling, validation and access errors are not modelled by the SDK; their codes are.
 
-use super::guard::Dropped;
+use super::guard::{Departure, Dropped};
+use aws_sdk_kms::config::http::HttpResponse;
 use aws_sdk_kms::error::{ProvideErrorMetadata, SdkError};
 use aws_sdk_kms::operation::RequestId;
 use std::error::Error as StdError;
@@ -122,20 +123,22 @@ impl ErrorKind {
 }
 
 impl CallError {
-    pub(super) fn of<E, R>(operation: &'static str, error: &SdkError<E, R>) -> Self
+    pub(super) fn of<E>(operation: &'static str, error: &SdkError<E, HttpResponse>, departure: &Departure) -> Self
     where
-        E: ProvideErrorMetadata + StdError + 'static,
-        R: fmt::Debug + 'static,
-        SdkError<E, R>: ProvideErrorMetadata + RequestId,
+        E: ProvideErrorMetadata + RequestId + StdError + 'static,
     {
         let code = ProvideErrorMetadata::code(error).map(str::to_owned);
         let kind = match error {
             _ if caused_by(error, <dyn StdError + 'static>::is::<Dropped>) => ErrorKind::Dropped,
-            SdkError::ServiceError(_) => code.as_deref().and_then(ErrorKind::of_code).unwrap_or(ErrorKind::Refused),
-            SdkError::ConstructionFailure(_) => ErrorKind::Credentials,
+            // It did not get as far as the gate: without credentials a request cannot even be signed.
+            _ if !departure.happened() => ErrorKind::Credentials,
+            SdkError::ServiceError(answer) => match code.as_deref().and_then(ErrorKind::of_code) {
+                Some(kind) => kind,
+                None if answer.raw().status().is_client_error() => ErrorKind::Refused,
+                None if answer.raw().status().is_success() => ErrorKind::Incomplete,
+                None => ErrorKind::ServerFault,
+            },
             SdkError::DispatchFailure(_) if caused_by(error, was_refused) => ErrorKind::NotSent,
-            // The SDK found no credentials: the request could not even be signed.
-            SdkError::DispatchFailure(failure) if failure.is_user() => ErrorKind::Credentials,
             _ => ErrorKind::Unanswered,
         };
         let message = match ProvideErrorMetadata::message(error) {
