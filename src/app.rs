@@ -107,8 +107,18 @@ pub async fn serve(loaded: &Loaded, stop: CancellationToken) -> Result<(), Start
         health: health.clone(),
         events: Arc::clone(&events),
     };
-    let context =
-        Context { store, kms, keyring, policy, targets, settings: settings.worker.clone(), metrics, jobs, events };
+    let context = Context {
+        store,
+        kms,
+        keyring,
+        policy,
+        targets,
+        settings: settings.worker.clone(),
+        metrics,
+        health,
+        jobs,
+        events,
+    };
     let drain = CancellationToken::new();
     let mut relay = tokio::spawn(relay.run(drain.clone()));
     let intake = tokio::spawn(intake.run(stop.clone()));

@@ -14,7 +14,7 @@ use crate::policy::{Policy, Targets};
 use crate::retry::{Attempts, Class};
 use crate::source::Keyring;
 use crate::store::{ClaimedJob, Prepared, Settlement, SettlementKind, Step, Store, StoreError, bisect};
-use crate::telemetry::Metrics;
+use crate::telemetry::{Health, Metrics, Part};
 use attempt::Attempt;
 use batcher::Batcher;
 use futures_util::FutureExt as _;
@@ -49,6 +49,8 @@ pub struct Context {
     pub settings: WorkerSettings,
     /// Counters.
     pub metrics: Metrics,
+    /// Told whether the store answers.
+    pub health: Health,
     /// Rung when there may be jobs to claim.
     pub jobs: Arc<Notify>,
     /// Rung when there are events to publish.
@@ -290,7 +292,9 @@ async fn keep_house(context: Arc<Context>, stop: CancellationToken) {
             () = stop.cancelled() => return,
             () = tokio::time::sleep(HOUSEKEEPING) => {}
         }
-        match context.store.keep_house().await {
+        let kept = context.store.keep_house().await;
+        context.health.set(Part::Store, kept.is_ok());
+        match kept {
             Ok(0) => {}
             Ok(_) => context.jobs.notify_one(),
             Err(error) => tracing::warn!(%error, "housekeeping failed"),
