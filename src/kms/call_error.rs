@@ -65,6 +65,27 @@ pub enum ErrorKind {
 }
 
 impl ErrorKind {
+    /// Every kind.
+    pub const ALL: [Self; 17] = [
+        Self::Dropped,
+        Self::NotSent,
+        Self::Unanswered,
+        Self::ServerFault,
+        Self::Throttled,
+        Self::ExpiredImportToken,
+        Self::InvalidImportToken,
+        Self::InvalidCiphertext,
+        Self::IncorrectKeyMaterial,
+        Self::InvalidState,
+        Self::NotFound,
+        Self::Unsupported,
+        Self::AccessDenied,
+        Self::Credentials,
+        Self::Refused,
+        Self::Incomplete,
+        Self::NoTarget,
+    ];
+
     /// The word in metrics and audit entries.
     pub fn as_str(self) -> &'static str {
         match self {
