@@ -6,7 +6,7 @@ use crate::job::{Event, KeyArn, Operation, Refusal, RefusalCode, Request};
 use deadpool_postgres::Transaction;
 use futures_util::try_join;
 use serde_json::json;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use time::OffsetDateTime;
 use tokio_postgres::types::ToSql;
 use uuid::Uuid;
@@ -123,10 +123,16 @@ impl Store {
                 }
             })
             .collect();
-        let winners: Vec<&NewJob> =
-            firsts.values().copied().filter(|job| standing.judge(job) == Verdict::Accepted).collect();
-        // Nothing was inserted although we own ids: this very slice was committed before, and its answer lost.
-        if !winners.is_empty() && !standing.replayed {
+        // In the slice's order, which is that of their places. Not those whose ids we owned before: this very
+        // slice, or a part of it, was committed already and its answer lost.
+        let winners: Vec<&NewJob> = candidates
+            .iter()
+            .filter_map(|candidate| match candidate {
+                Candidate::Job(job) if standing.taken.contains(&job.id) => Some(job),
+                _ => None,
+            })
+            .collect();
+        if !winners.is_empty() {
             insert_jobs(&transaction, &winners, standing.now).await?;
         }
         insert_refusals(&transaction, &refusals, standing.now).await?;
@@ -142,7 +148,8 @@ type Firsts<'a> = BTreeMap<IdKey<'a>, &'a NewJob>;
 struct Standing<'a> {
     now: OffsetDateTime,
     owners: HashMap<IdKey<'a>, (Uuid, Vec<u8>)>,
-    replayed: bool,
+    /// Jobs whose ids were taken just now.
+    taken: HashSet<Uuid>,
 }
 
 impl Standing<'_> {
@@ -161,7 +168,7 @@ async fn claim_ids<'a>(transaction: &Transaction<'_>, firsts: &Firsts<'a>) -> Re
         select principal, id_hash, digest, $5, job_id
         from unnest($1::text[], $2::bytea[], $3::bytea[], $4::uuid[]) as new(principal, id_hash, digest, job_id)
         order by principal, id_hash
-        on conflict do nothing";
+        on conflict do nothing returning job_id";
     // A new statement: it sees what a rival committed while the insert waited for it.
     const READ: &str = "
         select request.job_id, request.digest
@@ -175,12 +182,12 @@ async fn claim_ids<'a>(transaction: &Transaction<'_>, firsts: &Firsts<'a>) -> Re
     let insert = transaction.prepare_cached(INSERT).await?;
     let read = transaction.prepare_cached(READ).await?;
     let clock = transaction.prepare_cached("select keyferry_now()").await?;
-    let inserted = transaction.execute(&insert, &[&principals, &hashes, &digests, &ids, &DIGEST_VERSION]).await?;
+    let taken = transaction.query(&insert, &[&principals, &hashes, &digests, &ids, &DIGEST_VERSION]).await?;
+    let taken = taken.iter().map(|row| row.get(0)).collect();
     let asked: [&(dyn ToSql + Sync); 2] = [&principals, &hashes];
     let (rows, now) = try_join!(transaction.query(&read, &asked), transaction.query_one(&clock, &[]))?;
     let owners: HashMap<_, _> = firsts.keys().copied().zip(rows.iter().map(|row| (row.get(0), row.get(1)))).collect();
-    let own = owners.values().any(|(owner, _)| ids.contains(owner));
-    Ok(Standing { now: now.get(0), owners, replayed: own && inserted == 0 })
+    Ok(Standing { now: now.get(0), owners, taken })
 }
 
 async fn insert_jobs(transaction: &Transaction<'_>, jobs: &[&NewJob], now: OffsetDateTime) -> Result<(), StoreError> {
@@ -444,7 +451,7 @@ async fn insert_refusals(
             &[&ids, &principals, &hashes, &digests, &codes, &fields, &messages, &request_ids, &ingresses, &now],
         )
         .await?;
-    let new: std::collections::HashSet<Uuid> = rows.iter().map(|row| row.get(0)).collect();
+    let new: HashSet<Uuid> = rows.iter().map(|row| row.get(0)).collect();
     let new: Vec<&NewRefusal> = refusals.iter().filter(|refusal| new.contains(&refusal.id)).collect();
     let entries = new.iter().map(|new| {
         let fact = Fact::new(

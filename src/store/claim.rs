@@ -19,6 +19,13 @@ pub struct Lease {
     pub token: Uuid,
 }
 
+impl Lease {
+    /// From a row that begins with line and token.
+    pub(super) fn of(row: &Row) -> Self {
+        Self { line_id: row.get(0), token: row.get(1) }
+    }
+}
+
 /// The job at the head of a claimed line.
 #[derive(Debug)]
 pub struct ClaimedJob {
@@ -245,7 +252,7 @@ impl Store {
         let lost = client.prepare_cached(LOST).await?;
         let lost =
             if rows.len() == leases.len() { Vec::new() } else { client.query(&lost, &[&lines, &tokens]).await? };
-        let leases = |rows: &[Row]| rows.iter().map(|row| Lease { line_id: row.get(0), token: row.get(1) }).collect();
+        let leases = |rows: &[Row]| rows.iter().map(Lease::of).collect();
         Ok(Renewed { held: leases(&rows), lost: leases(&lost) })
     }
 

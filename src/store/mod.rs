@@ -27,6 +27,7 @@ pub use settle::{Material, RetryState, Settlement, SettlementKind};
 /// Statements whose cost the suite bounds with `EXPLAIN`.
 pub mod statements {
     pub use super::claim::{CLAIM, READ};
+    pub use super::session_options;
     pub use super::settle::{END_JOBS, LOCK, RELEASE};
 }
 
@@ -65,15 +66,7 @@ impl Store {
     /// Prepares the pool. Connects nowhere yet.
     pub fn new(url: &str, settings: &Database) -> Result<Self, StoreError> {
         let (mut config, tls) = connection(url, settings)?;
-        // Plans must not depend on whether a fresh table was ever analysed: a cached plan that was made on
-        // an empty table would scan it when it is full. Every statement here has its index.
-        config.options(format!(
-            "-c statement_timeout={} -c lock_timeout={} -c idle_in_transaction_session_timeout=15000 \
-             -c client_connection_check_interval=5000 -c jit=off -c enable_seqscan=off \
-             -c enable_bitmapscan=off -c enable_hashjoin=off -c enable_mergejoin=off",
-            settings.statement_timeout_ms,
-            settings.statement_timeout_ms / 2,
-        ));
+        config.options(session_options(settings));
         let manager = Manager::from_config(config, tls, ManagerConfig { recycling_method: RecyclingMethod::Fast });
         let wait = Some(Duration::from_millis(settings.connect_timeout_ms));
         let pool = Pool::builder(manager)
@@ -114,6 +107,20 @@ impl Store {
             }
         }
     }
+}
+
+/// What each session of the store sets.
+///
+/// Plans must not depend on whether a fresh table was ever analysed: a cached plan that was made on an empty
+/// table would scan it when it is full. Every statement here has its index.
+pub fn session_options(settings: &Database) -> String {
+    format!(
+        "-c statement_timeout={} -c lock_timeout={} -c idle_in_transaction_session_timeout=15000 \
+         -c client_connection_check_interval=5000 -c jit=off -c enable_seqscan=off \
+         -c enable_bitmapscan=off -c enable_hashjoin=off -c enable_mergejoin=off",
+        settings.statement_timeout_ms,
+        settings.statement_timeout_ms / 2,
+    )
 }
 
 /// Reads a URL and makes the TLS connector. `sslmode` decides whether TLS is used; the server's

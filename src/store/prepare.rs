@@ -48,7 +48,7 @@ impl Store {
 
     async fn prepare_once(&self, steps: &[&Step]) -> Result<Vec<Prepared>, StoreError> {
         const LOCK: &str = "
-            select line.id, coalesce(progress.audit_n, 1), (select keyferry_now())
+            select line.id, line.token, coalesce(progress.audit_n, 1), (select keyferry_now())
             from unnest($1::bigint[], $2::uuid[], $3::uuid[]) as asked(id, token, job_id)
             join line on line.id = asked.id and line.token = asked.token
             left join progress on progress.job_id = asked.job_id
@@ -62,14 +62,14 @@ impl Store {
         let jobs: Vec<Uuid> = steps.iter().map(|step| step.job_id).collect();
         let lock = transaction.prepare_cached(LOCK).await?;
         let rows = transaction.query(&lock, &[&lines, &tokens, &jobs]).await?;
-        let Some(now) = rows.first().map(|row| row.get(2)) else {
+        let Some(now) = rows.first().map(|row| row.get(3)) else {
             return Ok(vec![Prepared::LeaseLost; steps.len()]);
         };
-        let held: HashMap<i64, i32> = rows.iter().map(|row| (row.get(0), row.get(1))).collect();
+        let held: HashMap<Lease, i32> = rows.iter().map(|row| (Lease::of(row), row.get(2))).collect();
 
         let generated: Vec<&SealedKey> = steps
             .iter()
-            .filter(|step| held.contains_key(&step.lease.line_id))
+            .filter(|step| held.contains_key(&step.lease))
             .filter_map(|step| step.generated.as_ref())
             .collect();
         super::keys::insert_source_keys(&transaction, &generated, super::SourceKeyOrigin::Generated, now).await?;
@@ -79,7 +79,7 @@ impl Store {
 
         let outcomes: Vec<Prepared> = steps
             .iter()
-            .map(|step| match held.contains_key(&step.lease.line_id) {
+            .map(|step| match held.contains_key(&step.lease) {
                 false => Prepared::LeaseLost,
                 true if alive.contains(&step.source_key_id) => Prepared::Ready,
                 true => Prepared::SourceKeyDeleted,
@@ -93,7 +93,7 @@ impl Store {
             .collect();
         let mut entries = Vec::new();
         for step in &ready {
-            for (n, fact) in (held[&step.lease.line_id] + 1..).zip(&step.facts) {
+            for (n, fact) in (held[&step.lease] + 1..).zip(&step.facts) {
                 entries.push((step.job_id, n, fact.entry(step.job_id, n, now)));
             }
         }
@@ -106,7 +106,7 @@ impl Store {
 async fn write_progress(
     transaction: &Transaction<'_>,
     steps: &[&Step],
-    held: &HashMap<i64, i32>,
+    held: &HashMap<Lease, i32>,
 ) -> Result<(), StoreError> {
     // A choice that was committed before stays: the caller has read it and brings the same.
     const WRITE: &str = "
@@ -133,7 +133,7 @@ async fn write_progress(
     let sources: Vec<Uuid> = steps.iter().map(|step| step.source_key_id).collect();
     let effects: Vec<&str> = steps.iter().map(|step| step.effect.as_str()).collect();
     let counts: Vec<i32> =
-        steps.iter().map(|step| held[&step.lease.line_id] + i32::try_from(step.facts.len()).unwrap_or(0)).collect();
+        steps.iter().map(|step| held[&step.lease] + i32::try_from(step.facts.len()).unwrap_or(0)).collect();
     let of = |step: &&Step| step.parameters.as_ref().map(|set| set.algorithm.as_str());
     let algorithms: Vec<Option<&str>> = steps.iter().map(of).collect();
     let specs: Vec<Option<&str>> =

@@ -96,7 +96,7 @@ pub struct Material {
 
 /// Locks the lines whose leases still hold, in id order.
 pub const LOCK: &str = "
-    select line.id, coalesce(progress.audit_n, 1), line.attempt, (select keyferry_now())
+    select line.id, line.token, coalesce(progress.audit_n, 1), line.attempt, (select keyferry_now())
     from unnest($1::bigint[], $2::uuid[], $3::uuid[]) as asked(id, token, job_id)
     join line on line.id = asked.id and line.token = asked.token
     left join progress on progress.job_id = asked.job_id
@@ -153,12 +153,13 @@ impl Store {
         let jobs: Vec<Uuid> = settlements.iter().map(|end| end.job.id).collect();
         let lock = transaction.prepare_cached(LOCK).await?;
         let rows = transaction.query(&lock, &[&lines, &tokens, &jobs]).await?;
-        let held: HashMap<i64, Held> = rows.iter().map(|row| (row.get(0), Held::of(row))).collect();
+        // By line and token: a process that was slow may bring the end of its old lease together with that of its new.
+        let held: HashMap<Lease, Held> = rows.iter().map(|row| (Lease::of(row), Held::of(row))).collect();
         let Some(now) = held.values().next().map(|held| held.now) else {
             return Ok(vec![false; settlements.len()]);
         };
         let valid: Vec<(&Settlement, &Held)> =
-            settlements.iter().filter_map(|end| Some((*end, held.get(&end.lease.line_id)?))).collect();
+            settlements.iter().filter_map(|end| Some((*end, held.get(&end.lease)?))).collect();
 
         // One round trip: the statements go out together and are carried out in this order.
         let ended = Ended::of(&valid, now);
@@ -173,7 +174,7 @@ impl Store {
             release(&transaction, &valid, now, signature_life),
         )?;
         transaction.commit().await?;
-        Ok(settlements.iter().map(|end| held.contains_key(&end.lease.line_id)).collect())
+        Ok(settlements.iter().map(|end| held.contains_key(&end.lease)).collect())
     }
 }
 
@@ -185,7 +186,7 @@ struct Held {
 
 impl Held {
     fn of(row: &Row) -> Self {
-        Self { audit_n: row.get(1), attempt: row.get(2), now: row.get(3) }
+        Self { audit_n: row.get(2), attempt: row.get(3), now: row.get(4) }
     }
 }
 
@@ -366,7 +367,8 @@ impl MaterialRows {
     }
 }
 
-/// What the next attempt must know. A job that was put back before it did anything keeps no row.
+/// What the next attempt must know. A job that was put back before it did anything keeps no row; one that has
+/// something to tell keeps the count of its entries.
 async fn keep_progress(transaction: &Transaction<'_>, ends: &[(&Settlement, &Held)]) -> Result<(), StoreError> {
     const WRITE: &str = "
         insert into progress (job_id, audit_n, in_doubt, imported, key_material_id, refreshes, last_error)
@@ -387,6 +389,20 @@ async fn keep_progress(transaction: &Transaction<'_>, ends: &[(&Settlement, &Hel
                             parameters_valid_to = null
         where job_id = any($1)";
     const RESET: &str = "update progress set refreshes = 0 where job_id = any($1)";
+    // Nothing of what is known changes.
+    const COUNT: &str = "
+        insert into progress (job_id, audit_n) select * from unnest($1::uuid[], $2::integer[])
+        on conflict (job_id) do update set audit_n = excluded.audit_n";
+    let told: Vec<&(&Settlement, &Held)> = ends
+        .iter()
+        .filter(|(end, _)| matches!(end.kind, SettlementKind::PutBack { .. }) && !end.facts.is_empty())
+        .collect();
+    if !told.is_empty() {
+        let jobs: Vec<Uuid> = told.iter().map(|(end, _)| end.job.id).collect();
+        let counts: Vec<i32> = told.iter().map(|(end, held)| held.audit_n + end.fact_count()).collect();
+        let count = transaction.prepare_cached(COUNT).await?;
+        transaction.execute(&count, &[&jobs, &counts]).await?;
+    }
     let retries: Vec<(&Settlement, &Held, &Value, &RetryState)> = ends
         .iter()
         .filter_map(|(end, held)| match &end.kind {
