@@ -1,4 +1,19 @@
-//! The integration suite: one binary, real servers.
+//! The integration suite: one binary, real servers. Run it by `ops/test`.
 
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
+#![allow(missing_docs, reason = "nothing here is for others; what is not obvious says so all the same")]
+
+mod aws_errors;
+mod broken_links;
+mod checking;
+mod commands;
+mod commands_keys;
+mod failed;
+mod happy;
+mod kills;
+mod procedure;
+mod refused;
+mod stopping;
 mod store;
 mod support;
+mod takeover;

@@ -1,0 +1,194 @@
+//! The checker can fail: a sound snapshot passes, and every way of spoiling it is found.
+
+use crate::support::broker::{Message, Received};
+use crate::support::checker::violations;
+use crate::support::fake::WORKER;
+use crate::support::snapshot::{Entry, Job, Line, Refusal, Secret, Snapshot, SourceKey};
+use serde_json::{Value, json};
+use uuid::Uuid;
+
+const ARN: &str = "arn:aws:kms:eu-central-1:111122223333:key/031c5703-aaf7-425e-a141-7e0c6f5886ab";
+const JOB: Uuid = Uuid::from_u128(1);
+const REFUSAL: Uuid = Uuid::from_u128(2);
+const SOURCE: Uuid = Uuid::from_u128(3);
+
+fn event(id: Uuid, outcome: &str, operation: &str, request_id: &str) -> Received {
+    let body = json!({
+        "id": id, "type": format!("io.keyferry.job.{outcome}"),
+        "data": {"job": {"state": outcome, "request_id": request_id}},
+    });
+    Received {
+        routing_key: format!("job.{outcome}.{operation}.111122223333.eu-central-1"),
+        body: body.to_string().into_bytes(),
+        message_id: Some(id.to_string()),
+        content_type: Some("application/cloudevents+json".into()),
+        delivery_mode: Some(2),
+    }
+}
+
+fn entry(subject: Uuid, n: i32, kind: &str, details: Value) -> Entry {
+    let mut entry = json!({"v": 1, "subject": subject, "n": n, "at": "2026-01-01T00:00:00Z", "kind": kind});
+    entry["details"] = details;
+    Entry { subject, n, text: entry.to_string() }
+}
+
+/// One job that succeeded, one refusal.
+fn sound() -> Snapshot {
+    let message = |body: &str| Message { body: body.into(), ..Message::default() };
+    let source = SourceKey { id: SOURCE, name: "s".into(), origin: "imported".into(), material: (1..=32).collect() };
+    let material = json!({"material_sha256": source.sha256(), "imported": true, "valid_to": null});
+    let call = |operation: &str, effect: Value| {
+        json!({"key_arn": ARN, "access_key": WORKER, "operation": operation, "outcome": "ok", "late": false,
+               "fault": null, "effect": effect})
+    };
+    Snapshot {
+        published: vec![message("one"), message("two"), message("one")],
+        jobs: vec![Job {
+            id: JOB,
+            request_id: "r1".into(),
+            arn: ARN.into(),
+            line_id: 1,
+            seq: Some(1),
+            state: "succeeded".into(),
+            attempts: 1,
+            source_key_id: Some(SOURCE),
+            valid_to: None,
+            result: Some(json!({})),
+            error: None,
+        }],
+        refusals: vec![Refusal {
+            id: REFUSAL,
+            request_id: Some("r2".into()),
+            code: "invalid_arn".into(),
+            field: None,
+            message: "m".into(),
+        }],
+        audit: vec![
+            entry(JOB, 1, "accepted", json!({})),
+            entry(JOB, 2, "material_chosen", json!({})),
+            entry(JOB, 3, "parameters_obtained", json!({})),
+            entry(JOB, 4, "import_intended", json!({})),
+            entry(JOB, 5, "succeeded", json!({})),
+            entry(REFUSAL, 1, "refused", json!({"code": "invalid_arn"})),
+            entry(SOURCE, 1, "source_key_imported", json!({})),
+        ],
+        source_keys: vec![source],
+        lines: vec![Line { id: 1, head: 2, tail: 1, is_due: false, is_leased: false }],
+        left: [("outbox".to_owned(), 0)].into(),
+        events: vec![event(JOB, "succeeded", "import", "r1"), event(REFUSAL, "rejected", "unknown", "r2")],
+        dead: vec![b"two".to_vec()],
+        journal: vec![call("DescribeKey", Value::Null), call("ImportKeyMaterial", json!({"imported": material}))],
+        kms_keys: vec![json!({"arn": ARN, "origin": "EXTERNAL", "materials": [material]})],
+        secrets: vec![Secret { name: "hidden".into(), bytes: b"do not show".to_vec() }],
+        texts: vec![("job.request".into(), b"{}".to_vec())],
+        ..Snapshot::default()
+    }
+}
+
+#[test]
+fn a_sound_snapshot_passes() {
+    assert_eq!(violations(&sound()), [""; 0]);
+}
+
+/// Spoils a snapshot and expects the invariant, and no other, to be named.
+#[track_caller]
+fn spoilt(invariant: &str, spoil: impl FnOnce(&mut Snapshot)) {
+    let mut snapshot = sound();
+    spoil(&mut snapshot);
+    let found = violations(&snapshot);
+    assert!(found.iter().any(|one| one.starts_with(invariant)), "{invariant} is not found in {found:?}");
+}
+
+#[test]
+fn lost_doubled_and_invented_messages_are_found() {
+    spoilt("I1", |s| s.published.push(Message { body: "three".into(), ..Message::default() }));
+    spoilt("I1", |s| s.jobs.push(s.jobs[0].clone()));
+    spoilt("I1", |s| s.jobs[0].state = "waiting".into());
+    spoilt("I1", |s| s.jobs[0].result = None);
+    spoilt("I1", |s| s.dead.push(b"four".to_vec()));
+    spoilt("I1", |s| s.dead.clear());
+    spoilt("I1", |s| s.dead.push(b"one".to_vec()));
+}
+
+#[test]
+fn wrong_material_is_found() {
+    spoilt("I2", |s| s.journal[1]["effect"]["imported"]["material_sha256"] = "other".into());
+    spoilt("I2", |s| s.journal[1]["effect"] = Value::Null);
+    spoilt("I2", |s| s.journal[1]["effect"]["imported"]["valid_to"] = "2027-01-01T00:00:00Z".into());
+    spoilt("I2", |s| s.kms_keys[0]["materials"][0]["material_sha256"] = "other".into());
+    // An effect of an earlier job after that of a later one.
+    spoilt("I2", |s| {
+        let mut later = s.jobs[0].clone();
+        (later.id, later.seq, later.valid_to) = (Uuid::from_u128(9), Some(2), Some(0));
+        s.jobs.push(later);
+        let mut late = s.journal[1].clone();
+        late["effect"]["imported"]["valid_to"] = "1970-01-01T00:00:00Z".into();
+        s.journal.insert(1, late);
+    });
+}
+
+#[test]
+fn missing_and_contradicting_events_are_found() {
+    spoilt("I3", |s| {
+        s.events.remove(0);
+    });
+    spoilt("I3", |s| s.events[0] = event(JOB, "failed", "import", "r1"));
+    spoilt("I3", |s| s.events[0].message_id = None);
+    spoilt("I3", |s| s.events.push(event(JOB, "succeeded", "import", "r9")));
+    spoilt("I3", |s| s.events.push(event(Uuid::from_u128(8), "succeeded", "import", "r1")));
+    let mut copy = sound();
+    copy.events.push(copy.events[0].clone());
+    assert_eq!(violations(&copy), [""; 0]);
+}
+
+#[test]
+fn a_damaged_trail_is_found() {
+    for at in 0..sound().audit.len() {
+        spoilt("I4", |s| {
+            s.audit.remove(at);
+        });
+    }
+    spoilt("I4", |s| s.audit[0].text = s.audit[0].text.replace("\"v\":1", "\"v\": 1"));
+    spoilt("I4", |s| s.audit[1].text = s.audit[1].text.replace("\"n\":2", "\"n\":3"));
+    spoilt("I4", |s| s.audit.push(entry(Uuid::from_u128(7), 1, "accepted", json!({}))));
+    spoilt("I4", |s| s.journal.push(s.journal[1].clone()));
+}
+
+#[test]
+fn a_secret_is_found_in_any_spelling() {
+    let bytes: Vec<u8> = (1..=32).collect();
+    for spelling in [
+        bytes.clone(),
+        hex::encode(&bytes).into_bytes(),
+        hex::encode_upper(&bytes).into_bytes(),
+        "AQIDBAUGBwgJCgsMDQ4PEBESExQVFhcYGRobHB0eHyA=".into(),
+        format!("KeyMaterial({bytes:?})").into_bytes(),
+        b"so do not show it".to_vec(),
+    ] {
+        spoilt("I5", |s| s.texts.push(("a log".into(), [b"x".as_slice(), &spelling, b"y"].concat())));
+        spoilt("I5", |s| s.events[0].body.extend(&spelling));
+    }
+}
+
+#[test]
+fn what_still_waits_is_found() {
+    spoilt("I6", |s| s.left.values_mut().for_each(|count| *count = 1));
+    spoilt("I6", |s| s.lines[0].is_due = true);
+    spoilt("I6", |s| s.lines[0].is_leased = true);
+    spoilt("I6", |s| s.lines[0].head = 1);
+    spoilt("I6", |s| s.jobs[0].seq = None);
+}
+
+#[test]
+fn calls_without_a_job_are_found() {
+    spoilt("I7", |s| {
+        let other = format!("{ARN}x");
+        s.kms_keys.push(json!({"arn": other, "materials": []}));
+        s.journal.push(json!({"key_arn": other, "access_key": WORKER, "operation": "DescribeKey", "effect": null}));
+    });
+    spoilt("I7", |s| s.jobs[0].attempts = 0);
+    spoilt("I7", |s| {
+        s.jobs[0].state = "failed".into();
+        s.jobs[0].error = Some(json!({"code": "key_disabled", "aws_changed": false}));
+    });
+}

@@ -1,0 +1,233 @@
+//! A virtual host of RabbitMQ for one test, and what is read and written there.
+
+use super::{eventually, finish_blocking, http, variable};
+use keyferry::amqp::connect;
+use keyferry::topology::Management;
+use lapin::options::{
+    BasicGetOptions, BasicPublishOptions, ConfirmSelectOptions, QueueBindOptions, QueueDeclareOptions,
+    QueueDeleteOptions,
+};
+use lapin::types::FieldTable;
+use lapin::{BasicProperties, Channel, Confirmation, Connection};
+use reqwest::Method;
+use serde_json::{Value, json};
+use std::sync::OnceLock;
+use url::Url;
+use uuid::Uuid;
+
+/// Where requests go.
+pub const JOBS: &str = "keyferry.jobs";
+/// Where refused messages go.
+pub const DEAD: &str = "keyferry.dead";
+/// Where events come from.
+pub const EVENTS: &str = "keyferry.events";
+/// The tests' own queue of events.
+const PROBE: &str = "probe";
+
+/// A message to be published.
+#[expect(clippy::struct_field_names, reason = "AMQP's own name")]
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Message {
+    /// The bytes.
+    pub body: Vec<u8>,
+    /// AMQP `content_type`.
+    pub content_type: Option<String>,
+    /// AMQP `message_id`.
+    pub message_id: Option<String>,
+}
+
+/// A message that was received.
+#[derive(Clone, Debug)]
+pub struct Received {
+    /// The routing key.
+    pub routing_key: String,
+    /// The bytes.
+    pub body: Vec<u8>,
+    /// AMQP `message_id`.
+    pub message_id: Option<String>,
+    /// AMQP `content_type`.
+    pub content_type: Option<String>,
+    /// AMQP `delivery_mode`.
+    pub delivery_mode: Option<u8>,
+}
+
+impl Received {
+    /// The body as JSON.
+    pub fn json(&self) -> Value {
+        serde_json::from_slice(&self.body).unwrap()
+    }
+}
+
+/// A virtual host, deleted when it is dropped.
+pub struct Vhost {
+    name: String,
+    api: Url,
+    http: reqwest::Client,
+    link: OnceLock<(Connection, Channel)>,
+}
+
+impl Vhost {
+    /// An empty one.
+    pub async fn create() -> Self {
+        let vhost = Self {
+            name: format!("kf-test-{}", Uuid::new_v4().simple()),
+            api: variable("KEYFERRY_TEST_RABBITMQ_API").parse().unwrap(),
+            http: http(),
+            link: OnceLock::new(),
+        };
+        let user = vhost.api.username().to_owned();
+        vhost.api(Method::PUT, &["vhosts", &vhost.name], None).await;
+        let everything = json!({"configure": ".*", "write": ".*", "read": ".*"});
+        vhost.api(Method::PUT, &["permissions", &vhost.name, &user], Some(everything)).await;
+        vhost
+    }
+
+    /// The AMQP URL of this virtual host.
+    pub fn url(&self) -> String {
+        format!("{}/{}", variable("KEYFERRY_TEST_AMQP"), self.name)
+    }
+
+    /// The default topology.
+    pub async fn apply_topology(&self) {
+        Management::new(self.api.as_str(), &self.url()).unwrap().apply().await.unwrap();
+    }
+
+    /// The tests' own connection, and their queue of all events.
+    pub async fn open(&self) {
+        let connection = connect(&self.url(), "keyferry tests", std::time::Duration::from_secs(10)).await.unwrap();
+        let channel = connection.create_channel().await.unwrap();
+        channel.confirm_select(ConfirmSelectOptions::default()).await.unwrap();
+        let durable = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
+        channel.queue_declare(PROBE.into(), durable, FieldTable::default()).await.unwrap();
+        self.link.set((connection, channel)).unwrap_or_else(|_| panic!("opened twice"));
+        self.bind("#").await;
+    }
+
+    /// The tests' own channel.
+    pub fn channel(&self) -> &Channel {
+        &self.link.get().expect("the virtual host is not open").1
+    }
+
+    /// Binds the tests' queue of events.
+    pub async fn bind(&self, routing_key: &str) {
+        let options = QueueBindOptions::default();
+        let (queue, exchange) = (PROBE.into(), EVENTS.into());
+        self.channel().queue_bind(queue, exchange, routing_key.into(), options, FieldTable::default()).await.unwrap();
+    }
+
+    /// Takes a binding of the tests' queue, or of another, away.
+    pub async fn unbind(&self, queue: &str, routing_key: &str) {
+        let exchange = EVENTS.into();
+        self.channel().queue_unbind(queue.into(), exchange, routing_key.into(), FieldTable::default()).await.unwrap();
+    }
+
+    /// Takes the tests' own binding of all events away.
+    pub async fn unbind_probe(&self) {
+        self.unbind(PROBE, "#").await;
+    }
+
+    /// Publishes to the queue of requests and waits for the broker's confirmation.
+    pub async fn publish(&self, message: &Message) {
+        let mut properties = BasicProperties::default().with_delivery_mode(2);
+        if let Some(content_type) = &message.content_type {
+            properties = properties.with_content_type(content_type.as_str().into());
+        }
+        if let Some(id) = &message.message_id {
+            properties = properties.with_message_id(id.as_str().into());
+        }
+        let options = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
+        let sent = self.channel().basic_publish("".into(), JOBS.into(), options, &message.body, properties);
+        let confirmation = sent.await.unwrap().await.unwrap();
+        assert!(matches!(confirmation, Confirmation::Ack(None)), "{confirmation:?}");
+    }
+
+    /// Takes everything out of the tests' queue of events.
+    pub async fn take_events(&self) -> Vec<Received> {
+        self.take(PROBE).await
+    }
+
+    /// Takes everything out of a queue.
+    pub async fn take(&self, queue: &str) -> Vec<Received> {
+        let mut taken = Vec::new();
+        let options = BasicGetOptions { no_ack: true };
+        while let Some(message) = self.channel().basic_get(queue.into(), options).await.unwrap() {
+            let delivery = message.delivery;
+            let properties = &delivery.properties;
+            taken.push(Received {
+                routing_key: delivery.routing_key.to_string(),
+                message_id: properties.message_id().as_ref().map(ToString::to_string),
+                content_type: properties.content_type().as_ref().map(ToString::to_string),
+                delivery_mode: *properties.delivery_mode(),
+                body: delivery.data,
+            });
+        }
+        taken
+    }
+
+    /// Messages that wait in a queue; those in the hands of a consumer are not counted.
+    pub async fn ready(&self, queue: &str) -> u32 {
+        let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
+        let declared = self.channel().queue_declare(queue.into(), passive, FieldTable::default()).await.unwrap();
+        declared.message_count()
+    }
+
+    /// Makes a durable queue of a type.
+    pub async fn declare_classic(&self, queue: &str) {
+        let durable = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
+        self.channel().queue_declare(queue.into(), durable, FieldTable::default()).await.unwrap();
+    }
+
+    /// Deletes a queue.
+    pub async fn delete_queue(&self, queue: &str) {
+        self.channel().queue_delete(queue.into(), QueueDeleteOptions::default()).await.unwrap();
+    }
+
+    /// Ends connections of the worker at the broker's side, as an operator or a failing node would.
+    pub async fn cut_connections(&self, name: &str) {
+        let found = eventually("the broker shows the connection", || async {
+            let all = self.api(Method::GET, &["vhosts", &self.name, "connections"], None).await;
+            let names: Vec<String> = all
+                .as_array()?
+                .iter()
+                .filter(|one| one["client_properties"]["connection_name"] == name)
+                .filter_map(|one| one["name"].as_str().map(str::to_owned))
+                .collect();
+            (!names.is_empty()).then_some(names)
+        })
+        .await;
+        for connection in found {
+            self.api(Method::DELETE, &["connections", &connection], None).await;
+        }
+    }
+
+    async fn api(&self, method: Method, path: &[&str], body: Option<Value>) -> Value {
+        let mut url = self.api.clone();
+        url.set_username("").unwrap();
+        url.set_password(None).unwrap();
+        url.path_segments_mut().unwrap().pop_if_empty().push("api").extend(path);
+        let mut request = self.http.request(method, url).basic_auth(self.api.username(), self.api.password());
+        if let Some(body) = body {
+            request = request.json(&body);
+        }
+        let answer = request.send().await.unwrap();
+        let status = answer.status();
+        let text = answer.text().await.unwrap();
+        assert!(status.is_success(), "{path:?}: {status} {text}");
+        serde_json::from_str(&text).unwrap_or(Value::Null)
+    }
+}
+
+impl Drop for Vhost {
+    fn drop(&mut self) {
+        let (mut url, http, name) = (self.api.clone(), http(), self.name.clone());
+        finish_blocking(async move {
+            let (user, password) = (url.username().to_owned(), url.password().map(str::to_owned));
+            if url.set_username("").is_ok() && url.set_password(None).is_ok() {
+                if let Ok(mut path) = url.path_segments_mut() {
+                    path.pop_if_empty().extend(["api", "vhosts", &name]);
+                }
+                drop(http.delete(url).basic_auth(user, password).send().await);
+            }
+        });
+    }
+}

@@ -1,0 +1,348 @@
+//! The invariants, I1 to I7, judged over a [`Snapshot`]. Pure, so that it can be shown to fail.
+
+use super::broker::Message;
+use super::fake::{STRANGER, WORKER};
+use super::snapshot::{Job, Secret, Snapshot, SourceKey};
+use base64::Engine as _;
+use base64::engine::general_purpose::{STANDARD, STANDARD_NO_PAD, URL_SAFE_NO_PAD};
+use serde_json::Value;
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
+use uuid::Uuid;
+
+/// Codes that end a job before anything but read-only calls was made.
+const PREFLIGHT: [&str; 9] = [
+    "source_key_unknown",
+    "source_key_wrong_kind",
+    "source_key_required",
+    "key_not_external",
+    "key_disabled",
+    "key_pending_deletion",
+    "unexpected_current_material",
+    "wrapping_not_allowed",
+    "description_not_allowed",
+];
+
+/// Everything that is not as it must be.
+pub fn violations(snapshot: &Snapshot) -> Vec<String> {
+    let mut found = Vec::new();
+    every_message_has_one_end(snapshot, &mut found);
+    keys_hold_what_jobs_brought(snapshot, &mut found);
+    every_outcome_was_told(snapshot, &mut found);
+    the_audit_trail_is_whole(snapshot, &mut found);
+    nothing_secret_shows(snapshot, &mut found);
+    everything_is_drained(snapshot, &mut found);
+    aws_is_called_for_jobs_only(snapshot, &mut found);
+    found
+}
+
+/// I1: a message is one job, one refusal or a copy; a job ends once.
+fn every_message_has_one_end(snapshot: &Snapshot, found: &mut Vec<String>) {
+    let different: BTreeSet<&Message> = snapshot.published.iter().collect();
+    let rows = snapshot.jobs.len() + snapshot.refusals.len();
+    if rows + snapshot.respelt != different.len() {
+        found.push(format!(
+            "I1: {} different messages ({} of them respelt), but {} jobs and {} refusals",
+            different.len(),
+            snapshot.respelt,
+            snapshot.jobs.len(),
+            snapshot.refusals.len()
+        ));
+    }
+    let mut ids = HashSet::new();
+    for job in &snapshot.jobs {
+        if !ids.insert(&job.request_id) {
+            found.push(format!("I1: two jobs for request {}", job.request_id));
+        }
+        let is_whole = match job.state.as_str() {
+            "succeeded" => job.result.is_some() && job.error.is_none(),
+            "failed" => job.result.is_none() && !job.code().is_empty(),
+            _ => false,
+        };
+        if !is_whole {
+            found.push(format!("I1: job of request {} is {}, {:?}", job.request_id, job.state, job.error));
+        }
+    }
+    let bodies: HashSet<&[u8]> = snapshot.published.iter().map(|message| message.body.as_slice()).collect();
+    let dead: HashSet<&[u8]> = snapshot.dead.iter().map(Vec::as_slice).collect();
+    if let Some(body) = dead.iter().find(|body| !bodies.contains(**body)) {
+        found.push(format!("I1: a dead letter that nobody published: {}", String::from_utf8_lossy(body)));
+    }
+    let refused_bodies: HashSet<&[u8]> = snapshot
+        .published
+        .iter()
+        .filter(|message| dead.contains(message.body.as_slice()))
+        .map(|message| message.body.as_slice())
+        .collect();
+    if refused_bodies.len() > snapshot.refusals.len() || (dead.is_empty() && !snapshot.refusals.is_empty()) {
+        found.push(format!("I1: {} refusals, {} different dead letters", snapshot.refusals.len(), dead.len()));
+    }
+}
+
+/// What an import does to a key: which bytes, until when.
+type Effect = (String, Option<i64>);
+
+/// I2: the worker's effects on a key are those of its jobs, in their order; the last one stands.
+fn keys_hold_what_jobs_brought(snapshot: &Snapshot, found: &mut Vec<String>) {
+    let sources: HashMap<Uuid, &SourceKey> = snapshot.source_keys.iter().map(|key| (key.id, key)).collect();
+    let effect_of = |job: &Job| -> Option<Effect> { Some((sources.get(&job.source_key_id?)?.sha256(), job.valid_to)) };
+    for key in snapshot.kms_keys.iter().filter(|key| key["origin"] == "EXTERNAL") {
+        let arn = key["arn"].as_str().unwrap_or_default();
+        let jobs: Vec<&Job> = snapshot.jobs.iter().filter(|job| job.arn == arn).collect();
+        // What a job may have brought, in the line's order.
+        let allowed: Vec<(Effect, bool)> = jobs
+            .iter()
+            .filter(|job| job.state == "succeeded" || job.aws_changed())
+            .filter_map(|job| Some((effect_of(job)?, job.state == "succeeded")))
+            .collect();
+        let effects = imports(snapshot, arn, WORKER);
+        let mut at = 0;
+        for effect in &effects {
+            match allowed[at..].iter().position(|(allowed, _)| allowed == effect) {
+                Some(ahead) => at += ahead,
+                None => found.push(format!("I2: {arn} was given {effect:?} out of turn; jobs allow {allowed:?}")),
+            }
+        }
+        for wanted in allowed.iter().filter(|(_, succeeded)| *succeeded).map(|(effect, _)| effect) {
+            let jobs = allowed.iter().filter(|(effect, succeeded)| *succeeded && effect == wanted).count();
+            let times = effects.iter().filter(|effect| *effect == wanted).count();
+            if times < jobs {
+                found.push(format!("I2: {jobs} jobs say that they gave {arn} {wanted:?}; KMS saw {times}"));
+            }
+        }
+        let was_touched = imports(snapshot, arn, STRANGER).len() + other_changes(snapshot, arn) > 0;
+        let last = allowed.iter().rposition(|(_, succeeded)| *succeeded);
+        if let (Some(last), false) = (last, was_touched)
+            && let Some(shown) = current(key)
+            && !allowed[last..].iter().any(|(effect, _)| *effect == shown)
+        {
+            found.push(format!("I2: {arn} holds {shown:?}; the latest job brought {:?}", allowed[last].0));
+        }
+        if allowed.is_empty() && !was_touched && key["materials"].as_array().is_some_and(|held| !held.is_empty()) {
+            found.push(format!("I2: {arn} holds material although no job brought any"));
+        }
+    }
+}
+
+fn imports(snapshot: &Snapshot, arn: &str, access_key: &str) -> Vec<Effect> {
+    snapshot
+        .journal
+        .iter()
+        .filter(|entry| entry["key_arn"] == arn && entry["access_key"] == access_key)
+        .filter_map(|entry| {
+            let imported = entry["effect"].get("imported")?;
+            Some((imported["material_sha256"].as_str()?.to_owned(), seconds(&imported["valid_to"])))
+        })
+        .collect()
+}
+
+fn other_changes(snapshot: &Snapshot, arn: &str) -> usize {
+    let is_other = |entry: &&Value| {
+        entry["key_arn"] == arn && entry["effect"].as_object().is_some_and(|effect| !effect.contains_key("imported"))
+    };
+    snapshot.journal.iter().filter(is_other).count()
+}
+
+/// The one material that is in force.
+fn current(key: &Value) -> Option<Effect> {
+    let held = key["materials"].as_array()?.iter().find(|held| held["imported"] == true)?;
+    Some((held["material_sha256"].as_str()?.to_owned(), seconds(&held["valid_to"])))
+}
+
+fn seconds(time: &Value) -> Option<i64> {
+    OffsetDateTime::parse(time.as_str()?, &Rfc3339).ok().map(OffsetDateTime::unix_timestamp)
+}
+
+/// I3: every outcome has its event; all copies are one.
+fn every_outcome_was_told(snapshot: &Snapshot, found: &mut Vec<String>) {
+    let mut told: BTreeMap<String, Vec<Value>> = BTreeMap::new();
+    for event in &snapshot.events {
+        let Ok(body) = serde_json::from_slice::<Value>(&event.body) else {
+            found.push("I3: an event is not JSON".to_owned());
+            continue;
+        };
+        let id = body["id"].as_str().unwrap_or_default().to_owned();
+        if event.message_id.as_deref() != Some(id.as_str())
+            || event.content_type.as_deref() != Some("application/cloudevents+json")
+            || event.delivery_mode != Some(2)
+        {
+            found.push(format!("I3: the event {id} has wrong properties: {event:?}"));
+        }
+        let outcome = body["type"].as_str().unwrap_or_default().rsplit('.').next().unwrap_or_default();
+        if !event.routing_key.starts_with(&format!("job.{outcome}.")) || event.routing_key.matches('.').count() != 4 {
+            found.push(format!("I3: the event {id} came with routing key {}", event.routing_key));
+        }
+        told.entry(id).or_default().push(body);
+    }
+    let outcomes = snapshot.jobs.iter().map(|job| (job.id, job.state.clone(), Some(job.request_id.clone())));
+    let refused = snapshot.refusals.iter().map(|one| (one.id, "rejected".to_owned(), one.request_id.clone()));
+    for (id, state, request_id) in outcomes.chain(refused) {
+        let copies = told.remove(&id.to_string()).unwrap_or_default();
+        let Some(first) = copies.first() else {
+            found.push(format!("I3: no event tells that request {request_id:?} {state}"));
+            continue;
+        };
+        if copies.iter().any(|copy| copy != first) {
+            found.push(format!("I3: the copies of event {id} differ"));
+        }
+        if first["type"] != format!("io.keyferry.job.{state}")
+            || first["data"]["job"]["state"] != state
+            || first["data"]["job"]["request_id"] != serde_json::json!(request_id)
+        {
+            found.push(format!("I3: the event of request {request_id:?} does not say {state}: {first}"));
+        }
+    }
+    found.extend(told.keys().map(|id| format!("I3: the event {id} tells of nothing that is on record")));
+}
+
+/// I4: entries are numbered without gaps, their bytes are canonical, and every change has its own.
+fn the_audit_trail_is_whole(snapshot: &Snapshot, found: &mut Vec<String>) {
+    let mut trails: BTreeMap<Uuid, Vec<Value>> = BTreeMap::new();
+    for entry in &snapshot.audit {
+        let trail = trails.entry(entry.subject).or_default();
+        let parsed: Value = serde_json::from_str(&entry.text).unwrap_or(Value::Null);
+        let canonical = parsed.to_string();
+        let is_whole = parsed["v"] == 1
+            && parsed["subject"] == entry.subject.to_string()
+            && parsed["n"] == entry.n
+            && entry.text == canonical;
+        if !is_whole {
+            found.push(format!("I4: entry {} of {} is not canonical: {}", entry.n, entry.subject, entry.text));
+        }
+        trail.push(parsed);
+        if i32::try_from(trail.len()) != Ok(entry.n) {
+            found.push(format!("I4: the entries of {} have a gap before {}", entry.subject, entry.n));
+        }
+    }
+    for job in &snapshot.jobs {
+        let trail = trails.remove(&job.id).unwrap_or_default();
+        let kinds: Vec<&str> = trail.iter().map(|entry| entry["kind"].as_str().unwrap_or_default()).collect();
+        let count = |wanted: &str| kinds.iter().filter(|kind| **kind == wanted).count();
+        let ends = count("succeeded") + count("failed");
+        if kinds.first() != Some(&"accepted") || kinds.last() != Some(&job.state.as_str()) || ends != 1 {
+            found.push(format!("I4: request {}, {}: its trail is {kinds:?}", job.request_id, job.state));
+        }
+        if job.state == "succeeded"
+            && (count("material_chosen") != 1 || count("import_intended") == 0 || count("parameters_obtained") == 0)
+        {
+            found.push(format!("I4: request {} succeeded, its trail is {kinds:?}", job.request_id));
+        }
+    }
+    for refusal in &snapshot.refusals {
+        let trail = trails.remove(&refusal.id).unwrap_or_default();
+        if trail.len() != 1 || trail[0]["kind"] != "refused" || trail[0]["details"]["code"] != refusal.code {
+            found.push(format!("I4: the refusal {} has the trail {trail:?}", refusal.id));
+        }
+    }
+    for key in snapshot.source_keys.iter().filter(|key| key.origin == "imported") {
+        if trails.remove(&key.id).is_none_or(|trail| trail[0]["kind"] != "source_key_imported") {
+            found.push(format!("I4: nothing says where the source key {} comes from", key.name));
+        }
+    }
+    let known: HashSet<Uuid> = snapshot.source_keys.iter().map(|key| key.id).collect();
+    found.extend(
+        trails.keys().filter(|id| !known.contains(id)).map(|id| format!("I4: entries about {id}, which is unknown")),
+    );
+    for arn in snapshot.kms_keys.iter().filter_map(|key| key["arn"].as_str()) {
+        let of_key: HashSet<Uuid> = snapshot.jobs.iter().filter(|job| job.arn == arn).map(|job| job.id).collect();
+        let intended = snapshot
+            .audit
+            .iter()
+            .filter(|entry| of_key.contains(&entry.subject) && entry.text.contains(r#""kind":"import_intended""#))
+            .count();
+        let calls = calls(snapshot, arn, Some("ImportKeyMaterial"));
+        if calls > intended {
+            found.push(format!("I4: {calls} imports into {arn} were sent, {intended} were on record before"));
+        }
+    }
+}
+
+/// I5: no key bytes and no secret of a message, in any spelling.
+fn nothing_secret_shows(snapshot: &Snapshot, found: &mut Vec<String>) {
+    let material = snapshot
+        .source_keys
+        .iter()
+        .filter(|key| !key.material.is_empty())
+        .map(|key| Secret { name: format!("the bytes of source key {}", key.name), bytes: key.material.clone() });
+    let secrets: Vec<(String, Vec<Vec<u8>>)> =
+        snapshot.secrets.iter().cloned().chain(material).map(|one| (one.name, spellings(&one.bytes))).collect();
+    let told = snapshot.events.iter().map(|event| ("an event".to_owned(), event.body.clone()));
+    let texts: Vec<(String, Vec<u8>)> = snapshot.texts.iter().cloned().chain(told).collect();
+    for (name, spellings) in &secrets {
+        for (place, text) in &texts {
+            if spellings.iter().any(|spelling| holds(text, spelling)) {
+                found.push(format!("I5: {place} shows {name}"));
+            }
+        }
+    }
+}
+
+fn spellings(bytes: &[u8]) -> Vec<Vec<u8>> {
+    let debug = format!("{bytes:?}");
+    vec![
+        bytes.to_vec(),
+        hex::encode(bytes).into_bytes(),
+        hex::encode_upper(bytes).into_bytes(),
+        STANDARD.encode(bytes).into_bytes(),
+        STANDARD_NO_PAD.encode(bytes).into_bytes(),
+        URL_SAFE_NO_PAD.encode(bytes).into_bytes(),
+        debug.trim_matches(['[', ']']).as_bytes().to_vec(),
+    ]
+}
+
+fn holds(text: &[u8], part: &[u8]) -> bool {
+    let Some(first) = part.first() else { return false };
+    text.iter().enumerate().any(|(at, byte)| byte == first && text[at..].starts_with(part))
+}
+
+/// I6: nothing waits any more.
+fn everything_is_drained(snapshot: &Snapshot, found: &mut Vec<String>) {
+    found.extend(
+        snapshot.left.iter().filter(|(_, count)| **count != 0).map(|(place, count)| format!("I6: {count} in {place}")),
+    );
+    for line in &snapshot.lines {
+        if line.is_due || line.is_leased || line.head != line.tail + 1 {
+            found.push(format!("I6: a line is not empty: {line:?}"));
+        }
+        let places: BTreeSet<i64> =
+            snapshot.jobs.iter().filter(|job| job.line_id == line.id).filter_map(|job| job.seq).collect();
+        if !places.iter().copied().eq(1..=line.tail) {
+            found.push(format!("I6: places of line {} are {places:?}, its tail is {}", line.id, line.tail));
+        }
+    }
+}
+
+/// I7: no call for a copy or a refusal, read-only ones for a failed pre-flight.
+fn aws_is_called_for_jobs_only(snapshot: &Snapshot, found: &mut Vec<String>) {
+    for arn in snapshot.kms_keys.iter().filter_map(|key| key["arn"].as_str()) {
+        let jobs: Vec<&Job> = snapshot.jobs.iter().filter(|job| job.arn == arn).collect();
+        let all = calls(snapshot, arn, None);
+        if jobs.is_empty() && all > 0 {
+            found.push(format!("I7: {all} AWS calls for {arn}, on which there is no job"));
+        }
+        let sent = calls(snapshot, arn, Some("ImportKeyMaterial"));
+        if !jobs.is_empty() && jobs.iter().all(|job| PREFLIGHT.contains(&job.code())) && sent > 0 {
+            found.push(format!("I7: {sent} imports into {arn}, whose jobs all failed before"));
+        }
+        let attempts: i32 = jobs.iter().map(|job| job.attempts).sum();
+        if i32::try_from(sent).is_ok_and(|sent| sent > attempts) {
+            found.push(format!("I7: {sent} imports into {arn} in {attempts} attempts"));
+        }
+        let changed = imports(snapshot, arn, WORKER).len();
+        if jobs.iter().all(|job| job.state == "failed" && !job.aws_changed()) && changed > 0 {
+            found.push(format!("I7: {arn} was changed, and its jobs say that it was not"));
+        }
+    }
+}
+
+/// Calls of the worker for a key. A late effect is no call of its own.
+fn calls(snapshot: &Snapshot, arn: &str, operation: Option<&str>) -> usize {
+    snapshot
+        .journal
+        .iter()
+        .filter(|entry| entry["access_key"] == WORKER && entry["key_arn"] == arn)
+        .filter(|entry| operation.is_none_or(|operation| entry["operation"] == operation))
+        .filter(|entry| !(entry["late"] == true && entry["fault"] == "late" && entry["outcome"] != "late"))
+        .count()
+}

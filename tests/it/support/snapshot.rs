@@ -1,0 +1,229 @@
+//! Everything that can be known after a scenario: what Postgres, the broker and the double hold, and what the
+//! processes wrote. Taken once and then judged by [`super::checker`], which does no I/O.
+
+use super::broker::{Message, Received};
+use keyferry::source::{Kek, Keyring};
+use keyferry::store::Store;
+use serde_json::Value;
+use sha2::{Digest as _, Sha256};
+use std::collections::BTreeMap;
+use tokio_postgres::Client;
+use uuid::Uuid;
+
+/// A job's row.
+#[derive(Clone, Debug)]
+pub struct Job {
+    pub id: Uuid,
+    pub request_id: String,
+    pub arn: String,
+    pub line_id: i64,
+    pub seq: Option<i64>,
+    pub state: String,
+    pub attempts: i32,
+    pub source_key_id: Option<Uuid>,
+    /// Whole seconds since 1970; `None`: never.
+    pub valid_to: Option<i64>,
+    pub result: Option<Value>,
+    pub error: Option<Value>,
+}
+
+impl Job {
+    /// The failure's code, or nothing.
+    pub fn code(&self) -> &str {
+        self.error.as_ref().and_then(|error| error["code"].as_str()).unwrap_or_default()
+    }
+
+    /// Whether the failure says that AWS may have been changed.
+    pub fn aws_changed(&self) -> bool {
+        self.error.as_ref().is_some_and(|error| error["aws_changed"] == true)
+    }
+}
+
+/// A refusal's row.
+#[derive(Clone, Debug)]
+pub struct Refusal {
+    pub id: Uuid,
+    pub request_id: Option<String>,
+    pub code: String,
+    pub field: Option<String>,
+    pub message: String,
+}
+
+/// An audit entry.
+#[derive(Clone, Debug)]
+pub struct Entry {
+    pub subject: Uuid,
+    pub n: i32,
+    pub text: String,
+}
+
+/// A source key of the local store, with the bytes that its seal holds.
+#[derive(Clone, Debug)]
+pub struct SourceKey {
+    pub id: Uuid,
+    pub name: String,
+    pub origin: String,
+    /// Empty once the key is deleted.
+    pub material: Vec<u8>,
+}
+
+impl SourceKey {
+    /// By which the double's journal names the material.
+    pub fn sha256(&self) -> String {
+        hex::encode(Sha256::digest(&self.material))
+    }
+}
+
+/// A line's row.
+#[derive(Clone, Debug)]
+pub struct Line {
+    pub id: i64,
+    pub head: i64,
+    pub tail: i64,
+    pub is_due: bool,
+    pub is_leased: bool,
+}
+
+/// Bytes that must be found nowhere.
+#[derive(Clone, Debug)]
+pub struct Secret {
+    pub name: String,
+    pub bytes: Vec<u8>,
+}
+
+/// All of it.
+#[derive(Clone, Debug, Default)]
+pub struct Snapshot {
+    /// Every message, in the order of publication, copies too.
+    pub published: Vec<Message>,
+    /// How many of the different ones are another spelling of one before.
+    pub respelt: usize,
+    pub jobs: Vec<Job>,
+    pub refusals: Vec<Refusal>,
+    pub audit: Vec<Entry>,
+    pub source_keys: Vec<SourceKey>,
+    pub lines: Vec<Line>,
+    /// What is left in tables and queues that empty themselves.
+    pub left: BTreeMap<String, i64>,
+    pub events: Vec<Received>,
+    pub dead: Vec<Vec<u8>>,
+    pub journal: Vec<Value>,
+    pub kms_keys: Vec<Value>,
+    pub secrets: Vec<Secret>,
+    /// Every text and every byte string of every table, logs and events, each with its place.
+    pub texts: Vec<(String, Vec<u8>)>,
+}
+
+impl Snapshot {
+    /// Reads what Postgres holds.
+    pub async fn of_store(client: &Client, store: &Store, kek: &str) -> Self {
+        let mut left = BTreeMap::new();
+        for table in ["outbox", "progress", "future"] {
+            let count: i64 = client.query_one(&format!("select count(*) from {table}"), &[]).await.unwrap().get(0);
+            left.insert(table.to_owned(), count);
+        }
+        Self {
+            jobs: jobs(client).await,
+            refusals: refusals(client).await,
+            audit: audit(client).await,
+            source_keys: source_keys(client, store, kek).await,
+            lines: lines(client).await,
+            texts: texts(client).await,
+            left,
+            ..Self::default()
+        }
+    }
+}
+
+/// All jobs in the order of their lines.
+pub async fn jobs(client: &Client) -> Vec<Job> {
+    let sql = "
+        select job.id, job.request_id, kms_key.arn, job.line_id, job.seq, job.state, job.attempts, job.source_key_id,
+               case when job.request::jsonb ->> 'key_expiration' = 'true'
+                    then floor(extract(epoch from (job.request::jsonb ->> 'valid_to')::timestamptz))::bigint end,
+               job.result, job.error
+        from job join kms_key on kms_key.id = job.kms_key_id order by job.line_id, job.seq";
+    let rows = client.query(sql, &[]).await.unwrap();
+    rows.iter()
+        .map(|row| Job {
+            id: row.get(0),
+            request_id: row.get(1),
+            arn: row.get(2),
+            line_id: row.get(3),
+            seq: row.get(4),
+            state: row.get(5),
+            attempts: row.get(6),
+            source_key_id: row.get(7),
+            valid_to: row.get(8),
+            result: row.get(9),
+            error: row.get(10),
+        })
+        .collect()
+}
+
+/// All refusals, oldest first.
+pub async fn refusals(client: &Client) -> Vec<Refusal> {
+    let sql = "select id, request_id, code, field, message from refusal order by id";
+    let rows = client.query(sql, &[]).await.unwrap();
+    rows.iter()
+        .map(|row| Refusal {
+            id: row.get(0),
+            request_id: row.get(1),
+            code: row.get(2),
+            field: row.get(3),
+            message: row.get(4),
+        })
+        .collect()
+}
+
+async fn audit(client: &Client) -> Vec<Entry> {
+    let rows = client.query("select subject, n, entry from audit_entry order by subject, n", &[]).await.unwrap();
+    rows.iter().map(|row| Entry { subject: row.get(0), n: row.get(1), text: row.get(2) }).collect()
+}
+
+async fn lines(client: &Client) -> Vec<Line> {
+    let sql = "select id, head_seq, tail_seq, due_at is not null, token is not null from line order by id";
+    let rows = client.query(sql, &[]).await.unwrap();
+    rows.iter()
+        .map(|row| Line {
+            id: row.get(0),
+            head: row.get(1),
+            tail: row.get(2),
+            is_due: row.get(3),
+            is_leased: row.get(4),
+        })
+        .collect()
+}
+
+async fn source_keys(client: &Client, store: &Store, kek: &str) -> Vec<SourceKey> {
+    let rows = client.query("select id, name, origin from source_key order by id", &[]).await.unwrap();
+    if rows.is_empty() {
+        return Vec::new();
+    }
+    let kek = Kek::parse(kek).unwrap();
+    let first = Keyring::new_fingerprint_key(&kek).unwrap();
+    let keyring = Keyring::open(kek, &store.fingerprint_key(&first).await.unwrap()).unwrap();
+    let mut keys = Vec::new();
+    for row in rows {
+        let (id, name): (Uuid, String) = (row.get(0), row.get(1));
+        let sealed = store.sealed_source_key(&name).await.unwrap().unwrap();
+        let material = sealed.open(&keyring).map(|material| material.expose().to_vec()).unwrap_or_default();
+        keys.push(SourceKey { id, name, origin: row.get(2), material });
+    }
+    keys
+}
+
+/// Every value of every table, byte strings as bytes, the rest as text.
+async fn texts(client: &Client) -> Vec<(String, Vec<u8>)> {
+    let sql = "
+        select table_name::text, column_name::text, data_type = 'bytea' from information_schema.columns
+        where table_schema = 'public' order by 1, 2";
+    let mut texts = Vec::new();
+    for column in client.query(sql, &[]).await.unwrap() {
+        let (table, name): (String, String) = (column.get(0), column.get(1));
+        let value = if column.get::<_, bool>(2) { name.clone() } else { format!("convert_to({name}::text, 'UTF8')") };
+        let rows = client.query(&format!("select {value} from {table} where {name} is not null"), &[]).await.unwrap();
+        texts.extend(rows.iter().map(|row| (format!("{table}.{name}"), row.get::<_, Vec<u8>>(0))));
+    }
+    texts
+}

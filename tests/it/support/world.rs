@@ -1,0 +1,510 @@
+//! One test's world: a database, a virtual host, a double of AWS KMS and real workers, all its own.
+
+use super::broker::{DEAD, JOBS, Message, Received, Vhost};
+use super::checker::violations;
+use super::db::TestDb;
+use super::fake::{ACCOUNT, Fake, REGION, SECRET, WORKER};
+use super::process::Process;
+use super::snapshot::{Job, Refusal, Secret, Snapshot, jobs, refusals};
+use super::{eventually, http, keyferry, variable};
+use rustix::process::Signal;
+use serde_json::{Value, json};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+use tempfile::TempDir;
+use time::OffsetDateTime;
+use tokio_postgres::Client;
+
+/// A worker's settings that tests turn.
+#[derive(Clone, Copy, Debug)]
+pub struct Tuning {
+    pub concurrency: usize,
+    pub lease_ms: u64,
+    pub aws_timeout_ms: u64,
+    pub signature_life_ms: u64,
+    pub grace_ms: u64,
+}
+
+impl Default for Tuning {
+    /// As generous as in production, but for a poll that no test waits for.
+    fn default() -> Self {
+        Self { concurrency: 16, lease_ms: 30_000, aws_timeout_ms: 10_000, signature_life_ms: 600_000, grace_ms: 20_000 }
+    }
+}
+
+impl Tuning {
+    /// For takeovers: leases run out soon, and what was unanswered is over soon.
+    pub fn hasty() -> Self {
+        Self { lease_ms: 3_000, aws_timeout_ms: 1_000, signature_life_ms: 2_000, ..Self::default() }
+    }
+}
+
+/// A running worker.
+pub struct Worker {
+    process: Process,
+    address: String,
+}
+
+impl Worker {
+    /// The body and status of `/readyz`.
+    pub async fn ready(&self) -> Option<(u16, String)> {
+        self.get("readyz").await
+    }
+
+    /// A page of the admin port; nothing when it does not answer.
+    pub async fn get(&self, page: &str) -> Option<(u16, String)> {
+        let answer = http().get(format!("http://{}/{page}", self.address)).send().await.ok()?;
+        Some((answer.status().as_u16(), answer.text().await.ok()?))
+    }
+
+    /// A metric's value; series as in the exposition, labels included.
+    pub async fn metric(&self, series: &str) -> f64 {
+        let (_, text) = self.get("metrics").await.unwrap();
+        let line = text.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' '));
+        line.map_or(0.0, |value| value.parse().unwrap())
+    }
+
+    /// Sends a signal.
+    pub fn signal(&self, signal: Signal) {
+        self.process.signal(signal);
+    }
+
+    /// What it has logged.
+    pub fn log(&self) -> String {
+        self.process.log()
+    }
+
+    /// Waits until it ends by itself; says whether by an abort, as a failpoint does it.
+    pub async fn aborted(&mut self) -> bool {
+        use std::os::unix::process::ExitStatusExt as _;
+        self.process.wait(Duration::from_secs(40)).await.signal() == Some(Signal::ABORT.as_raw())
+    }
+
+    /// Whether it has not ended yet.
+    pub fn is_running(&mut self) -> bool {
+        self.process.ended().is_none()
+    }
+
+    /// Ends it by force.
+    pub fn kill(&mut self) {
+        self.process.kill();
+    }
+
+    /// Asks it to stop and expects an orderly end.
+    pub async fn stop(&mut self) {
+        self.signal(Signal::TERM);
+        self.ends_well().await;
+    }
+
+    /// Expects an orderly end of a worker that was asked to stop.
+    pub async fn ends_well(&mut self) {
+        let status = self.process.wait(Duration::from_secs(40)).await;
+        assert!(status.success(), "SIGTERM ended the worker with {status}:\n{}", self.log());
+    }
+}
+
+/// What a command printed and how it ended.
+#[derive(Debug)]
+pub struct Ran {
+    pub code: Option<i32>,
+    pub out: String,
+    pub err: String,
+}
+
+impl Ran {
+    /// Standard output as JSON.
+    pub fn json(&self) -> Value {
+        serde_json::from_str(&self.out).unwrap_or_else(|error| panic!("{error}: {self:?}"))
+    }
+}
+
+/// All of it. Workers come first: they are to be gone before what they use.
+pub struct World {
+    pub workers: Vec<Worker>,
+    pub fake: Fake,
+    pub vhost: Vhost,
+    pub client: Client,
+    pub db: TestDb,
+    kek: String,
+    published: Vec<Message>,
+    respelt: usize,
+    events: Vec<Received>,
+    dead: Vec<Received>,
+    secrets: Vec<Secret>,
+    directory: TempDir,
+}
+
+impl World {
+    /// A world with topology and schema, and no worker yet.
+    pub async fn new(tuning: Tuning) -> Self {
+        let world = Self::without_topology(tuning).await;
+        world.vhost.apply_topology().await;
+        world.vhost.open().await;
+        world
+    }
+
+    /// A world whose broker has nothing but the virtual host.
+    pub async fn without_topology(tuning: Tuning) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let (db, vhost) = tokio::join!(TestDb::create(), Vhost::create());
+        let fake = Fake::start(directory.path()).await;
+        let mut bytes = [0; 32];
+        getrandom::fill(&mut bytes).unwrap();
+        let world = Self {
+            workers: Vec::new(),
+            fake,
+            vhost,
+            client: db.client().await,
+            db,
+            kek: hex::encode(bytes),
+            published: Vec::new(),
+            respelt: 0,
+            events: Vec::new(),
+            dead: Vec::new(),
+            secrets: vec![Secret { name: "the key-encryption key".into(), bytes: bytes.to_vec() }],
+            directory,
+        };
+        world.write("kek", &world.kek);
+        world.write("keyferry.toml", &world.settings(tuning));
+        world
+    }
+
+    /// A world with one worker that is ready.
+    pub async fn with_worker(tuning: Tuning) -> Self {
+        let mut world = Self::new(tuning).await;
+        world.serve().await;
+        world
+    }
+
+    fn settings(&self, tuning: Tuning) -> String {
+        let Tuning { concurrency, lease_ms, aws_timeout_ms, signature_life_ms, grace_ms } = tuning;
+        format!(
+            r#"
+            policy = "allow-all"
+            [database]
+            url = "{worker}"
+            owner_url = "{owner}"
+            ca_file = "{ca}"
+            [rabbitmq]
+            url = "{amqp}"
+            api_url = "{api}"
+            [keys]
+            kek_file = "{kek}"
+            [[targets]]
+            account = "{ACCOUNT}"
+            regions = ["{REGION}", "us-east-1"]
+            [worker]
+            concurrency = {concurrency}
+            lease_ms = {lease_ms}
+            poll_ms = 100
+            aws_timeout_ms = {aws_timeout_ms}
+            signature_life_ms = {signature_life_ms}
+            grace_ms = {grace_ms}
+            [admin]
+            listen = "127.0.0.1:0"
+            [log]
+            format = "json"
+            filter = "info,keyferry=debug"
+            "#,
+            worker = self.db.worker_url(),
+            owner = self.db.owner_url(),
+            ca = variable("KEYFERRY_TEST_POSTGRES_CA"),
+            amqp = self.vhost.url(),
+            api = variable("KEYFERRY_TEST_RABBITMQ_API"),
+            kek = self.path("kek").display(),
+        )
+    }
+
+    /// A file of this world.
+    pub fn path(&self, name: &str) -> std::path::PathBuf {
+        self.directory.path().join(name)
+    }
+
+    /// Writes a file of this world.
+    pub fn write(&self, name: &str, text: &str) {
+        std::fs::write(self.path(name), text).unwrap();
+    }
+
+    /// The program with this world's settings and nothing else of this process's environment.
+    pub fn command(&self) -> Command {
+        let mut command = Command::new(keyferry());
+        command
+            .env_clear()
+            .env("USER", "tester")
+            .env("AWS_ENDPOINT_URL_KMS", self.fake.url())
+            .env("AWS_ACCESS_KEY_ID", WORKER)
+            .env("AWS_SECRET_ACCESS_KEY", SECRET)
+            .env("AWS_REGION", REGION)
+            .env("AWS_CONFIG_FILE", "/dev/null")
+            .env("AWS_SHARED_CREDENTIALS_FILE", "/dev/null")
+            .env("AWS_EC2_METADATA_DISABLED", "true")
+            .current_dir(self.directory.path())
+            .arg("--config")
+            .arg(self.path("keyferry.toml"));
+        command
+    }
+
+    /// Runs a command of the program to its end.
+    pub async fn run(&self, arguments: &[&str]) -> Ran {
+        self.run_with(arguments, &[], "").await
+    }
+
+    /// The same with environment variables and standard input.
+    pub async fn run_with(&self, arguments: &[&str], environment: &[(&str, &str)], input: &str) -> Ran {
+        let mut command = self.command();
+        command.args(arguments).envs(environment.iter().copied());
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let input = input.to_owned();
+        tokio::task::spawn_blocking(move || {
+            use std::io::Write as _;
+            let mut child = command.spawn().unwrap();
+            // A command that reads nothing may have closed it.
+            drop(child.stdin.take().unwrap().write_all(input.as_bytes()));
+            let output = child.wait_with_output().unwrap();
+            Ran {
+                code: output.status.code(),
+                out: String::from_utf8_lossy(&output.stdout).into_owned(),
+                err: String::from_utf8_lossy(&output.stderr).into_owned(),
+            }
+        })
+        .await
+        .unwrap()
+    }
+
+    /// Starts a worker and waits until it is ready; its place in `workers`.
+    pub async fn serve(&mut self) -> usize {
+        let at = self.start("").await;
+        self.ready(at).await;
+        at
+    }
+
+    /// Starts a worker, with failpoints as the crate `fail` writes them; waits for no more than its admin port.
+    pub async fn start(&mut self, failpoints: &str) -> usize {
+        let at = self.workers.len();
+        let mut command = self.command();
+        command.arg("serve");
+        if !failpoints.is_empty() {
+            command.env("FAILPOINTS", failpoints);
+        }
+        let mut process = Process::start(&mut command, self.path(&format!("worker-{at}.log")));
+        // A failpoint can end it before the next look.
+        let address = eventually("the worker's admin port", || {
+            let (log, ended) = (process.log(), process.ended());
+            async move {
+                let found = log.lines().find_map(|line| {
+                    let line: Value = serde_json::from_str(line).ok()?;
+                    Some(line["admin.address"].as_str()?.to_owned())
+                });
+                assert!(found.is_some() || ended.is_none(), "the worker ended while starting:\n{log}");
+                found
+            }
+        })
+        .await;
+        self.workers.push(Worker { process, address });
+        at
+    }
+
+    /// Waits until a worker is ready.
+    pub async fn ready(&self, at: usize) {
+        eventually("the worker is ready", || async {
+            self.workers[at].ready().await?.1.starts_with("ready").then_some(())
+        })
+        .await;
+    }
+
+    /// The store's time.
+    pub async fn now(&self) -> OffsetDateTime {
+        self.client.query_one("select keyferry_now()", &[]).await.unwrap().get(0)
+    }
+
+    /// A source key whose bytes the test holds, brought by the command that operators use.
+    pub async fn import_key(&self, name: &str, kind: &str, bytes: &[u8]) {
+        let arguments = ["keys", "import", "--name", name, "--kind", kind, "--file", "-", "--encoding", "hex"];
+        let ran = self.run_with(&arguments, &[], &hex::encode(bytes)).await;
+        assert_eq!(ran.code, Some(0), "{ran:?}");
+    }
+
+    /// A symmetric source key of random bytes.
+    pub async fn symmetric_key(&self, name: &str) -> Vec<u8> {
+        let bytes = random(32);
+        self.import_key(name, "SYMMETRIC_DEFAULT", &bytes).await;
+        bytes
+    }
+
+    /// Publishes a request.
+    pub async fn publish(&mut self, request: Value) {
+        self.send(Message { body: request.to_string().into_bytes(), ..Message::default() }).await;
+    }
+
+    /// Publishes any message.
+    pub async fn send(&mut self, message: Message) {
+        self.vhost.publish(&message).await;
+        self.published.push(message);
+    }
+
+    /// Notes messages that the program under test published.
+    pub fn note_published(&mut self, bodies: impl IntoIterator<Item = Message>) {
+        self.published.extend(bodies);
+    }
+
+    /// Says that one message was another spelling of one before.
+    pub fn note_respelt(&mut self) {
+        self.respelt += 1;
+    }
+
+    /// Names bytes that must be found nowhere.
+    pub fn note_secret(&mut self, name: &str, bytes: &[u8]) {
+        self.secrets.push(Secret { name: name.to_owned(), bytes: bytes.to_vec() });
+    }
+
+    /// The job of a request, if there is one.
+    pub async fn job(&self, request_id: &str) -> Option<Job> {
+        jobs(&self.client).await.into_iter().find(|job| job.request_id == request_id)
+    }
+
+    /// The job of a request, once it has ended.
+    pub async fn ended(&self, request_id: &str) -> Job {
+        eventually(&format!("{request_id} ends"), || async {
+            self.job(request_id).await.filter(|job| job.state != "waiting")
+        })
+        .await
+    }
+
+    /// The job of a request, once it has succeeded.
+    pub async fn succeeded(&self, request_id: &str) -> Job {
+        let job = self.ended(request_id).await;
+        assert_eq!(job.state, "succeeded", "{job:?}");
+        job
+    }
+
+    /// The job of a request, once it has failed with this code.
+    pub async fn failed(&self, request_id: &str, code: &str) -> Job {
+        let job = self.ended(request_id).await;
+        assert_eq!((job.state.as_str(), job.code()), ("failed", code), "{job:?}");
+        job
+    }
+
+    /// All refusals, once there are so many.
+    pub async fn refused(&self, count: usize) -> Vec<Refusal> {
+        eventually(&format!("{count} refusals"), || async {
+            Some(refusals(&self.client).await).filter(|found| found.len() >= count)
+        })
+        .await
+    }
+
+    /// A value of the first row.
+    pub async fn count(&self, sql: &str) -> i64 {
+        self.client.query_one(sql, &[]).await.unwrap().get(0)
+    }
+
+    /// Waits until a count is as expected.
+    pub async fn until(&self, what: &str, sql: &str, wanted: i64) {
+        eventually(what, || async { (self.count(sql).await == wanted).then_some(()) }).await;
+    }
+
+    /// All events so far.
+    pub async fn events(&mut self) -> &[Received] {
+        let new = self.vhost.take_events().await;
+        self.events.extend(new);
+        &self.events
+    }
+
+    /// The events about one request.
+    pub async fn events_of(&mut self, request_id: &str) -> Vec<Value> {
+        let all = self.events().await.iter().map(Received::json);
+        all.filter(|event| event["data"]["job"]["request_id"] == request_id).collect()
+    }
+
+    /// All dead letters so far.
+    pub async fn dead(&mut self) -> &[Received] {
+        let new = self.vhost.take(DEAD).await;
+        self.dead.extend(new);
+        &self.dead
+    }
+
+    /// Waits until so many messages were dead-lettered.
+    pub async fn dead_letters(&mut self, count: usize) -> Vec<Vec<u8>> {
+        let end = std::time::Instant::now() + Duration::from_secs(40);
+        while self.dead().await.len() < count {
+            assert!(std::time::Instant::now() < end, "{} dead letters of {count}", self.dead.len());
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        self.dead.iter().map(|message| message.body.clone()).collect()
+    }
+
+    /// Waits until nothing waits, stops all workers in order, and judges everything.
+    pub async fn finish(mut self) {
+        let open = "select (select count(*) from outbox) + (select count(*) from line where due_at is not null)
+                    + (select count(*) from future) + (select count(*) from progress)";
+        for round in 0.. {
+            assert!(round < 5, "messages come back with every stop");
+            eventually("everything is drained", || async {
+                (self.vhost.ready(JOBS).await == 0 && self.count(open).await == 0).then_some(())
+            })
+            .await;
+            for worker in &mut self.workers {
+                if worker.is_running() {
+                    worker.stop().await;
+                }
+            }
+            // A message that was in hand is back.
+            if self.vhost.ready(JOBS).await == 0 {
+                break;
+            }
+            self.serve().await;
+        }
+        let refused = self.count("select count(*) from refusal").await;
+        self.dead_letters(usize::from(refused > 0)).await;
+        let found = violations(&self.snapshot().await);
+        assert!(found.is_empty(), "invariants are broken:\n{}", found.join("\n"));
+    }
+
+    /// Everything that is known now.
+    pub async fn snapshot(&mut self) -> Snapshot {
+        self.events().await;
+        self.dead().await;
+        let mut snapshot = Snapshot::of_store(&self.client, &self.db.store().await, &self.kek).await;
+        snapshot.left.insert(JOBS.to_owned(), i64::from(self.vhost.ready(JOBS).await));
+        for (at, worker) in self.workers.iter().enumerate() {
+            snapshot.texts.push((format!("the log of worker {at}"), worker.log().into_bytes()));
+        }
+        snapshot.published.clone_from(&self.published);
+        snapshot.respelt = self.respelt;
+        snapshot.events.clone_from(&self.events);
+        snapshot.dead = self.dead.iter().map(|message| message.body.clone()).collect();
+        snapshot.secrets.clone_from(&self.secrets);
+        snapshot.journal = self.fake.journal("").await;
+        snapshot.kms_keys = self.fake.keys().await;
+        snapshot
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            return;
+        }
+        for (at, worker) in self.workers.iter().enumerate() {
+            let log = worker.log();
+            let lines: Vec<&str> = log.lines().collect();
+            eprintln!("--- worker {at}\n{}", lines[lines.len().saturating_sub(40)..].join("\n"));
+        }
+        eprintln!("--- fake-kms\n{}", self.fake.log());
+    }
+}
+
+/// Random bytes.
+pub fn random(length: usize) -> Vec<u8> {
+    let mut bytes = vec![0; length];
+    getrandom::fill(&mut bytes).unwrap();
+    bytes
+}
+
+/// A request with an id for a key, and more fields.
+pub fn request(id: &str, key: &str, more: Value) -> Value {
+    let mut request = json!({"id": id, "key": key});
+    if let (Some(request), Value::Object(more)) = (request.as_object_mut(), more) {
+        request.extend(more);
+    }
+    request
+}

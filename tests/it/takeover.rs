@@ -1,0 +1,93 @@
+//! Several workers on one queue, and one that is thought dead and is not.
+
+use crate::aws_errors::CLOSED;
+use crate::support::proof::decrypts;
+use crate::support::world::{Tuning, World, request};
+use rustix::process::Signal;
+use serde_json::json;
+use time::format_description::well_known::Rfc3339;
+
+#[tokio::test]
+async fn two_workers_share_the_work() {
+    let mut world = World::new(Tuning { concurrency: 4, ..Tuning::default() }).await;
+    world.symmetric_key("payroll").await;
+    let arns = world.fake.seed(json!({"count": 24})).await;
+    for round in 0..3 {
+        for (number, arn) in arns.iter().enumerate() {
+            let id = format!("r{number}-{round}");
+            world.publish(request(&id, arn, json!({"source_key_identifier": "payroll"}))).await;
+        }
+    }
+    world.start("").await;
+    world.start("").await;
+    for number in 0..arns.len() {
+        world.succeeded(&format!("r{number}-2")).await;
+    }
+    crate::support::eventually("every job was counted in one of them", || async {
+        let mut sum = 0.0;
+        for worker in &world.workers {
+            sum += worker.metric("keyferry_jobs_finished_total{code=\"\",outcome=\"succeeded\"}").await;
+        }
+        (sum > 71.5).then_some(())
+    })
+    .await;
+    world.finish().await;
+}
+
+#[tokio::test]
+async fn a_worker_that_slept_past_its_lease_commits_nothing() {
+    let mut world = World::new(Tuning::hasty()).await;
+    let bytes = world.symmetric_key("payroll").await;
+    let arn = world.fake.key().await;
+    let sleeper = world.serve().await;
+    world.fake.fault("ImportKeyMaterial", &arn, Some(1), json!({"kind": "hold"})).await;
+    world.publish(request("r1", &arn, json!({"source_key_identifier": "payroll"}))).await;
+    world.fake.held(1, "ImportKeyMaterial", &arn).await;
+    // It sleeps in the middle of the import; the answer comes meanwhile, and waits for it.
+    world.workers[sleeper].signal(Signal::STOP);
+    world.fake.release(&arn).await;
+    let successor = world.serve().await;
+    let job = world.succeeded("r1").await;
+    // The sleeper's call used up the import token that it left behind: one attempt may find that out.
+    assert!((2..=3).contains(&job.attempts), "{job:?}");
+    let entries = "select count(*) from audit_entry where subject = (select id from job)";
+    let before = world.count(entries).await;
+    world.workers[sleeper].signal(Signal::CONT);
+    crate::support::eventually("the sleeper learns that its lease is another's", || async {
+        (world.workers[sleeper].metric("keyferry_leases_lost_total").await >= 1.0).then_some(())
+    })
+    .await;
+    assert_eq!(world.count(entries).await, before, "its late commit was refused");
+    assert!(world.workers[successor].metric("keyferry_leases_lost_total").await < 0.5);
+    assert!(decrypts(&world.fake, &arn, &bytes).await);
+    // Both go on working.
+    let more = world.fake.seed(json!({"count": 8})).await;
+    for (number, arn) in more.iter().enumerate() {
+        world.publish(request(&format!("m{number}"), arn, json!({}))).await;
+    }
+    for number in 0..more.len() {
+        world.succeeded(&format!("m{number}")).await;
+    }
+    world.finish().await;
+}
+
+#[tokio::test]
+async fn a_takeover_closes_the_line_to_the_next_job_that_contradicts() {
+    let mut world = World::new(Tuning { signature_life_ms: 600_000, ..Tuning::hasty() }).await;
+    world.symmetric_key("payroll").await;
+    let arn = world.fake.key().await;
+    let valid_to = (world.now().await + time::Duration::days(9)).format(&Rfc3339).unwrap();
+    world.publish(request("r1", &arn, json!({"source_key_identifier": "payroll"}))).await;
+    // Nobody knows whether it made the call before it died.
+    let first = world.start("worker.after_prepare=return").await;
+    assert!(world.workers[first].aborted().await);
+    let more = json!({"source_key_identifier": "payroll", "key_expiration": true, "valid_to": valid_to});
+    world.publish(request("r2", &arn, more)).await;
+    world.serve().await;
+    world.succeeded("r1").await;
+    world.until("the line is closed", CLOSED, 1).await;
+    assert_eq!(world.job("r2").await.unwrap().state, "waiting");
+    world.db.advance(std::time::Duration::from_secs(600)).await;
+    world.succeeded("r2").await;
+    world.finish().await;
+}
