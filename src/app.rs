@@ -5,10 +5,11 @@ use crate::ingress::rabbitmq::Options;
 use crate::intake::Intake;
 use crate::kms::Kms;
 use crate::outbox::Relay;
+use crate::policy::Targets;
 use crate::source::{Kek, KekError, Keyring};
 use crate::store::{SchemaError, Store, StoreError};
 use crate::telemetry::{Health, Metrics, Part, serve_admin};
-use crate::worker::{self, Context, Targets};
+use crate::worker::{self, Context};
 use secrecy::{ExposeSecret as _, SecretString};
 use std::sync::Arc;
 use std::time::Duration;
@@ -63,7 +64,7 @@ pub async fn serve(loaded: &Loaded, stop: CancellationToken) -> Result<(), Start
     let settings = &loaded.settings;
     // Everything that can be wrong is found before the first message is taken.
     let policy = loaded.policy()?;
-    let targets = Targets::new(loaded.targets()?);
+    let targets = targets(loaded)?;
     let amqp_url = SecretString::from(loaded.amqp_url()?);
     let store = open_store(loaded).await?;
     let keyring = Arc::new(open_keyring(loaded, &store).await?);
@@ -106,8 +107,18 @@ pub async fn serve(loaded: &Loaded, stop: CancellationToken) -> Result<(), Start
         health: health.clone(),
         events: Arc::clone(&events),
     };
-    let context =
-        Context { store, kms, keyring, policy, targets, settings: settings.worker.clone(), metrics, jobs, events };
+    let context = Context {
+        store,
+        kms,
+        keyring,
+        policy,
+        targets,
+        settings: settings.worker.clone(),
+        metrics,
+        health,
+        jobs,
+        events,
+    };
     let drain = CancellationToken::new();
     let mut relay = tokio::spawn(relay.run(drain.clone()));
     let intake = tokio::spawn(intake.run(stop.clone()));
@@ -129,4 +140,11 @@ pub async fn serve(loaded: &Loaded, stop: CancellationToken) -> Result<(), Start
     drop(tokio::time::timeout(Duration::from_secs(2), admin).await);
     tracing::info!("stopped");
     Ok(())
+}
+
+fn targets(loaded: &Loaded) -> Result<Targets, ConfigError> {
+    let each = loaded.targets()?.iter().flat_map(|target| {
+        target.regions.iter().map(|region| (target.partition.clone(), target.account.clone(), region.clone()))
+    });
+    Ok(Targets::new(each))
 }

@@ -2,13 +2,12 @@
 
 use crate::ingress::rabbitmq::{Options, Session, SessionError};
 use crate::ingress::{Delivery, Settlement};
-use crate::job::{KeyArn, KeyRef, Refusal, RefusalCode, Request, id_hash};
-use crate::policy::{Policy, Verdict as PolicyVerdict};
+use crate::job::{KeyArn, KeyRef, Operation, Refusal, RefusalCode, Request, id_hash};
+use crate::policy::{Policy, Targets, Verdict as PolicyVerdict};
 use crate::retry::{Attempts, Class};
 use crate::source::Keyring;
 use crate::store::{Candidate, NewJob, NewRefusal, Store, StoreError, Verdict, bisect};
 use crate::telemetry::{Health, Metrics, Part};
-use crate::worker::Targets;
 use secrecy::{ExposeSecret as _, SecretString};
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -118,8 +117,8 @@ impl Intake {
                     Verdict::Refused => Settlement::DeadLetter,
                 })
                 .collect();
-            session.settle(&batch, &settlements).await?;
             self.announce(&verdicts);
+            session.settle(&batch, &settlements).await?;
         }
     }
 
@@ -181,7 +180,11 @@ impl Intake {
                 Ok(request) => self.judge(request, delivery, *id, &known),
                 Err(rejected) => {
                     let rejected = *rejected;
-                    let parts = Identified { id: rejected.id.map(|id| (rejected.source, id)), key: rejected.key };
+                    let parts = Identified {
+                        id: rejected.id.map(|id| (rejected.source, id)),
+                        operation: None,
+                        key: rejected.key,
+                    };
                     Candidate::Refusal(self.refusal(delivery, *id, parts, rejected.refusal))
                 }
             })
@@ -230,7 +233,8 @@ impl Intake {
                 }
             },
         };
-        let parts = Identified { id: Some((request.source.clone(), request.id.clone())), key };
+        let id_parts = Some((request.source.clone(), request.id.clone()));
+        let parts = Identified { id: id_parts, operation: Some(request.operation), key };
         Candidate::Refusal(self.refusal(delivery, id, parts, refusal))
     }
 
@@ -244,6 +248,7 @@ impl Intake {
             digest,
             refusal,
             request_id: parts.id.map(|(_, id)| id.as_str().to_owned()),
+            operation: parts.operation,
             key: parts.key,
             ingress: INGRESS,
         }
@@ -259,7 +264,7 @@ impl Intake {
         tracing::error!(%error, refusal.id = %id, "a message cannot be stored: refused");
         let refusal =
             Refusal::whole(RefusalCode::Unstorable, "Postgres does not take this request; see the worker's log");
-        let refusal = self.refusal(delivery, id, Identified { id: None, key: None }, refusal);
+        let refusal = self.refusal(delivery, id, Identified { id: None, operation: None, key: None }, refusal);
         match self.store.accept(&[Candidate::Refusal(refusal)]).await {
             // Even without a row the message is not lost: it goes to the dead-letter queue.
             Ok(_) | Err(StoreError::Data(_)) => Ok(Verdict::Refused),
@@ -271,5 +276,6 @@ impl Intake {
 /// What could be read of a message that is refused.
 struct Identified {
     id: Option<(String, crate::job::RequestId)>,
+    operation: Option<Operation>,
     key: Option<KeyArn>,
 }

@@ -1,8 +1,59 @@
-//! Keyferry carries key material into AWS KMS.
+//! Keyferry carries key material into AWS KMS ("bring your own key").
+//!
+//! # The path of one job
+//!
+//! ```text
+//!  RabbitMQ                                                             RabbitMQ
+//!     | message                                                            ^ event, confirmed
+//!     v                                                                    |
+//!  ingress --Delivery--> intake --Candidate--> store::accept            outbox::Relay
+//!     ^                  parse, target, policy    | commit                 ^ store::take_events
+//!     +---- Settlement: ack, or dead letter <-----+                        |
+//!                                                 v                        |
+//!  worker::run --> store::claim (lease) --> worker::attempt                |
+//!                    may run? -> DescribeKey -> source key -> GetParametersForImport
+//!                    -> store::prepare -> wrap -> ImportKeyMaterial -> DescribeKey
+//!                                                 |                        |
+//!                                                 +--> store::settle ------+
+//!                                                      outcome, audit entries, event, next head
+//! ```
+//!
+//! # Rooms
+//!
+//! | room | responsibility | imports |
+//! |---|---|---|
+//! | [`job`] | what a valid request is, how its job may end; no I/O | - |
+//! | [`policy`] | who may ask for what, which targets exist; pure | `job` |
+//! | [`retry`] | error class and attempt in, delay out; the only user of `backoff` | - |
+//! | [`source`] | obtains key material, holds it briefly, zeroises it | `job` |
+//! | [`wrap`](mod@wrap) | wraps material under a public key; pure | `job` |
+//! | [`audit`] | what is recorded | `job` |
+//! | [`kms`] | performs one AWS call truthfully | `job`, `telemetry` |
+//! | [`amqp`], [`tls`] | connections | - |
+//! | [`ingress`] | broker deliveries in, settlements out | `job`, `amqp` |
+//! | [`store`] | every SQL statement and transaction | `job`, `audit`, `source`'s sealed types, `config`, `tls` |
+//! | [`intake`] | parse, authorise, accept or refuse, settle | `ingress`, `job`, `policy`, `retry`, `source`, `store` |
+//! | [`outbox`] | committed events to the broker until confirmed | `amqp`, `retry`, `store` |
+//! | [`worker`] | drives a job | the above except `ingress`, `intake`, `outbox` |
+//! | [`topology`] | the broker's queues as data | `tls` |
+//! | [`config`], [`telemetry`] | settings; logs, metrics, admin HTTP | `policy`; `config` |
+//! | [`app`], [`cli`] | composition; commands | all |
+//!
+//! `aws_*`, `lapin` and `tokio_postgres` types stay in the rooms that talk to these systems.
+//!
+//! # What holds whatever happens
+//!
+//! - A message is settled only once its job, or its refusal, is durable.
+//! - Every write after a claim names the lease's token: a worker whose lease was taken over cannot commit.
+//! - Which bytes a job imports is durable before AWS is changed; every attempt imports the same.
+//! - AWS cannot be fenced. A call leaves only while its answer still falls into the lease, and a line stays closed
+//!   to jobs that would contradict a call that may still take effect.
+//! - No lock and no transaction is held across a network call or a wrap.
 
 #[macro_use]
 mod failpoint;
 
+pub mod amqp;
 pub mod app;
 pub mod audit;
 pub mod cli;

@@ -56,7 +56,7 @@ enum Command {
     /// Bring the database schema up to date, as its owner (`database.owner_url`).
     Migrate,
     /// Publish import requests.
-    Submit(submit::Submit),
+    Submit(Box<submit::Submit>),
     /// Look at jobs.
     #[command(subcommand)]
     Jobs(jobs::Jobs),

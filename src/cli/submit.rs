@@ -3,9 +3,9 @@
 use super::Failed;
 use super::jobs::{finish, follow, progress_bar};
 use super::output::{Output, duration};
+use crate::amqp::connect;
 use crate::app::open_store;
 use crate::config::Loaded;
-use crate::ingress::rabbitmq::connect;
 use crate::job::MAX_BODY_BYTES;
 use anyhow::{Context as _, anyhow, bail};
 use clap::{ArgGroup, Args};
@@ -46,6 +46,24 @@ pub(super) struct Submit {
     /// The material expires then (RFC 3339); absent: never.
     #[arg(long, value_name = "TIME", requires = "key")]
     valid_to: Option<String>,
+    /// As AWS names it, such as `RSAES_OAEP_SHA_256`; absent: the strongest that AWS allows.
+    #[arg(long, value_name = "NAME", requires = "key")]
+    wrapping_algorithm: Option<String>,
+    /// As AWS names it, such as `RSA_4096`; absent: the strongest.
+    #[arg(long, value_name = "NAME", requires = "key")]
+    wrapping_key_spec: Option<String>,
+    /// Text that AWS keeps with the material of a symmetric key.
+    #[arg(long, value_name = "TEXT", requires = "key")]
+    description: Option<String>,
+    /// Fail if AWS holds another current material than this id.
+    #[arg(long, value_name = "ID", requires = "key")]
+    expect_current_material: Option<String>,
+    /// The job joins its key's line then (RFC 3339, at most 30 days ahead); absent: now.
+    #[arg(long, value_name = "TIME", requires = "key")]
+    not_before: Option<String>,
+    /// The job gives up then (RFC 3339); absent: after 3 days.
+    #[arg(long, value_name = "TIME", requires = "key")]
+    deadline: Option<String>,
     /// A name under which jobs are followed together.
     #[arg(long, requires = "key")]
     batch: Option<String>,
@@ -70,13 +88,9 @@ impl Submit {
     pub(super) async fn run(self, loaded: &Loaded, output: Output) -> Result<(), Failed> {
         // Before anything is published: following needs the store.
         let store = if self.wait { Some(open_store(loaded).await?) } else { None };
-        let connection = tokio::time::timeout(
-            Duration::from_millis(loaded.settings.rabbitmq.connect_timeout_ms),
-            connect(loaded.amqp_url()?, "keyferry submit"),
-        )
-        .await
-        .context("RabbitMQ does not answer")?
-        .context("RabbitMQ cannot be reached")?;
+        let patience = Duration::from_millis(loaded.settings.rabbitmq.connect_timeout_ms);
+        let connection =
+            connect(loaded.amqp_url()?, "keyferry submit", patience).await.context("RabbitMQ cannot be reached")?;
         let channel = connection.create_channel().await?;
         channel.confirm_select(ConfirmSelectOptions::default()).await?;
         let (timeout, is_waiting) = (self.timeout, self.wait);
@@ -155,6 +169,12 @@ impl Submit {
         put("source_key_tier", self.tier.as_ref());
         put("source_key_identifier", self.source_key.as_ref());
         put("valid_to", self.valid_to.as_ref());
+        put("wrapping_algorithm", self.wrapping_algorithm.as_ref());
+        put("wrapping_key_spec", self.wrapping_key_spec.as_ref());
+        put("key_material_description", self.description.as_ref());
+        put("expect_current_material", self.expect_current_material.as_ref());
+        put("not_before", self.not_before.as_ref());
+        put("deadline", self.deadline.as_ref());
         put("batch", self.batch.as_ref());
         if self.valid_to.is_some() {
             fields.insert("key_expiration".into(), json!(true));

@@ -5,6 +5,7 @@
 //! channel that delivered it; after that it is the broker's again.
 
 use super::{Delivery, Settlement};
+use crate::amqp::{ConnectError, connect};
 use futures_util::{FutureExt as _, StreamExt as _};
 use lapin::message::Delivery as AmqpDelivery;
 use lapin::options::{
@@ -12,15 +13,18 @@ use lapin::options::{
     QueueDeclareOptions,
 };
 use lapin::types::{AMQPValue, FieldTable};
-use lapin::{Channel, Connection, ConnectionProperties, Consumer};
+use lapin::{Channel, Connection, Consumer};
 use std::time::Duration;
 
 /// The session is of no more use.
 #[derive(Debug, thiserror::Error)]
 pub enum SessionError {
-    /// The broker could not be reached in time.
-    #[error("no connection to RabbitMQ within {} ms", .0.as_millis())]
+    /// The broker did not answer in time.
+    #[error("RabbitMQ did not answer within {} ms", .0.as_millis())]
     Timeout(Duration),
+    /// The broker cannot be reached.
+    #[error("RabbitMQ cannot be reached: {0}")]
+    Connect(#[from] ConnectError),
     /// The broker or the connection ended it.
     #[error("RabbitMQ: {0}")]
     Broker(#[from] lapin::Error),
@@ -48,6 +52,7 @@ pub struct Session {
     connection: Connection,
     channel: Channel,
     consumer: Consumer,
+    timeout: Duration,
     /// Highest delivery tag taken from the stream.
     last_tag: u64,
     /// Highest delivery tag below which everything is settled. To name a settled tag again is a protocol error.
@@ -58,7 +63,7 @@ impl Session {
     /// Connects, makes sure that the queue exists, and consumes.
     pub async fn open(url: &str, options: &Options) -> Result<Self, SessionError> {
         let opening = async {
-            let connection = connect(url, "keyferry ingress").await?;
+            let connection = connect(url, "keyferry ingress", options.connect_timeout).await?;
             let channel = connection.create_channel().await?;
             let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
             channel.queue_declare(options.queue.as_str().into(), passive, FieldTable::default()).await?;
@@ -71,7 +76,7 @@ impl Session {
                     FieldTable::default(),
                 )
                 .await?;
-            Ok(Self { connection, channel, consumer, last_tag: 0, settled_tag: 0 })
+            Ok(Self { connection, channel, consumer, timeout: options.connect_timeout, last_tag: 0, settled_tag: 0 })
         };
         tokio::time::timeout(options.connect_timeout, opening)
             .await
@@ -115,24 +120,23 @@ impl Session {
     }
 
     /// Ends the session: takes no more, gives back what is in hand. `nack` says "not now", which since 4.3 does
-    /// not count as a delivery.
+    /// not count as a delivery. A broker that does not answer gets everything back when the connection is gone.
     pub async fn give_back(mut self) -> Result<(), SessionError> {
-        self.channel.basic_cancel(self.consumer.tag(), BasicCancelOptions::default()).await?;
-        while let Some(Some(Ok(left))) = self.consumer.next().now_or_never() {
-            self.last_tag = left.delivery_tag;
-        }
-        if self.last_tag > self.settled_tag {
-            let all = BasicNackOptions { multiple: true, requeue: true };
-            self.channel.basic_nack(self.last_tag, all).await?;
-        }
-        self.connection.close(200, "stopping".into()).await?;
-        Ok(())
+        let timeout = self.timeout;
+        let giving_back = async {
+            self.channel.basic_cancel(self.consumer.tag(), BasicCancelOptions::default()).await?;
+            while let Some(Some(Ok(left))) = self.consumer.next().now_or_never() {
+                self.last_tag = left.delivery_tag;
+            }
+            if self.last_tag > self.settled_tag {
+                let all = BasicNackOptions { multiple: true, requeue: true };
+                self.channel.basic_nack(self.last_tag, all).await?;
+            }
+            self.connection.close(200, "stopping".into()).await?;
+            Ok(())
+        };
+        tokio::time::timeout(timeout, giving_back).await.map_err(|_| SessionError::Timeout(timeout))?
     }
-}
-
-/// Connects without recovery, under a name that the broker's pages show.
-pub async fn connect(url: &str, name: &str) -> Result<Connection, lapin::Error> {
-    Connection::connect(url, ConnectionProperties::default().with_connection_name(name.into())).await
 }
 
 fn delivery(amqp: AmqpDelivery) -> Delivery {

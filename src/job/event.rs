@@ -1,6 +1,6 @@
 //! Completion events: CloudEvents 1.0, structured JSON.
 
-use super::{Failure, JobResult, KeyArn, Refusal};
+use super::{Failure, JobResult, KeyArn, Operation, Refusal};
 use serde_json::{Value, json};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
@@ -88,6 +88,7 @@ impl Event {
         id: Uuid,
         principal: &str,
         request_id: Option<&str>,
+        operation: Option<Operation>,
         key: Option<&KeyArn>,
         refusal: &Refusal,
         at: OffsetDateTime,
@@ -113,8 +114,9 @@ impl Event {
         if let (Some(key), Some(fields)) = (key, envelope.as_object_mut()) {
             fields.insert("subject".to_owned(), json!(key.to_string()));
         }
+        let operation = operation.map_or("unknown", Operation::as_str);
         let (account, region) = key.map_or(("unknown", "unknown"), |key| (key.account(), key.region()));
-        Self { id, routing_key: format!("job.rejected.unknown.{account}.{region}"), body: envelope.to_string() }
+        Self { id, routing_key: format!("job.rejected.{operation}.{account}.{region}"), body: envelope.to_string() }
     }
 }
 
@@ -170,7 +172,8 @@ mod tests {
     #[test]
     fn a_refusal_without_a_key_is_routed_to_unknown() {
         let refusal = Refusal::whole(RefusalCode::NotJson, "expected JSON");
-        let event = Event::of_refusal(Uuid::from_u128(1), "p", None, None, &refusal, datetime!(2026-01-01 0:00 UTC));
+        let event =
+            Event::of_refusal(Uuid::from_u128(1), "p", None, None, None, &refusal, datetime!(2026-01-01 0:00 UTC));
         assert_eq!(event.routing_key, "job.rejected.unknown.unknown.unknown");
         assert!(serde_json::from_str::<Value>(&event.body).unwrap().get("subject").is_none());
     }

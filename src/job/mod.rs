@@ -4,12 +4,14 @@ mod arn;
 mod ending;
 mod event;
 mod key_kind;
+mod parameters;
 mod request;
 
 pub use arn::KeyArn;
 pub use ending::{Failure, FailureCode, JobResult, Refusal, RefusalCode};
 pub use event::{Event, JobSummary, failure_json, rfc3339};
 pub use key_kind::{KeyKind, WrappingAlgorithm, WrappingKeySpec, strongest_wrapping};
+pub use parameters::ImportParameters;
 pub use request::{
     CONTENT_TYPE_CLOUDEVENTS, Envelope, Expiry, KeyRef, MAX_BODY_BYTES, Operation, Rejected, Request, RequestId,
     SourceKeyRef, id_hash,

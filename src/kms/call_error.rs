@@ -3,7 +3,8 @@
 //! The classes follow the error lists of `GetParametersForImport` and `ImportKeyMaterial` (AWS KMS API
 //! Reference). Throttling, validation and access errors are not modelled by the SDK; their codes are.
 
-use super::guard::Dropped;
+use super::guard::{Departure, Dropped};
+use aws_sdk_kms::config::http::HttpResponse;
 use aws_sdk_kms::error::{ProvideErrorMetadata, SdkError};
 use aws_sdk_kms::operation::RequestId;
 use std::error::Error as StdError;
@@ -64,6 +65,27 @@ pub enum ErrorKind {
 }
 
 impl ErrorKind {
+    /// Every kind.
+    pub const ALL: [Self; 17] = [
+        Self::Dropped,
+        Self::NotSent,
+        Self::Unanswered,
+        Self::ServerFault,
+        Self::Throttled,
+        Self::ExpiredImportToken,
+        Self::InvalidImportToken,
+        Self::InvalidCiphertext,
+        Self::IncorrectKeyMaterial,
+        Self::InvalidState,
+        Self::NotFound,
+        Self::Unsupported,
+        Self::AccessDenied,
+        Self::Credentials,
+        Self::Refused,
+        Self::Incomplete,
+        Self::NoTarget,
+    ];
+
     /// The word in metrics and audit entries.
     pub fn as_str(self) -> &'static str {
         match self {
@@ -122,20 +144,22 @@ impl ErrorKind {
 }
 
 impl CallError {
-    pub(super) fn of<E, R>(operation: &'static str, error: &SdkError<E, R>) -> Self
+    pub(super) fn of<E>(operation: &'static str, error: &SdkError<E, HttpResponse>, departure: &Departure) -> Self
     where
-        E: ProvideErrorMetadata + StdError + 'static,
-        R: fmt::Debug + 'static,
-        SdkError<E, R>: ProvideErrorMetadata + RequestId,
+        E: ProvideErrorMetadata + RequestId + StdError + 'static,
     {
         let code = ProvideErrorMetadata::code(error).map(str::to_owned);
         let kind = match error {
             _ if caused_by(error, <dyn StdError + 'static>::is::<Dropped>) => ErrorKind::Dropped,
-            SdkError::ServiceError(_) => code.as_deref().and_then(ErrorKind::of_code).unwrap_or(ErrorKind::Refused),
-            SdkError::ConstructionFailure(_) => ErrorKind::Credentials,
+            // It did not get as far as the gate: without credentials a request cannot even be signed.
+            _ if !departure.happened() => ErrorKind::Credentials,
+            SdkError::ServiceError(answer) => match code.as_deref().and_then(ErrorKind::of_code) {
+                Some(kind) => kind,
+                None if answer.raw().status().is_client_error() => ErrorKind::Refused,
+                None if answer.raw().status().is_success() => ErrorKind::Incomplete,
+                None => ErrorKind::ServerFault,
+            },
             SdkError::DispatchFailure(_) if caused_by(error, was_refused) => ErrorKind::NotSent,
-            // The SDK found no credentials: the request could not even be signed.
-            SdkError::DispatchFailure(failure) if failure.is_user() => ErrorKind::Credentials,
             _ => ErrorKind::Unanswered,
         };
         let message = match ProvideErrorMetadata::message(error) {

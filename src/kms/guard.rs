@@ -4,7 +4,7 @@ use aws_sdk_kms::config::interceptors::BeforeTransmitInterceptorContextRef;
 use aws_sdk_kms::config::{ConfigBag, Intercept, RuntimeComponents};
 use aws_sdk_kms::error::BoxError;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 /// How long this process may still act for a line. Shared by the job that acts and the heartbeat that
@@ -52,16 +52,28 @@ fn millis(duration: Duration) -> u64 {
 #[error("too little of the lease was left to make the call")]
 pub(super) struct Dropped;
 
+/// Whether a call got past the gate. One that did not has changed nothing, whatever its error says.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Departure(Arc<AtomicBool>);
+
+impl Departure {
+    pub(super) fn happened(&self) -> bool {
+        self.0.load(Ordering::Acquire)
+    }
+}
+
 /// Checks the lease after signing, just before bytes leave.
 #[derive(Debug)]
 pub(super) struct Gate {
     guard: LeaseGuard,
     needed: Duration,
+    departure: Departure,
 }
 
 impl Gate {
-    pub(super) fn new(guard: LeaseGuard, needed: Duration) -> Self {
-        Self { guard, needed }
+    pub(super) fn new(guard: LeaseGuard, needed: Duration) -> (Self, Departure) {
+        let departure = Departure::default();
+        (Self { guard, needed, departure: departure.clone() }, departure)
     }
 }
 
@@ -76,7 +88,11 @@ impl Intercept for Gate {
         _components: &RuntimeComponents,
         _config: &mut ConfigBag,
     ) -> Result<(), BoxError> {
-        if self.guard.remaining() < self.needed { Err(Dropped.into()) } else { Ok(()) }
+        if self.guard.remaining() < self.needed {
+            return Err(Dropped.into());
+        }
+        self.departure.0.store(true, Ordering::Release);
+        Ok(())
     }
 }
 

@@ -11,7 +11,7 @@ pub use call_error::{CallError, ErrorKind};
 pub use description::KeyDescription;
 pub use guard::LeaseGuard;
 
-use crate::job::{Expiry, KeyArn, WrappingAlgorithm, WrappingKeySpec};
+use crate::job::{Expiry, ImportParameters, KeyArn, WrappingAlgorithm, WrappingKeySpec};
 use crate::telemetry::Metrics;
 use aws_config::{BehaviorVersion, SdkConfig};
 use aws_sdk_kms::Client;
@@ -24,27 +24,10 @@ use aws_sdk_kms::types::{
     AlgorithmSpec, ExpirationModelType, ImportState, ImportType, IncludeKeyMaterial,
     WrappingKeySpec as SdkWrappingKeySpec,
 };
-use guard::Gate;
+use guard::{Departure, Gate};
 use std::collections::HashMap;
 use std::time::Duration;
 use time::OffsetDateTime;
-
-/// A set of `GetParametersForImport`: public key and token belong together and live for 24 hours.
-#[derive(Clone, Debug)]
-pub struct ImportParameters {
-    /// What the set is bound to.
-    pub algorithm: WrappingAlgorithm,
-    /// What was asked for.
-    pub key_spec: WrappingKeySpec,
-    /// DER `SubjectPublicKeyInfo`.
-    pub public_key: Vec<u8>,
-    /// Opaque.
-    pub import_token: Vec<u8>,
-    /// The set's end of life.
-    pub valid_to: OffsetDateTime,
-    /// AWS's id of the call, for the audit trail.
-    pub aws_request_id: Option<String>,
-}
 
 /// How a symmetric key's material is to be taken.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -56,8 +39,7 @@ pub enum MaterialRole {
     Existing(String),
 }
 
-/// One `ImportKeyMaterial`.
-#[derive(Debug)]
+/// One `ImportKeyMaterial`. Not `Debug`: it holds the token.
 pub struct ImportCall<'a> {
     /// From the same set as the key that wrapped.
     pub import_token: &'a [u8],
@@ -105,9 +87,18 @@ impl Kms {
         metrics: Metrics,
     ) -> Self {
         let shared = aws_config::defaults(BehaviorVersion::v2026_01_12()).load().await;
+        Self::with_config(&shared, regions, attempt_timeout, metrics)
+    }
+
+    fn with_config(
+        shared: &SdkConfig,
+        regions: impl IntoIterator<Item = String>,
+        attempt_timeout: Duration,
+        metrics: Metrics,
+    ) -> Self {
         let clients = regions
             .into_iter()
-            .map(|region| (region.clone(), RegionClients::new(&shared, &region, attempt_timeout)))
+            .map(|region| (region.clone(), RegionClients::new(shared, &region, attempt_timeout)))
             .collect();
         Self { clients, attempt_timeout, metrics }
     }
@@ -115,18 +106,19 @@ impl Kms {
     /// `DescribeKey`. Read-only.
     pub async fn describe(&self, key: &KeyArn, guard: &LeaseGuard) -> Result<KeyDescription, CallError> {
         const OPERATION: &str = "DescribeKey";
+        let (gate, departure) = self.gate(guard);
         let answer = self
             .clients(key, OPERATION)?
             .repeatable
             .describe_key()
             .key_id(key.to_string())
             .customize()
-            .interceptor(self.gate(guard))
+            .interceptor(gate)
             .send()
             .await;
         self.counted(
             OPERATION,
-            answer.map_err(|error| CallError::of(OPERATION, &error)).and_then(|answer| {
+            answer.map_err(|error| CallError::of(OPERATION, &error, &departure)).and_then(|answer| {
                 let metadata = answer.key_metadata.ok_or_else(|| CallError::incomplete(OPERATION, "KeyMetadata"))?;
                 Ok(KeyDescription::of(&metadata))
             }),
@@ -142,6 +134,7 @@ impl Kms {
         guard: &LeaseGuard,
     ) -> Result<ImportParameters, CallError> {
         const OPERATION: &str = "GetParametersForImport";
+        let (gate, departure) = self.gate(guard);
         let answer = self
             .clients(key, OPERATION)?
             .once
@@ -150,12 +143,12 @@ impl Kms {
             .wrapping_algorithm(AlgorithmSpec::from(algorithm.as_str()))
             .wrapping_key_spec(SdkWrappingKeySpec::from(key_spec.as_str()))
             .customize()
-            .interceptor(self.gate(guard))
+            .interceptor(gate)
             .send()
             .await;
         self.counted(
             OPERATION,
-            answer.map_err(|error| CallError::of(OPERATION, &error)).and_then(|answer| {
+            answer.map_err(|error| CallError::of(OPERATION, &error, &departure)).and_then(|answer| {
                 let aws_request_id = answer.request_id().map(str::to_owned);
                 let part = |name| CallError::incomplete(OPERATION, name);
                 Ok(ImportParameters {
@@ -176,6 +169,7 @@ impl Kms {
     /// `ImportKeyMaterial`. An error whose [`ErrorKind::may_have_taken_effect`] holds leaves the outcome open.
     pub async fn import(&self, key: &KeyArn, call: ImportCall<'_>, guard: &LeaseGuard) -> Result<Imported, CallError> {
         const OPERATION: &str = "ImportKeyMaterial";
+        let (gate, departure) = self.gate(guard);
         let request = self
             .clients(key, OPERATION)?
             .once
@@ -194,15 +188,10 @@ impl Kms {
             MaterialRole::First => request,
             MaterialRole::Existing(id) => request.import_type(ImportType::ExistingKeyMaterial).key_material_id(id),
         };
-        let answer = request
-            .set_key_material_description(call.description)
-            .customize()
-            .interceptor(self.gate(guard))
-            .send()
-            .await;
+        let answer = request.set_key_material_description(call.description).customize().interceptor(gate).send().await;
         self.counted(
             OPERATION,
-            answer.map_err(|error| CallError::of(OPERATION, &error)).map(|answer| Imported {
+            answer.map_err(|error| CallError::of(OPERATION, &error, &departure)).map(|answer| Imported {
                 aws_request_id: answer.request_id().map(str::to_owned),
                 key_material_id: answer.key_material_id,
             }),
@@ -222,16 +211,17 @@ impl Kms {
         let client = &self.clients(key, OPERATION)?.repeatable;
         let mut marker = None;
         for _ in 0..MOST_PAGES {
+            let (gate, departure) = self.gate(guard);
             let answer = client
                 .list_key_rotations()
                 .key_id(key.to_string())
                 .include_key_material(IncludeKeyMaterial::AllKeyMaterial)
                 .set_marker(marker)
                 .customize()
-                .interceptor(self.gate(guard))
+                .interceptor(gate)
                 .send()
                 .await;
-            let page = self.counted(OPERATION, answer.map_err(|error| CallError::of(OPERATION, &error)))?;
+            let page = self.counted(OPERATION, answer.map_err(|error| CallError::of(OPERATION, &error, &departure)))?;
             let held = page.rotations().iter().find(|entry| entry.key_material_id() == Some(material_id));
             if let Some(entry) = held {
                 let is_imported = entry.import_state() == Some(&ImportState::Imported);
@@ -258,7 +248,7 @@ impl Kms {
     }
 
     /// A call leaves only when the lease outlives its time-out, so that its answer falls into the lease.
-    fn gate(&self, guard: &LeaseGuard) -> Gate {
+    fn gate(&self, guard: &LeaseGuard) -> (Gate, Departure) {
         Gate::new(guard.clone(), self.attempt_timeout)
     }
 }
@@ -286,3 +276,6 @@ impl RegionClients {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,7 +1,7 @@
 //! A publishing session with `RabbitMQ`: confirms on, mandatory, persistent, on a connection of its own, so that
 //! flow control on publishers never stalls acknowledgements.
 
-use crate::ingress::rabbitmq::connect;
+use crate::amqp::{ConnectError, connect};
 use crate::store::OutboxRow;
 use futures_util::future::try_join_all;
 use lapin::options::{BasicPublishOptions, ConfirmSelectOptions, ExchangeDeclareOptions};
@@ -17,6 +17,8 @@ const PERSISTENT: u8 = 2;
 pub(super) enum PublisherError {
     #[error("RabbitMQ did not answer within {} ms", .0.as_millis())]
     Timeout(Duration),
+    #[error("RabbitMQ cannot be reached: {0}")]
+    Connect(#[from] ConnectError),
     #[error("RabbitMQ: {0}")]
     Broker(#[from] lapin::Error),
     #[error("the channel to RabbitMQ is closed")]
@@ -45,7 +47,7 @@ pub(super) struct Publisher {
 impl Publisher {
     pub(super) async fn open(url: &str, exchange: &str, timeout: Duration) -> Result<Self, PublisherError> {
         let opening = async {
-            let connection = connect(url, "keyferry events").await?;
+            let connection = connect(url, "keyferry events", timeout).await?;
             let channel = connection.create_channel().await?;
             let passive = ExchangeDeclareOptions { passive: true, ..ExchangeDeclareOptions::default() };
             channel.exchange_declare(exchange.into(), ExchangeKind::Topic, passive, FieldTable::default()).await?;

@@ -2,11 +2,13 @@
 
 use super::{Store, StoreError};
 use crate::audit::{Fact, Kind};
-use crate::job::{Event, KeyArn, Refusal, RefusalCode, Request};
+use crate::job::{Event, KeyArn, Operation, Refusal, RefusalCode, Request};
 use deadpool_postgres::Transaction;
+use futures_util::try_join;
 use serde_json::json;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use time::OffsetDateTime;
+use tokio_postgres::types::ToSql;
 use uuid::Uuid;
 
 /// The version of the digest's canonical form.
@@ -53,6 +55,8 @@ pub struct NewRefusal {
     pub refusal: Refusal,
     /// The id, if it is usable.
     pub request_id: Option<String>,
+    /// The operation, if the message is a valid request.
+    pub operation: Option<Operation>,
     /// The key, if the message names one.
     pub key: Option<KeyArn>,
     /// The transport.
@@ -180,81 +184,92 @@ async fn claim_ids<'a>(transaction: &Transaction<'_>, firsts: &Firsts<'a>) -> Re
     let clock = transaction.prepare_cached("select keyferry_now()").await?;
     let taken = transaction.query(&insert, &[&principals, &hashes, &digests, &ids, &DIGEST_VERSION]).await?;
     let taken = taken.iter().map(|row| row.get(0)).collect();
-    let asked: [&(dyn tokio_postgres::types::ToSql + Sync); 2] = [&principals, &hashes];
-    let (rows, now) = futures_util::try_join!(transaction.query(&read, &asked), transaction.query_one(&clock, &[]))?;
+    let asked: [&(dyn ToSql + Sync); 2] = [&principals, &hashes];
+    let (rows, now) = try_join!(transaction.query(&read, &asked), transaction.query_one(&clock, &[]))?;
     let owners: HashMap<_, _> = firsts.keys().copied().zip(rows.iter().map(|row| (row.get(0), row.get(1)))).collect();
     Ok(Standing { now: now.get(0), owners, taken })
 }
 
 async fn insert_jobs(transaction: &Transaction<'_>, jobs: &[&NewJob], now: OffsetDateTime) -> Result<(), StoreError> {
+    let keys = register_keys(transaction, jobs, now).await?;
+    let places = take_places(transaction, jobs, &keys, now).await?;
+    let entries = jobs.iter().map(|job| (job.id, 1, accepted(job).entry(job.id, 1, now))).collect();
+    try_join!(
+        write_jobs(transaction, jobs, &keys, &places, now),
+        write_future(transaction, jobs, now),
+        insert_audit(transaction, entries),
+    )?;
+    Ok(())
+}
+
+async fn write_jobs(
+    transaction: &Transaction<'_>,
+    jobs: &[&NewJob],
+    keys: &HashMap<KeyArn, KnownKey>,
+    places: &[Option<i64>],
+    now: OffsetDateTime,
+) -> Result<(), StoreError> {
     const INSERT: &str = "
         insert into job (id, line_id, seq, lane_id, kms_key_id, principal, request_source, request_id, request,
                          traceparent, accepted_at, deadline)
-        select * from unnest($1::uuid[], $2::bigint[], $3::bigint[], $4::bigint[], $5::uuid[], $6::text[], $7::text[],
-                             $8::text[], $9::text[], $10::text[], $11::timestamptz[], $12::timestamptz[])";
-    let keys = register_keys(transaction, jobs, now).await?;
-    let places = take_places(transaction, jobs, &keys, now).await?;
-
-    let of_key = |job: &&&NewJob| &keys[&job.key];
+        select id, line_id, seq, lane_id, key_id, principal, source, request_id, request, trace, $12, deadline
+        from unnest($1::uuid[], $2::bigint[], $3::bigint[], $4::bigint[], $5::uuid[], $6::text[], $7::text[],
+                    $8::text[], $9::text[], $10::text[], $11::timestamptz[])
+             as new(id, line_id, seq, lane_id, key_id, principal, source, request_id, request, trace, deadline)";
     let ids: Vec<Uuid> = jobs.iter().map(|job| job.id).collect();
-    let lines: Vec<i64> = jobs.iter().map(|job| of_key(&job).line_id).collect();
-    let lanes: Vec<i64> = jobs.iter().map(|job| of_key(&job).lane_id).collect();
-    let key_ids: Vec<Uuid> = jobs.iter().map(|job| of_key(&job).id).collect();
+    let known: Vec<KnownKey> = jobs.iter().map(|job| keys[&job.key]).collect();
+    let lines: Vec<i64> = known.iter().map(|key| key.line_id).collect();
+    let lanes: Vec<i64> = known.iter().map(|key| key.lane_id).collect();
+    let key_ids: Vec<Uuid> = known.iter().map(|key| key.id).collect();
     let principals: Vec<&str> = jobs.iter().map(|job| job.principal.as_str()).collect();
     let sources: Vec<&str> = jobs.iter().map(|job| job.request.source.as_str()).collect();
     let request_ids: Vec<&str> = jobs.iter().map(|job| job.request.id.as_str()).collect();
     let requests: Vec<&str> = jobs.iter().map(|job| job.request.canonical()).collect();
     let traces: Vec<Option<&str>> = jobs.iter().map(|job| job.traceparent.as_deref()).collect();
-    let accepted: Vec<OffsetDateTime> = vec![now; jobs.len()];
     let deadlines: Vec<OffsetDateTime> = jobs.iter().map(|job| job.request.deadline_from(now)).collect();
     let insert = transaction.prepare_cached(INSERT).await?;
-    transaction
-        .execute(
-            &insert,
-            &[
-                &ids,
-                &lines,
-                &places,
-                &lanes,
-                &key_ids,
-                &principals,
-                &sources,
-                &request_ids,
-                &requests,
-                &traces,
-                &accepted,
-                &deadlines,
-            ],
-        )
-        .await?;
+    let columns: [&(dyn ToSql + Sync); 12] = [
+        &ids,
+        &lines,
+        &places,
+        &lanes,
+        &key_ids,
+        &principals,
+        &sources,
+        &request_ids,
+        &requests,
+        &traces,
+        &deadlines,
+        &now,
+    ];
+    transaction.execute(&insert, &columns).await?;
+    Ok(())
+}
 
-    let later: Vec<(Uuid, OffsetDateTime)> =
-        jobs.iter().filter_map(|job| Some((job.id, waits_until(job, now)?))).collect();
-    if !later.is_empty() {
-        let (ids, times): (Vec<Uuid>, Vec<OffsetDateTime>) = later.into_iter().unzip();
-        let statement = transaction
-            .prepare_cached(
-                "insert into future (job_id, not_before) select * from unnest($1::uuid[], $2::timestamptz[])",
-            )
-            .await?;
-        transaction.execute(&statement, &[&ids, &times]).await?;
+async fn write_future(transaction: &Transaction<'_>, jobs: &[&NewJob], now: OffsetDateTime) -> Result<(), StoreError> {
+    const INSERT: &str = "insert into future (job_id, not_before) select * from unnest($1::uuid[], $2::timestamptz[])";
+    let later = jobs.iter().filter_map(|job| Some((job.id, waits_until(job, now)?)));
+    let (ids, times): (Vec<Uuid>, Vec<OffsetDateTime>) = later.unzip();
+    if !ids.is_empty() {
+        let insert = transaction.prepare_cached(INSERT).await?;
+        transaction.execute(&insert, &[&ids, &times]).await?;
     }
-    let entries = jobs.iter().map(|job: &&NewJob| {
-        let fact = Fact::new(
-            Kind::Accepted,
-            json!({
-                "principal": job.principal,
-                "ingress": job.ingress,
-                "request_source": job.request.source,
-                "request_id": job.request.id.as_str(),
-                "request_digest": hex::encode(job.request.digest()),
-                "operation": job.request.operation.as_str(),
-                "key": job.key.to_string(),
-            }),
-        );
-        (job.id, 1, fact.entry(job.id, 1, now))
-    });
-    insert_audit(transaction, entries.collect()).await
+    Ok(())
+}
+
+fn accepted(job: &NewJob) -> Fact {
+    Fact::new(
+        Kind::Accepted,
+        json!({
+            "principal": job.principal,
+            "ingress": job.ingress,
+            "request_source": job.request.source,
+            "request_id": job.request.id.as_str(),
+            "request_digest": hex::encode(job.request.digest()),
+            "operation": job.request.operation.as_str(),
+            "key": job.key.to_string(),
+        }),
+    )
 }
 
 #[derive(Clone, Copy)]
@@ -364,9 +379,10 @@ async fn take_places(
     let counts: Vec<i64> = joining.values().map(|(count, _)| *count).collect();
     let lanes: Vec<i64> = joining.values().map(|(_, lane)| *lane).collect();
     let lock = transaction.prepare_cached(LOCK).await?;
-    transaction.execute(&lock, &[&lines]).await?;
     let extend = transaction.prepare_cached(EXTEND).await?;
-    let rows = transaction.query(&extend, &[&lines, &counts, &lanes]).await?;
+    let (locked, extended): ([&(dyn ToSql + Sync); 1], [&(dyn ToSql + Sync); 3]) =
+        ([&lines], [&lines, &counts, &lanes]);
+    let (_, rows) = try_join!(transaction.execute(&lock, &locked), transaction.query(&extend, &extended))?;
     let mut next: HashMap<i64, i64> = rows
         .iter()
         .map(|row| {
@@ -398,6 +414,7 @@ fn id_conflict(job: &NewJob) -> NewRefusal {
             "id: a job with this id and other content was accepted before, and stands; use a new id",
         ),
         request_id: Some(job.request.id.as_str().to_owned()),
+        operation: Some(job.request.operation),
         key: Some(job.key.clone()),
         ingress: job.ingress,
     }
@@ -452,7 +469,15 @@ async fn insert_refusals(
     });
     insert_audit(transaction, entries.collect()).await?;
     let events = new.iter().map(|new| {
-        Event::of_refusal(new.id, &new.principal, new.request_id.as_deref(), new.key.as_ref(), &new.refusal, now)
+        Event::of_refusal(
+            new.id,
+            &new.principal,
+            new.request_id.as_deref(),
+            new.operation,
+            new.key.as_ref(),
+            &new.refusal,
+            now,
+        )
     });
     insert_events(transaction, &events.collect::<Vec<_>>()).await
 }

@@ -1,8 +1,7 @@
 //! Claims: lines with work, each under a lease, with all that the head's job needs.
 
 use super::{Store, StoreError};
-use crate::job::{KeyArn, KeyKind, Request, RequestId, WrappingAlgorithm, WrappingKeySpec};
-use crate::kms::ImportParameters;
+use crate::job::{ImportParameters, KeyArn, KeyKind, Request, RequestId, WrappingAlgorithm, WrappingKeySpec};
 use crate::source::{Fingerprint, SealedKey};
 use deadpool_postgres::Transaction;
 use std::collections::HashMap;
@@ -244,13 +243,10 @@ impl Store {
         let seqs: Vec<i64> = heads.values().map(|head| head.seq).collect();
         let read = transaction.prepare_cached(READ).await?;
         let rows = transaction.query(&read, &[&lines, &seqs]).await?;
-        // One that this version cannot read keeps its lease until that runs out, and stops no other.
-        let jobs: Vec<ClaimedJob> = rows
-            .iter()
-            .filter_map(|row| {
-                claimed_job(row, &heads).map_err(|error| tracing::error!(%error, "a job is left to others")).ok()
-            })
-            .collect();
+        // A row that cannot be read holds up its own line and no other.
+        let unread = |error: &StoreError| tracing::error!(%error, "a job stays where it is");
+        let jobs: Vec<ClaimedJob> =
+            rows.iter().filter_map(|row| claimed_job(row, &heads).inspect_err(unread).ok()).collect();
         mark_late(&transaction, &jobs, &heads, signature_life).await?;
         transaction.commit().await?;
         Ok(jobs)

@@ -3,9 +3,10 @@
 use super::accept::insert_audit;
 use super::{Lease, Store, StoreError};
 use crate::audit::Fact;
-use crate::kms::ImportParameters;
+use crate::job::ImportParameters;
 use crate::source::SealedKey;
 use deadpool_postgres::Transaction;
+use futures_util::try_join;
 use std::collections::{HashMap, HashSet};
 use uuid::Uuid;
 
@@ -90,14 +91,13 @@ impl Store {
             .filter(|(_, outcome)| **outcome == Prepared::Ready)
             .map(|(step, _)| *step)
             .collect();
-        write_progress(&transaction, &ready, &held).await?;
         let mut entries = Vec::new();
         for step in &ready {
             for (n, fact) in (held[&step.lease] + 1..).zip(&step.facts) {
                 entries.push((step.job_id, n, fact.entry(step.job_id, n, now)));
             }
         }
-        insert_audit(&transaction, entries).await?;
+        try_join!(write_progress(&transaction, &ready, &held), insert_audit(&transaction, entries))?;
         transaction.commit().await?;
         Ok(outcomes)
     }

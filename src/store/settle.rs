@@ -7,6 +7,7 @@ use crate::audit::{Fact, Kind};
 use crate::job::{Event, Failure, JobResult, JobSummary, failure_json};
 use crate::source::Fingerprint;
 use deadpool_postgres::Transaction;
+use futures_util::try_join;
 use serde_json::{Value, json};
 use std::collections::HashMap;
 use std::time::Duration;
@@ -160,10 +161,18 @@ impl Store {
         let valid: Vec<(&Settlement, &Held)> =
             settlements.iter().filter_map(|end| Some((*end, held.get(&end.lease)?))).collect();
 
-        write_audit(&transaction, &valid, now).await?;
-        end_jobs(&transaction, &valid, now).await?;
-        keep_progress(&transaction, &valid).await?;
-        release(&transaction, &valid, now, signature_life).await?;
+        // One round trip: the statements go out together and are carried out in this order.
+        let ended = Ended::of(&valid, now);
+        try_join!(
+            write_audit(&transaction, &valid, now),
+            ended.write_jobs(&transaction),
+            ended.empty_progress(&transaction),
+            ended.write_materials(&transaction),
+            ended.touch_keys(&transaction),
+            insert_events(&transaction, &ended.events),
+            keep_progress(&transaction, &valid),
+            release(&transaction, &valid, now, signature_life),
+        )?;
         transaction.commit().await?;
         Ok(settlements.iter().map(|end| held.contains_key(&end.lease)).collect())
     }
@@ -216,82 +225,9 @@ impl Settlement {
     }
 }
 
-async fn end_jobs(
-    transaction: &Transaction<'_>,
-    ends: &[(&Settlement, &Held)],
+/// Everything about the jobs of a slice that end, in columns.
+struct Ended {
     now: OffsetDateTime,
-) -> Result<(), StoreError> {
-    const EMPTY_PROGRESS: &str = "delete from progress where job_id = any($1)";
-    const TOUCH_KEYS: &str = "
-        update kms_key set updated_at = $2 where id in
-            (select id from kms_key where id = any($1) order by id for no key update)";
-    const MATERIALS: &str = "
-        insert into kms_material (kms_key_id, fingerprint, fingerprint_version, source_tier, source_key_id,
-                                  source_key_name, key_material_id, valid_to, imported_at, job_id)
-        select key_id, fingerprint, version, 'local', source_id, name, material_id, valid_to,
-               case when certain then $10::timestamptz end, job_id
-        from unnest($1::uuid[], $2::bytea[], $3::integer[], $4::text[], $5::text[], $6::text[], $7::timestamptz[],
-                    $8::boolean[], $9::uuid[])
-             as new(key_id, fingerprint, version, source_id, name, material_id, valid_to, certain, job_id)
-        order by key_id, fingerprint
-        on conflict (kms_key_id, fingerprint) do update set
-            source_key_id = excluded.source_key_id,
-            source_key_name = excluded.source_key_name,
-            key_material_id = coalesce(excluded.key_material_id, kms_material.key_material_id),
-            valid_to = excluded.valid_to,
-            imported_at = coalesce(excluded.imported_at, kms_material.imported_at),
-            job_id = excluded.job_id";
-    let mut rows = EndedRows::default();
-    let mut events = Vec::new();
-    let mut materials = MaterialRows::default();
-    for (end, held) in ends {
-        let SettlementKind::Ended { outcome, source_key_id, material } = &end.kind else { continue };
-        rows.push(&end.job, outcome, *source_key_id, held.attempt, now);
-        events.push(Event::of_job(&end.job, outcome, now));
-        if let Some(material) = material {
-            materials.push(end, material);
-        }
-    }
-    if rows.ids.is_empty() {
-        return Ok(());
-    }
-    let end_jobs = transaction.prepare_cached(END_JOBS).await?;
-    let empty_progress = transaction.prepare_cached(EMPTY_PROGRESS).await?;
-    transaction
-        .execute(
-            &end_jobs,
-            &[&rows.ids, &rows.states, &rows.times, &rows.results, &rows.errors, &rows.sources, &rows.attempts],
-        )
-        .await?;
-    transaction.execute(&empty_progress, &[&rows.ids]).await?;
-    if !materials.keys.is_empty() {
-        let m = &materials;
-        let write = transaction.prepare_cached(MATERIALS).await?;
-        transaction
-            .execute(
-                &write,
-                &[
-                    &m.keys,
-                    &m.fingerprints,
-                    &m.versions,
-                    &m.sources,
-                    &m.names,
-                    &m.ids,
-                    &m.ends,
-                    &m.certain,
-                    &m.jobs,
-                    &now,
-                ],
-            )
-            .await?;
-        let touch = transaction.prepare_cached(TOUCH_KEYS).await?;
-        transaction.execute(&touch, &[&m.keys, &now]).await?;
-    }
-    insert_events(transaction, &events).await
-}
-
-#[derive(Default)]
-struct EndedRows {
     ids: Vec<Uuid>,
     states: Vec<&'static str>,
     times: Vec<OffsetDateTime>,
@@ -299,24 +235,108 @@ struct EndedRows {
     errors: Vec<Option<Value>>,
     sources: Vec<Option<Uuid>>,
     attempts: Vec<i32>,
+    events: Vec<Event>,
+    materials: MaterialRows,
 }
 
-impl EndedRows {
-    fn push(
-        &mut self,
-        job: &JobSummary,
-        outcome: &Result<JobResult, Failure>,
-        source: Option<Uuid>,
-        attempts: i32,
-        now: OffsetDateTime,
-    ) {
-        self.ids.push(job.id);
-        self.states.push(if outcome.is_ok() { "succeeded" } else { "failed" });
-        self.times.push(now);
-        self.results.push(outcome.as_ref().ok().map(|result| result.0.clone()));
-        self.errors.push(outcome.as_ref().err().map(failure_json));
-        self.sources.push(source);
-        self.attempts.push(attempts);
+impl Ended {
+    fn of(ends: &[(&Settlement, &Held)], now: OffsetDateTime) -> Self {
+        let mut ended = Self {
+            now,
+            ids: Vec::new(),
+            states: Vec::new(),
+            times: Vec::new(),
+            results: Vec::new(),
+            errors: Vec::new(),
+            sources: Vec::new(),
+            attempts: Vec::new(),
+            events: Vec::new(),
+            materials: MaterialRows::default(),
+        };
+        for (end, held) in ends {
+            let SettlementKind::Ended { outcome, source_key_id, material } = &end.kind else { continue };
+            ended.ids.push(end.job.id);
+            ended.states.push(if outcome.is_ok() { "succeeded" } else { "failed" });
+            ended.times.push(now);
+            ended.results.push(outcome.as_ref().ok().map(|result| result.0.clone()));
+            ended.errors.push(outcome.as_ref().err().map(failure_json));
+            ended.sources.push(*source_key_id);
+            ended.attempts.push(held.attempt);
+            ended.events.push(Event::of_job(&end.job, outcome, now));
+            if let Some(material) = material {
+                ended.materials.push(end, material);
+            }
+        }
+        ended
+    }
+
+    async fn write_jobs(&self, transaction: &Transaction<'_>) -> Result<(), StoreError> {
+        if !self.ids.is_empty() {
+            let write = transaction.prepare_cached(END_JOBS).await?;
+            let Self { ids, states, times, results, errors, sources, attempts, .. } = self;
+            transaction.execute(&write, &[ids, states, times, results, errors, sources, attempts]).await?;
+        }
+        Ok(())
+    }
+
+    async fn empty_progress(&self, transaction: &Transaction<'_>) -> Result<(), StoreError> {
+        if !self.ids.is_empty() {
+            let empty = transaction.prepare_cached("delete from progress where job_id = any($1)").await?;
+            transaction.execute(&empty, &[&self.ids]).await?;
+        }
+        Ok(())
+    }
+
+    async fn write_materials(&self, transaction: &Transaction<'_>) -> Result<(), StoreError> {
+        const WRITE: &str = "
+            insert into kms_material (kms_key_id, fingerprint, fingerprint_version, source_tier, source_key_id,
+                                      source_key_name, key_material_id, valid_to, imported_at, job_id)
+            select key_id, fingerprint, version, 'local', source_id, name, material_id, valid_to,
+                   case when certain then $10::timestamptz end, job_id
+            from unnest($1::uuid[], $2::bytea[], $3::integer[], $4::text[], $5::text[], $6::text[], $7::timestamptz[],
+                        $8::boolean[], $9::uuid[])
+                 as new(key_id, fingerprint, version, source_id, name, material_id, valid_to, certain, job_id)
+            order by key_id, fingerprint
+            on conflict (kms_key_id, fingerprint) do update set
+                source_key_id = excluded.source_key_id,
+                source_key_name = excluded.source_key_name,
+                key_material_id = coalesce(excluded.key_material_id, kms_material.key_material_id),
+                valid_to = excluded.valid_to,
+                imported_at = coalesce(excluded.imported_at, kms_material.imported_at),
+                job_id = excluded.job_id";
+        let m = &self.materials;
+        if !m.keys.is_empty() {
+            let write = transaction.prepare_cached(WRITE).await?;
+            transaction
+                .execute(
+                    &write,
+                    &[
+                        &m.keys,
+                        &m.fingerprints,
+                        &m.versions,
+                        &m.sources,
+                        &m.names,
+                        &m.ids,
+                        &m.ends,
+                        &m.certain,
+                        &m.jobs,
+                        &self.now,
+                    ],
+                )
+                .await?;
+        }
+        Ok(())
+    }
+
+    async fn touch_keys(&self, transaction: &Transaction<'_>) -> Result<(), StoreError> {
+        const TOUCH: &str = "
+            update kms_key set updated_at = $2 where id in
+                (select id from kms_key where id = any($1) order by id for no key update)";
+        if !self.materials.keys.is_empty() {
+            let touch = transaction.prepare_cached(TOUCH).await?;
+            transaction.execute(&touch, &[&self.materials.keys, &self.now]).await?;
+        }
+        Ok(())
     }
 }
 

@@ -10,10 +10,10 @@ use super::Context;
 use super::batcher::Batcher;
 use crate::audit::{Fact, Kind};
 use crate::job::{
-    Expiry, Failure, FailureCode, JobSummary, KeyKind, Operation, SourceKeyRef, WrappingAlgorithm, WrappingKeySpec,
-    rfc3339, strongest_wrapping,
+    Expiry, Failure, FailureCode, ImportParameters, JobSummary, KeyKind, Operation, SourceKeyRef, WrappingAlgorithm,
+    WrappingKeySpec, rfc3339, strongest_wrapping,
 };
-use crate::kms::{CallError, ImportCall, ImportParameters, KeyDescription, LeaseGuard, MaterialRole};
+use crate::kms::{CallError, ImportCall, KeyDescription, LeaseGuard, MaterialRole};
 use crate::policy::Verdict;
 use crate::retry::{self, Class};
 use crate::source::{OpenError, SealedKey};
@@ -114,14 +114,6 @@ impl Run {
             return self
                 .fail(FailureCode::TargetRemoved, "the account and Region are no longer among the configured targets");
         }
-        let own_effect = job.progress.effect.clone().or_else(|| Some(self.effect(job.source_key.as_ref()?)));
-        if let Some((late, until)) = &job.late
-            && own_effect.as_ref() != Some(late)
-        {
-            // A call of an earlier job may still take effect, and would undo this one.
-            self.attempt.context.metrics.lines_closed.inc();
-            return Err(self.settled(SettlementKind::PutBack { until: Some(*until), deadline: job.deadline }));
-        }
         let is_open = job.progress.in_doubt || job.progress.imported;
         if job.now >= job.deadline {
             if !is_open {
@@ -135,6 +127,14 @@ impl Run {
                                look at the key in AWS";
                 return self.fail(FailureCode::OutcomeUnknown, message);
             }
+        }
+        let own_effect = job.progress.effect.clone().or_else(|| Some(self.effect(job.source_key.as_ref()?)));
+        if let Some((late, until)) = &job.late
+            && own_effect.as_ref() != Some(late)
+        {
+            // A call of an earlier job may still take effect, and would undo this one.
+            self.attempt.context.metrics.lines_closed.inc();
+            return Err(self.settled(SettlementKind::PutBack { until: Some(*until), deadline: job.deadline }));
         }
         if let Expiry::At(valid_to) = job.request.expiry
             && valid_to <= job.now

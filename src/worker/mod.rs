@@ -8,13 +8,13 @@ mod batcher;
 mod leases;
 
 use crate::config::Worker as WorkerSettings;
-use crate::job::{Failure, FailureCode, KeyArn};
+use crate::job::{Failure, FailureCode};
 use crate::kms::{Kms, LeaseGuard};
-use crate::policy::Policy;
+use crate::policy::{Policy, Targets};
 use crate::retry::{Attempts, Class};
 use crate::source::Keyring;
 use crate::store::{ClaimedJob, Prepared, Settlement, SettlementKind, Step, Store, StoreError, bisect};
-use crate::telemetry::Metrics;
+use crate::telemetry::{Health, Metrics, Part};
 use attempt::Attempt;
 use batcher::Batcher;
 use futures_util::FutureExt as _;
@@ -50,29 +50,12 @@ pub struct Context {
     pub settings: WorkerSettings,
     /// Counters.
     pub metrics: Metrics,
+    /// Told whether the store answers.
+    pub health: Health,
     /// Rung when there may be jobs to claim.
     pub jobs: Arc<Notify>,
     /// Rung when there are events to publish.
     pub events: Arc<Notify>,
-}
-
-/// Accounts and Regions that requests may name.
-#[derive(Clone, Debug, Default)]
-pub struct Targets(std::collections::HashSet<(String, String, String)>);
-
-impl Targets {
-    /// From the settings.
-    pub fn new(targets: &[crate::config::Target]) -> Self {
-        let each = targets.iter().flat_map(|target| {
-            target.regions.iter().map(|region| (target.partition.clone(), target.account.clone(), region.clone()))
-        });
-        Self(each.collect())
-    }
-
-    /// Whether the key lies in one of them.
-    pub fn contains(&self, key: &KeyArn) -> bool {
-        self.0.contains(&(key.partition().to_owned(), key.account().to_owned(), key.region().to_owned()))
-    }
 }
 
 /// Runs until `stop`; then lets jobs under way end for the grace time, gives back the rest between two
@@ -212,11 +195,12 @@ impl Pool {
             // A job that panics is this job's failure, not the worker's.
             let end =
                 AssertUnwindSafe(attempt.run(job)).catch_unwind().await.unwrap_or_else(|_| Some(fallback.retry()));
-            if let Some(end) = end {
-                let held = settler.submit(end).await.unwrap_or(false);
-                if !held {
-                    metrics.leases_lost.inc();
-                }
+            let held = match end {
+                Some(end) => settler.submit(end).await.unwrap_or(false),
+                None => false,
+            };
+            if !held {
+                metrics.leases_lost.inc();
             }
             leases.release(lease);
             metrics.jobs_running.dec();
@@ -311,7 +295,9 @@ async fn keep_house(context: Arc<Context>, stop: CancellationToken) {
             () = stop.cancelled() => return,
             () = tokio::time::sleep(HOUSEKEEPING) => {}
         }
-        match context.store.keep_house().await {
+        let kept = context.store.keep_house().await;
+        context.health.set(Part::Store, kept.is_ok());
+        match kept {
             Ok(0) => {}
             Ok(_) => context.jobs.notify_one(),
             Err(error) => tracing::warn!(%error, "housekeeping failed"),

@@ -177,7 +177,9 @@ async fn amqps_begins_with_a_tls_handshake() {
         stream.read_exact(&mut record).unwrap();
         record
     });
-    let connecting = tokio::spawn(async move { keyferry::ingress::rabbitmq::connect(&url, "tests").await.is_ok() });
+    let connecting = tokio::spawn(async move {
+        keyferry::amqp::connect(&url, "tests", std::time::Duration::from_secs(10)).await.is_ok()
+    });
     let record = first.await.unwrap();
     // A handshake record (22) of TLS 1.x that begins with ClientHello (1): RFC 8446, 5.1 and 4.
     assert_eq!((record[0], record[1], record[5]), (22, 3, 1), "{record:?}");

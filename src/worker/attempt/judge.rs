@@ -62,3 +62,42 @@ pub(super) fn import(error: &CallError) -> Verdict {
         ErrorKind::Refused => Verdict::Fail(FailureCode::AwsRefused, "the request breaks a rule of AWS"),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn error(kind: ErrorKind) -> CallError {
+        CallError { operation: "ImportKeyMaterial", kind, code: None, message: String::new(), aws_request_id: None }
+    }
+
+    #[test]
+    fn what_may_have_taken_effect_is_never_ended_at_once() {
+        for kind in ErrorKind::ALL.into_iter().filter(|kind| kind.may_have_taken_effect()) {
+            assert_eq!(import(&error(kind)), Verdict::Retry(Class::Transient, FailureCode::OutcomeUnknown), "{kind:?}");
+        }
+    }
+
+    #[test]
+    fn only_what_aws_or_an_operator_must_change_ends_a_job_at_once() {
+        let ended: Vec<ErrorKind> =
+            ErrorKind::ALL.into_iter().filter(|kind| matches!(import(&error(*kind)), Verdict::Fail(..))).collect();
+        assert_eq!(
+            ended,
+            [
+                ErrorKind::IncorrectKeyMaterial,
+                ErrorKind::Unsupported,
+                ErrorKind::AccessDenied,
+                ErrorKind::Refused,
+                ErrorKind::NoTarget,
+            ]
+        );
+    }
+
+    #[test]
+    fn a_read_only_call_never_leaves_an_outcome_open() {
+        for kind in ErrorKind::ALL {
+            assert!(!matches!(read_only(&error(kind)), Verdict::Retry(_, FailureCode::OutcomeUnknown)), "{kind:?}");
+        }
+    }
+}

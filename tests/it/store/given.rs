@@ -2,9 +2,9 @@
 
 use keyferry::audit::{Fact, Kind};
 use keyferry::job::{
-    Failure, FailureCode, JobResult, JobSummary, KeyArn, KeyKind, Refusal, RefusalCode, Request, RequestId,
+    Failure, FailureCode, ImportParameters, JobResult, JobSummary, KeyArn, KeyKind, Refusal, RefusalCode, Request,
+    RequestId,
 };
-use keyferry::kms::ImportParameters;
 use keyferry::source::{Kek, KeyMaterial, Keyring, SealedKey};
 use keyferry::store::{
     Candidate, ClaimedJob, Material, NewJob, NewRefusal, NewSourceKey, RetryState, Settlement, SettlementKind,
@@ -63,6 +63,7 @@ pub fn refusal(id: &str, code: RefusalCode) -> NewRefusal {
         digest: job.request.digest(),
         refusal: Refusal::whole(code, "no"),
         request_id: Some(id.to_owned()),
+        operation: Some(job.request.operation),
         key: Some(job.key),
         ingress: "test",
     }

@@ -1,7 +1,7 @@
 //! A virtual host of RabbitMQ for one test, and what is read and written there.
 
 use super::{eventually, finish_blocking, http, variable};
-use keyferry::ingress::rabbitmq::connect;
+use keyferry::amqp::connect;
 use keyferry::topology::Management;
 use lapin::options::{
     BasicGetOptions, BasicPublishOptions, ConfirmSelectOptions, QueueBindOptions, QueueDeclareOptions,
@@ -94,7 +94,7 @@ impl Vhost {
 
     /// The tests' own connection, and their queue of all events.
     pub async fn open(&self) {
-        let connection = connect(&self.url(), "keyferry tests").await.unwrap();
+        let connection = connect(&self.url(), "keyferry tests", std::time::Duration::from_secs(10)).await.unwrap();
         let channel = connection.create_channel().await.unwrap();
         channel.confirm_select(ConfirmSelectOptions::default()).await.unwrap();
         let durable = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };

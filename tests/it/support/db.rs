@@ -4,8 +4,6 @@
 //! several times as long as copying. The template's name holds a hash of the migrations, so that a server
 //! that outlives a change of them serves both.
 
-#![allow(clippy::unwrap_used, clippy::panic, reason = "helpers may stop at the first surprise, as tests may")]
-
 use keyferry::config::Database;
 use keyferry::store::{Store, migrate};
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
