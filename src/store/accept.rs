@@ -1,10 +1,10 @@
 //! Intake: jobs and refusals become durable, a slice at a time.
 
-use super::{Store, StoreError};
+use super::{Store, StoreError, together};
 use crate::audit::{Fact, Kind};
 use crate::job::{Event, KeyArn, Operation, Refusal, RefusalCode, Request};
 use deadpool_postgres::Transaction;
-use futures_util::try_join;
+use futures_util::{FutureExt as _, try_join};
 use serde_json::json;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use time::OffsetDateTime;
@@ -194,12 +194,12 @@ async fn insert_jobs(transaction: &Transaction<'_>, jobs: &[&NewJob], now: Offse
     let keys = register_keys(transaction, jobs, now).await?;
     let places = take_places(transaction, jobs, &keys, now).await?;
     let entries = jobs.iter().map(|job| (job.id, 1, accepted(job).entry(job.id, 1, now))).collect();
-    try_join!(
-        write_jobs(transaction, jobs, &keys, &places, now),
-        write_future(transaction, jobs, now),
-        insert_audit(transaction, entries),
-    )?;
-    Ok(())
+    together(vec![
+        write_jobs(transaction, jobs, &keys, &places, now).boxed(),
+        write_future(transaction, jobs, now).boxed(),
+        insert_audit(transaction, entries).boxed(),
+    ])
+    .await
 }
 
 async fn write_jobs(

@@ -34,6 +34,7 @@ pub mod statements {
 use crate::config::Database;
 use crate::tls::client_config;
 use deadpool_postgres::{Manager, ManagerConfig, Object, Pool, PoolError, RecyclingMethod, Runtime};
+use futures_util::future::{BoxFuture, join_all};
 use std::time::Duration;
 use time::OffsetDateTime;
 use tokio_postgres::error::SqlState;
@@ -121,6 +122,19 @@ pub fn session_options(settings: &Database) -> String {
         settings.statement_timeout_ms,
         settings.statement_timeout_ms / 2,
     )
+}
+
+/// Waits for statements that were sent together. When one fails, those after it only say that their transaction is
+/// spoilt; which of them is heard first is chance, and only the cause says whether a row is at fault.
+async fn together(statements: Vec<BoxFuture<'_, Result<(), StoreError>>>) -> Result<(), StoreError> {
+    let errors = join_all(statements).await.into_iter().filter_map(Result::err);
+    let cause = errors.min_by_key(|error| match error {
+        StoreError::Data(_) | StoreError::Settings(_) => 0,
+        StoreError::Conflict(_) => 1,
+        // The spoilt transaction (25P02) is among these.
+        StoreError::Unavailable(_) => 2,
+    });
+    cause.map_or(Ok(()), Err)
 }
 
 /// Reads a URL and makes the TLS connector. `sslmode` decides whether TLS is used; the server's

@@ -1,12 +1,12 @@
 //! The step before AWS is changed: the choice of material and the import parameters become durable.
 
 use super::accept::insert_audit;
-use super::{Lease, Store, StoreError};
+use super::{Lease, Store, StoreError, together};
 use crate::audit::Fact;
 use crate::job::ImportParameters;
 use crate::source::SealedKey;
 use deadpool_postgres::Transaction;
-use futures_util::try_join;
+use futures_util::FutureExt as _;
 use std::collections::{HashMap, HashSet};
 use uuid::Uuid;
 
@@ -97,7 +97,11 @@ impl Store {
                 entries.push((step.job_id, n, fact.entry(step.job_id, n, now)));
             }
         }
-        try_join!(write_progress(&transaction, &ready, &held), insert_audit(&transaction, entries))?;
+        together(vec![
+            write_progress(&transaction, &ready, &held).boxed(),
+            insert_audit(&transaction, entries).boxed(),
+        ])
+        .await?;
         transaction.commit().await?;
         Ok(outcomes)
     }

@@ -2,12 +2,12 @@
 
 use super::accept::{insert_audit, insert_events};
 use super::claim::millis;
-use super::{Lease, Store, StoreError};
+use super::{Lease, Store, StoreError, together};
 use crate::audit::{Fact, Kind};
 use crate::job::{Event, Failure, JobResult, JobSummary, failure_json};
 use crate::source::Fingerprint;
 use deadpool_postgres::Transaction;
-use futures_util::try_join;
+use futures_util::FutureExt as _;
 use serde_json::{Value, json};
 use std::collections::HashMap;
 use std::time::Duration;
@@ -163,16 +163,17 @@ impl Store {
 
         // One round trip: the statements go out together and are carried out in this order.
         let ended = Ended::of(&valid, now);
-        try_join!(
-            write_audit(&transaction, &valid, now),
-            ended.write_jobs(&transaction),
-            ended.empty_progress(&transaction),
-            ended.write_materials(&transaction),
-            ended.touch_keys(&transaction),
-            insert_events(&transaction, &ended.events),
-            keep_progress(&transaction, &valid),
-            release(&transaction, &valid, now, signature_life),
-        )?;
+        together(vec![
+            write_audit(&transaction, &valid, now).boxed(),
+            ended.write_jobs(&transaction).boxed(),
+            ended.empty_progress(&transaction).boxed(),
+            ended.write_materials(&transaction).boxed(),
+            ended.touch_keys(&transaction).boxed(),
+            insert_events(&transaction, &ended.events).boxed(),
+            keep_progress(&transaction, &valid).boxed(),
+            release(&transaction, &valid, now, signature_life).boxed(),
+        ])
+        .await?;
         transaction.commit().await?;
         Ok(settlements.iter().map(|end| held.contains_key(&end.lease)).collect())
     }
