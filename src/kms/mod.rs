@@ -1,7 +1,7 @@
 //! Performs one AWS call truthfully: what was answered, what may have happened without an answer.
 //!
-//! One owner of retries per call. The SDK repeats `DescribeKey` once for a connection that broke; every
-//! other call is made once, and what follows is decided by the worker and held in Postgres.
+//! One owner of retries: the SDK makes every call once, and what follows is decided by the worker and held in
+//! Postgres.
 
 mod call_error;
 mod description;
@@ -15,7 +15,7 @@ use crate::job::{Expiry, ImportParameters, KeyArn, WrappingAlgorithm, WrappingKe
 use crate::telemetry::Metrics;
 use aws_config::{BehaviorVersion, SdkConfig};
 use aws_sdk_kms::Client;
-use aws_sdk_kms::config::retry::{RetryConfig, RetryPartition};
+use aws_sdk_kms::config::retry::RetryConfig;
 use aws_sdk_kms::config::timeout::TimeoutConfig;
 use aws_sdk_kms::config::{Config, Region};
 use aws_sdk_kms::operation::RequestId as _;
@@ -65,17 +65,9 @@ pub struct Imported {
 /// Clients for the configured Regions.
 #[derive(Debug)]
 pub struct Kms {
-    clients: HashMap<String, RegionClients>,
+    clients: HashMap<String, Client>,
     attempt_timeout: Duration,
     metrics: Metrics,
-}
-
-#[derive(Debug)]
-struct RegionClients {
-    /// Repeats a call once when the connection broke.
-    repeatable: Client,
-    /// Makes a call once.
-    once: Client,
 }
 
 impl Kms {
@@ -96,10 +88,8 @@ impl Kms {
         attempt_timeout: Duration,
         metrics: Metrics,
     ) -> Self {
-        let clients = regions
-            .into_iter()
-            .map(|region| (region.clone(), RegionClients::new(shared, &region, attempt_timeout)))
-            .collect();
+        let clients =
+            regions.into_iter().map(|region| (region.clone(), client(shared, &region, attempt_timeout))).collect();
         Self { clients, attempt_timeout, metrics }
     }
 
@@ -108,8 +98,7 @@ impl Kms {
         const OPERATION: &str = "DescribeKey";
         let (gate, departure) = self.gate(guard);
         let answer = self
-            .clients(key, OPERATION)?
-            .repeatable
+            .client(key, OPERATION)?
             .describe_key()
             .key_id(key.to_string())
             .customize()
@@ -136,8 +125,7 @@ impl Kms {
         const OPERATION: &str = "GetParametersForImport";
         let (gate, departure) = self.gate(guard);
         let answer = self
-            .clients(key, OPERATION)?
-            .once
+            .client(key, OPERATION)?
             .get_parameters_for_import()
             .key_id(key.to_string())
             .wrapping_algorithm(AlgorithmSpec::from(algorithm.as_str()))
@@ -171,8 +159,7 @@ impl Kms {
         const OPERATION: &str = "ImportKeyMaterial";
         let (gate, departure) = self.gate(guard);
         let request = self
-            .clients(key, OPERATION)?
-            .once
+            .client(key, OPERATION)?
             .import_key_material()
             .key_id(key.to_string())
             .import_token(Blob::new(call.import_token))
@@ -208,7 +195,7 @@ impl Kms {
     ) -> Result<Option<Expiry>, CallError> {
         const OPERATION: &str = "ListKeyRotations";
         const MOST_PAGES: usize = 10;
-        let client = &self.clients(key, OPERATION)?.repeatable;
+        let client = self.client(key, OPERATION)?;
         let mut marker = None;
         for _ in 0..MOST_PAGES {
             let (gate, departure) = self.gate(guard);
@@ -237,7 +224,7 @@ impl Kms {
         Ok(None)
     }
 
-    fn clients(&self, key: &KeyArn, operation: &'static str) -> Result<&RegionClients, CallError> {
+    fn client(&self, key: &KeyArn, operation: &'static str) -> Result<&Client, CallError> {
         self.clients.get(key.region()).ok_or_else(|| CallError::no_target(operation, key.region()))
     }
 
@@ -253,28 +240,18 @@ impl Kms {
     }
 }
 
-impl RegionClients {
-    fn new(shared: &SdkConfig, region: &str, attempt_timeout: Duration) -> Self {
-        let timeouts = TimeoutConfig::builder()
-            .connect_timeout(attempt_timeout.min(Duration::from_millis(3_100)))
-            .operation_attempt_timeout(attempt_timeout)
-            .build();
-        let client = |retry: RetryConfig, partition: String| {
-            let config = Config::from(shared)
-                .to_builder()
-                .region(Region::new(region.to_owned()))
-                .timeout_config(timeouts.clone())
-                .retry_config(retry)
-                // A partition of its own: a throttled call must not use up the retries of another.
-                .retry_partition(RetryPartition::new(partition))
-                .build();
-            Client::from_conf(config)
-        };
-        Self {
-            repeatable: client(RetryConfig::standard().with_max_attempts(2), format!("keyferry-describe-{region}")),
-            once: client(RetryConfig::disabled(), format!("keyferry-once-{region}")),
-        }
-    }
+fn client(shared: &SdkConfig, region: &str, attempt_timeout: Duration) -> Client {
+    let timeouts = TimeoutConfig::builder()
+        .connect_timeout(attempt_timeout.min(Duration::from_millis(3_100)))
+        .operation_attempt_timeout(attempt_timeout)
+        .build();
+    let config = Config::from(shared)
+        .to_builder()
+        .region(Region::new(region.to_owned()))
+        .timeout_config(timeouts)
+        .retry_config(RetryConfig::disabled())
+        .build();
+    Client::from_conf(config)
 }
 
 #[cfg(test)]

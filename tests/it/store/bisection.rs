@@ -74,9 +74,9 @@ async fn an_outcome_that_postgres_refuses_fails_alone() {
     let jobs: Vec<NewJob> = (0..SLICE).map(|n| job(&format!("j{n}"), &arn(n as u128))).collect();
     accept(&store, &jobs).await;
     let claimed = claim(&store, SLICE).await;
-    client.batch_execute("alter table outbox add check (body not like '%bad%')").await.unwrap();
+    client.batch_execute("alter table outbox add check (body not like '%unwelcome%')").await.unwrap();
     let mut ends: Vec<Settlement> = claimed.iter().map(succeeded).collect();
-    ends[BAD] = failed(&claimed[BAD], "bad");
+    ends[BAD] = failed(&claimed[BAD], "unwelcome");
     // What no rule of ours forbids and no Postgres stores.
     ends[2] = failed(&claimed[2], "a\0b");
     let rows: Vec<&Settlement> = ends.iter().collect();
