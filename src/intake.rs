@@ -1,6 +1,7 @@
 //! Parse, authorise, accept or refuse, settle: one batch after the other.
 
-use crate::ingress::rabbitmq::{Options, Session, SessionError};
+use crate::amqp::SessionError;
+use crate::ingress::rabbitmq::{Options, Session};
 use crate::ingress::{Delivery, Settlement};
 use crate::job::{KeyArn, KeyRef, Operation, Refusal, RefusalCode, Request, id_hash};
 use crate::policy::{Policy, Targets, Verdict as PolicyVerdict};

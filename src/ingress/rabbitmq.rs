@@ -5,7 +5,7 @@
 //! channel that delivered it; after that it is the broker's again.
 
 use super::{Delivery, Settlement};
-use crate::amqp::{ConnectError, connect};
+use crate::amqp::{SessionError, check, connect, within};
 use futures_util::{FutureExt as _, StreamExt as _};
 use lapin::message::Delivery as AmqpDelivery;
 use lapin::options::{
@@ -15,26 +15,6 @@ use lapin::options::{
 use lapin::types::{AMQPValue, FieldTable};
 use lapin::{Channel, Connection, Consumer};
 use std::time::Duration;
-
-/// The session is of no more use.
-#[derive(Debug, thiserror::Error)]
-pub enum SessionError {
-    /// The broker did not answer in time.
-    #[error("RabbitMQ did not answer within {} ms", .0.as_millis())]
-    Timeout(Duration),
-    /// The broker cannot be reached.
-    #[error("RabbitMQ cannot be reached: {0}")]
-    Connect(#[from] ConnectError),
-    /// The broker or the connection ended it.
-    #[error("RabbitMQ: {0}")]
-    Broker(#[from] lapin::Error),
-    /// The broker cancelled the consumer, or the stream ended without a word.
-    #[error("RabbitMQ cancelled the consumer; is the queue still there?")]
-    Cancelled,
-    /// A settlement was not sent: its channel is gone, and the broker will deliver the message again.
-    #[error("a settlement could not be sent; the broker will deliver again")]
-    NotSettled,
-}
 
 /// Where and how to consume.
 #[derive(Clone, Debug)]
@@ -78,9 +58,7 @@ impl Session {
                 .await?;
             Ok(Self { connection, channel, consumer, timeout: options.connect_timeout, last_tag: 0, settled_tag: 0 })
         };
-        tokio::time::timeout(options.connect_timeout, opening)
-            .await
-            .map_err(|_| SessionError::Timeout(options.connect_timeout))?
+        within(options.connect_timeout, opening).await
     }
 
     /// Waits for a message, then takes what is already there, up to `most`. Safe to drop while waiting.
@@ -116,7 +94,7 @@ impl Session {
             self.channel.basic_ack(tag, BasicAckOptions { multiple: true }).await?;
         }
         self.settled_tag = self.last_tag;
-        if self.channel.status().connected() { Ok(()) } else { Err(SessionError::NotSettled) }
+        check(&self.channel)
     }
 
     /// Ends the session: takes no more, gives back what is in hand. `nack` says "not now", which since 4.3 does
@@ -135,7 +113,7 @@ impl Session {
             self.connection.close(200, "stopping".into()).await?;
             Ok(())
         };
-        tokio::time::timeout(timeout, giving_back).await.map_err(|_| SessionError::Timeout(timeout))?
+        within(timeout, giving_back).await
     }
 }
 

@@ -4,10 +4,11 @@
 
 mod rabbitmq;
 
+use crate::amqp::SessionError;
 use crate::retry::{self, Attempts, Class};
 use crate::store::{OutboxRow, Store, StoreError};
 use crate::telemetry::{Health, Metrics, Part};
-use rabbitmq::{Publication, Publisher, PublisherError};
+use rabbitmq::{Publication, Publisher};
 use secrecy::{ExposeSecret as _, SecretString};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -81,7 +82,7 @@ impl Relay {
         drain: &CancellationToken,
         cursor: &mut Cursor,
         failures: &mut Attempts,
-    ) -> Result<(), PublisherError> {
+    ) -> Result<(), SessionError> {
         let mut outage = Attempts::new(Class::Reconnect);
         loop {
             let rows = match self.take(cursor).await {

@@ -1,7 +1,7 @@
 //! A publishing session with `RabbitMQ`: confirms on, mandatory, persistent, on a connection of its own, so that
 //! flow control on publishers never stalls acknowledgements.
 
-use crate::amqp::{ConnectError, connect};
+use crate::amqp::{SessionError, check, connect, within};
 use crate::store::OutboxRow;
 use futures_util::future::try_join_all;
 use lapin::options::{BasicPublishOptions, ConfirmSelectOptions, ExchangeDeclareOptions};
@@ -11,19 +11,6 @@ use std::time::Duration;
 
 /// `delivery_mode` of a message that survives the broker's restart (AMQP 0-9-1).
 const PERSISTENT: u8 = 2;
-
-/// The session is of no more use.
-#[derive(Debug, thiserror::Error)]
-pub(super) enum PublisherError {
-    #[error("RabbitMQ did not answer within {} ms", .0.as_millis())]
-    Timeout(Duration),
-    #[error("RabbitMQ cannot be reached: {0}")]
-    Connect(#[from] ConnectError),
-    #[error("RabbitMQ: {0}")]
-    Broker(#[from] lapin::Error),
-    #[error("the channel to RabbitMQ is closed")]
-    Closed,
-}
 
 /// What the broker said of one event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,7 +32,7 @@ pub(super) struct Publisher {
 }
 
 impl Publisher {
-    pub(super) async fn open(url: &str, exchange: &str, timeout: Duration) -> Result<Self, PublisherError> {
+    pub(super) async fn open(url: &str, exchange: &str, timeout: Duration) -> Result<Self, SessionError> {
         let opening = async {
             let connection = connect(url, "keyferry events", timeout).await?;
             let channel = connection.create_channel().await?;
@@ -54,11 +41,11 @@ impl Publisher {
             channel.confirm_select(ConfirmSelectOptions::default()).await?;
             Ok(Self { connection, channel, exchange: exchange.to_owned(), timeout })
         };
-        tokio::time::timeout(timeout, opening).await.map_err(|_| PublisherError::Timeout(timeout))?
+        within(timeout, opening).await
     }
 
     /// Publishes a window and waits for all its confirmations; outcomes are in the rows' order.
-    pub(super) async fn publish(&self, rows: &[OutboxRow]) -> Result<Vec<Publication>, PublisherError> {
+    pub(super) async fn publish(&self, rows: &[OutboxRow]) -> Result<Vec<Publication>, SessionError> {
         let publishing = async {
             let mut confirmations = Vec::with_capacity(rows.len());
             for row in rows {
@@ -81,12 +68,12 @@ impl Publisher {
             let confirmed = try_join_all(confirmations).await?;
             Ok(confirmed.iter().map(outcome).collect())
         };
-        tokio::time::timeout(self.timeout, publishing).await.map_err(|_| PublisherError::Timeout(self.timeout))?
+        within(self.timeout, publishing).await
     }
 
     /// Whether the session still stands; an idle one learns of its end no other way.
-    pub(super) fn check(&self) -> Result<(), PublisherError> {
-        if self.channel.status().connected() { Ok(()) } else { Err(PublisherError::Closed) }
+    pub(super) fn check(&self) -> Result<(), SessionError> {
+        check(&self.channel)
     }
 
     pub(super) async fn close(self) {
