@@ -40,6 +40,7 @@ def arguments():
     parser.add_argument("--only", choices=["ours", "naive"])
     parser.add_argument("--parts", type=lambda text: text.split(","), default=PARTS)
     parser.add_argument("--waiting", type=int, default=100_000)
+    parser.add_argument("--against", type=pathlib.Path)
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--check", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -47,8 +48,11 @@ def arguments():
         parser.error(f"--parts: there is no {', '.join(sorted(unknown))}")
     if min(given.jobs, given.runs, given.waiting) < 1:
         parser.error("numbers start at 1")
-    if given.only:
+    if given.only or given.against:
         given.parts = ["throughput"]
+    given.kinds = [given.only] if given.only else ["naive", "ours"]
+    if given.against:
+        given.kinds.append("against")
     return given
 
 
@@ -135,6 +139,7 @@ class Bench:
         self.trees = {"postgres": int(env["BENCH_PG_PID"]), "rabbitmq": int(env["BENCH_MQ_PID"])}
         self.config = self.dir / "keyferry.toml"
         self.runs = []
+        self.program = self.bin / "keyferry"
 
     def sql(self, text=None, *more, **variables):
         env = {**os.environ, "PGPASSWORD": os.environ["BENCH_PG_PASSWORD"], "PGSSLMODE": "verify-full",
@@ -146,7 +151,7 @@ class Bench:
         return subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout.strip()
 
     def keyferry(self, *words):
-        subprocess.run([self.bin / "keyferry", "--config", self.config, *words], check=True,
+        subprocess.run([self.program, "--config", self.config, *words], check=True,
                        stdout=subprocess.DEVNULL)
 
     def load(self, *words):
@@ -222,7 +227,7 @@ concurrency = {IN_FLIGHT}
     def worker(self, orderly=True):
         """From its start to its end; gives the process and how long it took to be ready."""
         from_start = time.monotonic()
-        process = start([self.bin / "keyferry", "--config", self.config, "serve"], self.dir / "worker.log")
+        process = start([self.program, "--config", self.config, "serve"], self.dir / "worker.log")
         try:
             until(30, "the worker's readiness", lambda: self.is_ready(process))
             yield process, (time.monotonic() - from_start) * 1000
@@ -257,12 +262,13 @@ concurrency = {IN_FLIGHT}
         with self.fake_kms(latency_ms) as (url, fake):
             self.load("drain", "keyferry.jobs")
             self.load("drain", "keyferry.events.all")
-            if kind == "ours":
+            self.program = self.given.against if kind == "against" else self.bin / "keyferry"
+            if kind != "naive":
                 self.fresh_database()
             self.load("publish", self.requests(url, jobs))
             self.settle_down()
             trees = {**self.trees, "fake_kms": fake}
-            run = self.ours(jobs, trees, profiler) if kind == "ours" else self.naive(jobs, in_flight, trees)
+            run = self.naive(jobs, in_flight, trees) if kind == "naive" else self.ours(jobs, trees, profiler)
             run = {"kind": kind, "jobs": jobs, "latency_ms": latency_ms, "in_flight": in_flight, **run}
             run["jobs_per_s"] = jobs / run["seconds"]
             run["cpu_ms_per_job"] = {name: ms / jobs for name, ms in run.pop("cpu_ms").items()}
@@ -339,7 +345,7 @@ concurrency = {IN_FLIGHT}
         if max(collections.Counter(entry["key_arn"] for entry in calls).values()) > MOST_CALLS:
             wrong.append(f"a job took more than {MOST_CALLS} AWS calls")
         expect("messages left", self.load("drain", "keyferry.jobs")["messages"], 0)
-        if kind == "ours":
+        if kind != "naive":
             expect("jobs", self.sql("select state, count(*) from job group by 1 order by 1", "-d", "keyferry"),
                    f"succeeded|{jobs}")
             expect("events in the outbox", self.sql("select count(*) from outbox", "-d", "keyferry"), "0")
@@ -356,11 +362,10 @@ concurrency = {IN_FLIGHT}
         return run
 
     def alternating(self, part, latency_ms=0):
-        runs = {"ours": [], "naive": []}
+        runs = {"ours": [], "naive": [], "against": []}
         for number in range(self.given.runs):
-            kinds = [self.given.only] if self.given.only else ["naive", "ours"]
-            # Neither is always the one that finds the machine warm.
-            for kind in kinds if number % 2 == 0 else reversed(kinds):
+            # None is always the one that finds the machine warm.
+            for kind in self.given.kinds if number % 2 == 0 else reversed(self.given.kinds):
                 runs[kind].append(self.record(part, self.measure(kind, self.given.jobs, latency_ms)))
         return runs
 
@@ -484,8 +489,7 @@ class Table:
                             for at, (cell, width) in enumerate(zip(row, widths))).rstrip())
 
 
-def throughput_rows(table, runs):
-    ours, naive = runs["ours"], runs["naive"]
+def throughput_rows(table, ours, naive):
     both = bool(ours and naive)
 
     def row(what, path, form, compare, target="", good=None, unit=1):
@@ -508,11 +512,15 @@ def main():
     bench = Bench(given)
     bench.prepare()
     about = {"versions": versions(bench),
-             "settings": {**{name: value for name, value in vars(given).items() if name != "check"},
+             "settings": {**{name: value for name, value in vars(given).items() if name != "check" and value is not None},
                           "in_flight": IN_FLIGHT, "request_bytes": REQUEST_BYTES, "source_keys": SOURCE_KEYS}}
     table, summary = Table(), {}
     if "throughput" in given.parts:
-        throughput_rows(table, bench.alternating("throughput"))
+        runs = bench.alternating("throughput")
+        throughput_rows(table, runs["ours"], runs["naive"])
+        if given.against:
+            table.add(f"-- {given.against}", "")
+            throughput_rows(table, runs["against"], runs["naive"])
     if "slow" in given.parts:
         one = bench.record("unloaded", bench.measure("naive", 100, SLOW_MS, in_flight=1))
         runs = bench.alternating("slow", SLOW_MS)
@@ -537,8 +545,8 @@ def main():
                   "<= 1.10x", waiting / busy <= 1.1)
     if given.profile:
         bench.profile()
-    (bench.dir / "runs.json").write_text(json.dumps({**about, "runs": bench.runs}, indent=1))
-    (bench.dir / "summary.json").write_text(json.dumps({**about, **summary, "table": table.rows}, indent=1))
+    (bench.dir / "runs.json").write_text(json.dumps({**about, "runs": bench.runs}, indent=1, default=str))
+    (bench.dir / "summary.json").write_text(json.dumps({**about, **summary, "table": table.rows}, indent=1, default=str))
     print()
     table.print()
     print(f"\n{given.jobs} jobs a run, median of {given.runs}; raw numbers: {bench.dir}/*.json")
