@@ -293,21 +293,24 @@ async fn register_keys(
         join lane using (account, region, operation)";
     const LANES: &str = "
         insert into lane (account, region, operation)
-        select account, region, operation
+        select new.account, new.region, wanted.operation
         from (select distinct account, region from unnest($1::text[], $2::text[]) as new(account, region)) as new,
-             unnest($3::text[]) as operation
-        order by account, region, operation on conflict do nothing";
+             unnest($3::text[]) as wanted(operation)
+        -- A conflict would wait for the claim that is just now serving the lane.
+        where not exists (select from lane where lane.account = new.account and lane.region = new.region
+                                             and lane.operation = wanted.operation)
+        order by new.account, new.region, wanted.operation on conflict do nothing";
+    // Apart from the lines: within one statement the names would only be found by comparing all with all.
+    const NAMES: &str = "
+        insert into order_key (name) select distinct name from unnest($1::text[]) as new(name) order by name
+        on conflict do nothing returning name, line_id";
     const LINES: &str = "
-        with named as (
-            insert into order_key (name) select distinct name from unnest($1::text[]) as new(name) order by name
-            on conflict do nothing returning name, line_id)
         insert into line (id, lane_id)
-        select distinct on (named.line_id) named.line_id, lane.id
-        from named
-        join unnest($1::text[], $2::text[], $3::text[]) as new(name, account, region) using (name)
+        select new.id, lane.id
+        from unnest($1::bigint[], $2::text[], $3::text[]) as new(id, account, region)
         join lane using (account, region)
         where lane.operation = $4
-        order by named.line_id, lane.id";
+        order by new.id";
     const KEYS: &str = "
         insert into kms_key (id, arn, line_id, created_at, updated_at)
         select new.id, new.arn, order_key.line_id, $4, $4
@@ -328,8 +331,16 @@ async fn register_keys(
         let ids: Vec<Uuid> = arns.iter().map(|_| Uuid::new_v4()).collect();
         let lanes = transaction.prepare_cached(LANES).await?;
         transaction.execute(&lanes, &[&accounts, &regions, &OPERATIONS.as_slice()]).await?;
+        let names_of_lines = transaction.prepare_cached(NAMES).await?;
+        let named = transaction.query(&names_of_lines, &[&order_keys]).await?;
+        let place: HashMap<&str, usize> = order_keys.iter().map(String::as_str).zip(0..).collect();
+        let new: Vec<(i64, usize)> =
+            named.iter().filter_map(|row| Some((row.get(1), *place.get(row.get::<_, &str>(0))?))).collect();
+        let line_ids: Vec<i64> = new.iter().map(|(id, _)| *id).collect();
+        let line_accounts: Vec<&str> = new.iter().map(|(_, at)| accounts[*at]).collect();
+        let line_regions: Vec<&str> = new.iter().map(|(_, at)| regions[*at]).collect();
         let lines = transaction.prepare_cached(LINES).await?;
-        transaction.execute(&lines, &[&order_keys, &accounts, &regions, &FIRST_OPERATION]).await?;
+        transaction.execute(&lines, &[&line_ids, &line_accounts, &line_regions, &FIRST_OPERATION]).await?;
         let keys = transaction.prepare_cached(KEYS).await?;
         transaction.execute(&keys, &[&ids, &names, &order_keys, &now]).await?;
         rows = transaction.query(&read, &[&names, &accounts, &regions, &first_operation]).await?;
