@@ -524,7 +524,7 @@ def main():
     if "slow" in given.parts:
         one = bench.record("unloaded", bench.measure("naive", 100, SLOW_MS, in_flight=1))
         runs = bench.alternating("slow", SLOW_MS)
-        rates = {kind: median(of, "jobs_per_s") for kind, of in runs.items()}
+        rates = {kind: median(of, "jobs_per_s") for kind, of in runs.items() if of}
         ideal = IN_FLIGHT * 1000 / sum(one["calls_ms"].values())
         summary["slow"] = {"calls_ms": one["calls_ms"], "ideal_jobs_per_s": ideal, **rates}
         table.add(f"jobs/s, KMS at {SLOW_MS} ms", f"{rates['ours']:.0f}", f"{rates['naive']:.0f}",
