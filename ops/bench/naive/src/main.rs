@@ -73,6 +73,8 @@ async fn main() -> anyhow::Result<()> {
     let options = BasicConsumeOptions::default();
     let mut consumer =
         channel.basic_consume("keyferry.jobs".into(), "naive".into(), options, FieldTable::default()).await?;
+    // From here on the end of the process is an orderly one, with every acknowledgement sent.
+    let mut told = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
     println!("ready");
     let permits = Arc::new(Semaphore::new(in_flight));
     let mut running = JoinSet::new();
@@ -99,7 +101,7 @@ async fn main() -> anyhow::Result<()> {
     };
     println!("{}", serde_json::Value::Object((0..CALLS.len()).map(mean).collect()));
     // Waits until it is told that it was measured.
-    tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?.recv().await;
+    told.recv().await;
     connection.close(200, "done".into()).await?;
     Ok(())
 }
