@@ -15,11 +15,11 @@ pub enum Kind {
     Accepted,
     /// A message was refused.
     Refused,
-    /// Which source key a job imports was committed.
+    /// Which source key a job imports was committed; the import is about to be sent.
     MaterialChosen,
     /// AWS gave a public key and an import token.
     ParametersObtained,
-    /// An import is about to be sent.
+    /// The import is about to be sent again.
     ImportIntended,
     /// AWS said that it took the material.
     MaterialImported,

@@ -296,11 +296,23 @@ impl Run {
         are_new: bool,
     ) -> Or<()> {
         let mut facts = Vec::new();
-        if !self.job.progress.is_chosen {
-            let details =
-                json!({"tier": "local", "source_key_id": key.id, "source_key_name": key.name, "generated": is_new});
-            facts.push(Fact::new(Kind::MaterialChosen, details));
-        }
+        let (attempt, expiry) = (self.job.attempt, expiry_text(self.job.request.expiry));
+        // Either says that an import is about to be sent; the first also that no other material ever will be.
+        facts.push(if self.job.progress.is_chosen {
+            Fact::new(Kind::ImportIntended, json!({"attempt": attempt, "expiry": expiry}))
+        } else {
+            Fact::new(
+                Kind::MaterialChosen,
+                json!({
+                    "tier": "local",
+                    "source_key_id": key.id,
+                    "source_key_name": key.name,
+                    "generated": is_new,
+                    "attempt": attempt,
+                    "expiry": expiry,
+                }),
+            )
+        });
         if are_new {
             facts.push(Fact::new(
                 Kind::ParametersObtained,
@@ -313,10 +325,6 @@ impl Run {
                 }),
             ));
         }
-        facts.push(Fact::new(
-            Kind::ImportIntended,
-            json!({"attempt": self.job.attempt, "expiry": expiry_text(self.job.request.expiry)}),
-        ));
         let step = Step {
             lease: self.job.lease,
             job_id: self.job.id,

@@ -1,6 +1,13 @@
 //! Takes what is there and writes it at once. A lone item waits for nobody.
 
+use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
+use tokio::time::Instant;
+
+/// A batch of more than this says that there is much to do.
+const FEW: usize = 8;
+/// While there is much to do, batches begin at least this far apart: what a transaction costs is shared by more.
+const PACE: Duration = Duration::from_millis(10);
 
 /// Hands items to a task that runs a verb on slices of them.
 #[derive(Debug)]
@@ -25,10 +32,14 @@ impl<T: Send + 'static, R: Send + 'static> Batcher<T, R> {
         let running = async move {
             let mut taken = Vec::with_capacity(most);
             while waiting.recv_many(&mut taken, most).await > 0 {
+                let (begun, count) = (Instant::now(), taken.len());
                 let (items, answers): (Vec<T>, Vec<_>) = taken.drain(..).unzip();
                 for (outcome, answer) in verb(items).await.into_iter().zip(answers) {
                     // Nobody waits any more: the job was dropped with its process.
                     drop(answer.send(outcome));
+                }
+                if count > FEW {
+                    tokio::time::sleep_until(begun + PACE).await;
                 }
             }
         };

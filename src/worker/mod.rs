@@ -31,6 +31,9 @@ const BATCH: usize = 200;
 /// So often a claim ignores the lanes' lower bounds, which are hints. By time: it may have to read every dead entry
 /// that a long snapshot keeps.
 const WHOLE_INDEX_EVERY: Duration = Duration::from_secs(5);
+/// With less than this part of the permits free, a claim waits a moment.
+const CLAIM_SHARE: usize = 4;
+const CLAIM_PACE: Duration = Duration::from_millis(10);
 const HOUSEKEEPING: Duration = Duration::from_secs(1);
 
 /// What a worker works with.
@@ -138,6 +141,7 @@ impl Pool {
             // The semaphore is never closed.
             let Ok(first) = first else { return };
             let mut permits = vec![first];
+            self.gather(stop).await;
             while let Ok(permit) = Arc::clone(&self.permits).try_acquire_owned() {
                 permits.push(permit);
             }
@@ -172,6 +176,18 @@ impl Pool {
                 () = self.context.jobs.notified() => {}
                 () = tokio::time::sleep(pause) => {}
             }
+        }
+    }
+
+    /// While most permits are out, waits a moment for more of them: a claim costs much the same for one line as for
+    /// many.
+    async fn gather(&self, stop: &CancellationToken) {
+        let share = u32::try_from(self.context.settings.concurrency / CLAIM_SHARE).unwrap_or(u32::MAX);
+        tokio::select! {
+            () = stop.cancelled() => {}
+            // They are free again at once, to be taken one by one.
+            _ = self.permits.acquire_many(share) => {}
+            () = tokio::time::sleep(CLAIM_PACE) => {}
         }
     }
 

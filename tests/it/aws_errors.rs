@@ -57,8 +57,8 @@ async fn throttled_calls_are_made_again() {
     }
     case.ask("r1", json!({})).await;
     let job = case.world.succeeded("r1").await;
-    // Read-only calls are repeated once by the SDK, the others cost an attempt each.
-    assert_eq!(job.attempts, 3);
+    // The SDK repeats nothing: each throttled call costs an attempt.
+    assert_eq!(job.attempts, 4);
     assert_eq!(case.calls("effect=imported").await, 1);
     // What was obtained before the import was throttled is used again: its quota is scarce.
     assert_eq!(case.calls("operation=GetParametersForImport&outcome=ok").await, 1);

@@ -133,7 +133,10 @@ async fn every_kind_of_key_takes_its_bytes_under_every_wrap() {
         }
         let entry: String = world
             .client
-            .query_one("select entry from audit_entry where subject = $1 and kind = 'parameters_obtained'", &[&job.id])
+            .query_one(
+                "select entry from audit_entry where subject = $1 and entry::jsonb ->> 'kind' = 'parameters_obtained'",
+                &[&job.id],
+            )
             .await
             .unwrap()
             .get(0);
