@@ -14,9 +14,10 @@ use secrecy::{ExposeSecret as _, SecretString};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::Notify;
+use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-/// Why the worker did not start.
+/// Why the worker did not start, or did not go on.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
     /// A setting.
@@ -34,6 +35,9 @@ pub enum StartError {
     /// Metrics.
     #[error("metrics cannot be registered: {0}")]
     Metrics(#[from] prometheus::Error),
+    /// A part ended without being told to.
+    #[error("a part of the worker broke off, by a fault of Keyferry's own; the log says where: start it again")]
+    Broken,
     /// The admin port.
     #[error("the address admin.listen = {address} cannot be bound: {error}")]
     Admin {
@@ -120,26 +124,30 @@ pub async fn serve(loaded: &Loaded, stop: CancellationToken) -> Result<(), Start
         events,
     };
     let drain = CancellationToken::new();
-    let mut relay = tokio::spawn(relay.run(drain.clone()));
-    let intake = tokio::spawn(intake.run(stop.clone()));
-    let worker = tokio::spawn(worker::run(Arc::new(context), stop.clone()));
+    let (mut parts, mut relays) = (JoinSet::new(), JoinSet::new());
+    let (stopping, draining) = (stop.clone(), drain.clone());
+    relays.spawn(async move { relay.run(draining).await });
+    parts.spawn(async move { intake.run(stopping).await });
+    parts.spawn(worker::run(Arc::new(context), stop.clone()));
 
-    stop.cancelled().await;
+    let is_broken = tokio::select! {
+        biased;
+        () = stop.cancelled() => false,
+        // No part ends by itself. Half a worker would only look alive.
+        _ = parts.join_next() => !stop.is_cancelled(),
+        _ = relays.join_next() => !stop.is_cancelled(),
+    };
+    stop.cancel();
     tracing::info!("stopping: no more messages are taken");
-    for (part, task) in [("intake", intake), ("worker", worker)] {
-        if let Err(error) = task.await {
-            tracing::error!(%error, part, "a part broke off");
-        }
-    }
+    while parts.join_next().await.is_some() {}
     drain.cancel();
-    if tokio::time::timeout(settings.worker.grace(), &mut relay).await.is_err() {
+    if tokio::time::timeout(settings.worker.grace(), relays.join_next()).await.is_err() {
         tracing::warn!("the grace time is over: events are left in the outbox for the next start");
-        relay.abort();
     }
+    drop(relays);
     finished.cancel();
     drop(tokio::time::timeout(Duration::from_secs(2), admin).await);
-    tracing::info!("stopped");
-    Ok(())
+    if is_broken { Err(StartError::Broken) } else { Ok(()) }
 }
 
 fn targets(loaded: &Loaded) -> Result<Targets, ConfigError> {

@@ -3,15 +3,16 @@
 use crate::amqp::SessionError;
 use crate::ingress::rabbitmq::{Options, Session};
 use crate::ingress::{Delivery, Settlement};
-use crate::job::{KeyArn, KeyRef, Operation, Refusal, RefusalCode, Request, id_hash};
+use crate::job::{KeyArn, KeyRef, Refusal, RefusalCode, Rejected, Request, id_hash};
 use crate::policy::{Policy, Targets, Verdict as PolicyVerdict};
 use crate::retry::{Attempts, Class};
 use crate::source::Keyring;
-use crate::store::{Candidate, NewJob, NewRefusal, Store, StoreError, Verdict, bisect};
+use crate::store::{Candidate, MessageDigest, NewJob, NewRefusal, Store, StoreError, Verdict, bisect};
 use crate::telemetry::{Health, Metrics, Part};
 use secrecy::{ExposeSecret as _, SecretString};
 use std::collections::HashMap;
 use std::sync::Arc;
+use time::OffsetDateTime;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
@@ -163,8 +164,7 @@ impl Intake {
 
     async fn decide_once(&self, batch: &[Delivery], ids: &[Uuid]) -> Result<Vec<Verdict>, StoreError> {
         let now = self.store.now().await?;
-        let read: Vec<Result<Request, _>> =
-            batch.iter().map(|delivery| Request::parse(delivery.envelope(), now)).collect();
+        let read: Vec<Result<Request, _>> = batch.iter().map(|delivery| Request::parse(delivery.envelope())).collect();
         let named: Vec<Uuid> = read
             .iter()
             .filter_map(|request| match request {
@@ -178,31 +178,33 @@ impl Intake {
             .zip(batch)
             .zip(ids)
             .map(|((read, delivery), id)| match read {
-                Ok(request) => self.judge(request, delivery, *id, &known),
+                Ok(request) => self.judge(request, delivery, *id, &known, now),
                 Err(rejected) => {
                     let rejected = *rejected;
-                    let parts = Identified {
-                        id: rejected.id.map(|id| (rejected.source, id)),
-                        operation: None,
-                        key: rejected.key,
-                    };
-                    Candidate::Refusal(self.refusal(delivery, *id, parts, rejected.refusal))
+                    Candidate::Refusal(self.unreadable(delivery, rejected))
                 }
             })
             .collect();
         let outcomes = bisect(&candidates, |range| self.store.accept(&candidates[range])).await?;
         let mut verdicts = Vec::with_capacity(outcomes.len());
-        for ((outcome, delivery), id) in outcomes.into_iter().zip(batch).zip(ids) {
+        for (outcome, delivery) in outcomes.into_iter().zip(batch) {
             verdicts.push(match outcome {
                 Ok(verdict) => verdict,
-                Err(error) => self.refuse_unstorable(delivery, *id, &error).await?,
+                Err(error) => self.refuse_unstorable(delivery, &error).await?,
             });
         }
         Ok(verdicts)
     }
 
-    /// Targets and policy. Neither asks AWS or a source.
-    fn judge(&self, request: Request, delivery: &Delivery, id: Uuid, known: &HashMap<Uuid, KeyArn>) -> Candidate {
+    /// Times, targets and policy. None asks AWS or a source.
+    fn judge(
+        &self,
+        request: Request,
+        delivery: &Delivery,
+        id: Uuid,
+        known: &HashMap<Uuid, KeyArn>,
+        now: OffsetDateTime,
+    ) -> Candidate {
         let key = match &request.key {
             KeyRef::Arn(arn) => Some(arn.clone()),
             KeyRef::Id(id) => known.get(id).cloned(),
@@ -218,8 +220,12 @@ impl Intake {
                 RefusalCode::UnknownTarget,
                 "key: its account and Region are not among the configured targets",
             ),
-            Some(key) => match self.policy.judge(ANONYMOUS, &request) {
-                PolicyVerdict::Allowed => {
+            Some(_) if self.policy.judge(ANONYMOUS, &request) == PolicyVerdict::Denied => {
+                Refusal::whole(RefusalCode::NotAllowed, "the policy does not allow this; ask its keeper")
+            }
+            Some(key) => match request.judge_times(now) {
+                Err(refusal) => refusal,
+                Ok(()) => {
                     return Candidate::Job(NewJob {
                         id,
                         principal: ANONYMOUS.into(),
@@ -229,54 +235,48 @@ impl Intake {
                         request,
                     });
                 }
-                PolicyVerdict::Denied => {
-                    Refusal::whole(RefusalCode::NotAllowed, "the policy does not allow this; ask its keeper")
-                }
             },
         };
-        let id_parts = Some((request.source.clone(), request.id.clone()));
-        let parts = Identified { id: id_parts, operation: Some(request.operation), key };
-        Candidate::Refusal(self.refusal(delivery, id, parts, refusal))
+        Candidate::Refusal(NewRefusal {
+            id: Uuid::now_v7(),
+            principal: ANONYMOUS.into(),
+            id_hash: request.id_hash(),
+            digest: MessageDigest::Request(request.digest()),
+            refusal,
+            request_id: Some(request.id.as_str().to_owned()),
+            operation: Some(request.operation),
+            key,
+            ingress: INGRESS,
+        })
     }
 
-    fn refusal(&self, delivery: &Delivery, id: Uuid, parts: Identified, refusal: Refusal) -> NewRefusal {
+    /// A message that is no request is known by its id, if that is usable, and by its body.
+    fn unreadable(&self, delivery: &Delivery, rejected: Rejected) -> NewRefusal {
         // Keyed: a body can hold a secret that a plain hash would let one guess.
-        let digest = self.keyring.body_hash(&self.options.queue, delivery.envelope().body);
+        let body = self.keyring.body_hash(&self.options.queue, delivery.envelope().body);
         NewRefusal {
-            id,
+            id: Uuid::now_v7(),
             principal: ANONYMOUS.into(),
-            id_hash: parts.id.as_ref().map_or(digest, |(source, id)| id_hash(source, id)),
-            digest,
-            refusal,
-            request_id: parts.id.map(|(_, id)| id.as_str().to_owned()),
-            operation: parts.operation,
-            key: parts.key,
+            id_hash: rejected.id.as_ref().map_or(body, |id| id_hash(&rejected.source, id)),
+            digest: MessageDigest::Body(body),
+            refusal: rejected.refusal,
+            request_id: rejected.id.map(|id| id.as_str().to_owned()),
+            operation: None,
+            key: rejected.key,
             ingress: INGRESS,
         }
     }
 
     /// A row that Postgres would not take is refused without any text of the message's own.
-    async fn refuse_unstorable(
-        &self,
-        delivery: &Delivery,
-        id: Uuid,
-        error: &StoreError,
-    ) -> Result<Verdict, StoreError> {
-        tracing::error!(%error, refusal.id = %id, "a message cannot be stored: refused");
+    async fn refuse_unstorable(&self, delivery: &Delivery, error: &StoreError) -> Result<Verdict, StoreError> {
         let refusal =
             Refusal::whole(RefusalCode::Unstorable, "Postgres does not take this request; see the worker's log");
-        let refusal = self.refusal(delivery, id, Identified { id: None, operation: None, key: None }, refusal);
+        let refusal = self.unreadable(delivery, Rejected { id: None, source: String::new(), key: None, refusal });
+        tracing::error!(%error, refusal.id = %refusal.id, "a message cannot be stored: refused");
         match self.store.accept(&[Candidate::Refusal(refusal)]).await {
             // Even without a row the message is not lost: it goes to the dead-letter queue.
             Ok(_) | Err(StoreError::Data(_)) => Ok(Verdict::Refused),
             Err(other) => Err(other),
         }
     }
-}
-
-/// What could be read of a message that is refused.
-struct Identified {
-    id: Option<(String, crate::job::RequestId)>,
-    operation: Option<Operation>,
-    key: Option<KeyArn>,
 }

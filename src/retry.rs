@@ -63,15 +63,6 @@ impl Class {
             Self::Immediate => (ms(0), ms(0)),
         }
     }
-
-    /// Attempts after which a job gives up on this class; `None`: its deadline decides.
-    pub fn most_attempts(self) -> Option<u32> {
-        match self {
-            // They wait about a minute and a half on average, three at most.
-            Self::NotYetVisible => Some(15),
-            _ => None,
-        }
-    }
 }
 
 /// The longest delay before attempt number `attempt + 1`, `attempt` counting from 1.

@@ -166,15 +166,16 @@ pub struct Request {
 }
 
 impl Request {
-    /// Reads a message. `now` is the store's clock.
-    pub fn parse(envelope: Envelope<'_>, now: OffsetDateTime) -> Result<Self, Box<Rejected>> {
+    /// Reads a message. Whether its times fit is for [`Self::judge_times`] to say: a copy of an accepted request is
+    /// a duplicate, however late it comes.
+    pub fn parse(envelope: Envelope<'_>) -> Result<Self, Box<Rejected>> {
         let mut rejected = Rejected {
             id: envelope.message_id.and_then(RequestId::parse),
             source: String::new(),
             key: None,
             refusal: Refusal::whole(RefusalCode::NotJson, ""),
         };
-        Self::read(envelope, now, &mut rejected).map_err(|refusal| {
+        Self::read(envelope, &mut rejected).map_err(|refusal| {
             rejected.refusal = refusal;
             Box::new(rejected)
         })
@@ -204,10 +205,45 @@ impl Request {
 
     /// When the job gives up.
     pub fn deadline_from(&self, accepted_at: OffsetDateTime) -> OffsetDateTime {
-        self.deadline.unwrap_or_else(|| self.not_before.unwrap_or(accepted_at) + DEFAULT_PATIENCE)
+        let start = self.not_before.map_or(accepted_at, |not_before| not_before.max(accepted_at));
+        self.deadline.unwrap_or(start + DEFAULT_PATIENCE)
     }
 
-    fn read(envelope: Envelope<'_>, now: OffsetDateTime, seen: &mut Rejected) -> Result<Self, Refusal> {
+    /// Whether its times fit at `now`, the store's clock.
+    pub fn judge_times(&self, now: OffsetDateTime) -> Result<(), Refusal> {
+        let start = self.not_before.unwrap_or(now).max(now);
+        if let Some(not_before) = self.not_before
+            && not_before - now > LONGEST_WAIT
+        {
+            return Err(Refusal::of(
+                "not_before",
+                RefusalCode::InvalidValue,
+                "not_before: expected at most 30 days ahead",
+            ));
+        }
+        if let Some(deadline) = self.deadline
+            && deadline <= start
+        {
+            return Err(Refusal::of(
+                "deadline",
+                RefusalCode::InvalidValue,
+                "deadline: expected a time after now and after not_before",
+            ));
+        }
+        if let Expiry::At(valid_to) = self.expiry {
+            if valid_to <= start {
+                let message = "valid_to: expected a time in the future, after not_before";
+                return Err(Refusal::of("valid_to", RefusalCode::ValidToPast, message));
+            }
+            if valid_to - start > LONGEST_VALIDITY {
+                let message = "valid_to: expected at most 364 days and 23 hours ahead, AWS takes no more";
+                return Err(Refusal::of("valid_to", RefusalCode::ValidToTooFar, message));
+            }
+        }
+        Ok(())
+    }
+
+    fn read(envelope: Envelope<'_>, seen: &mut Rejected) -> Result<Self, Refusal> {
         let mut fields = open_envelope(envelope, seen)?;
         // What can be read is kept for the refusal's row and event, whatever else is wrong.
         if let Some(KeyRef::Arn(arn)) = fields.peek("key").and_then(|text| key_ref(text).ok()) {
@@ -226,9 +262,7 @@ impl Request {
                  (1 to 128 of A-Z a-z 0-9 . _ : -)",
             )
         })?;
-        let request = Self::from_fields(&mut fields, id, seen.source.clone())?;
-        request.judge_times(now)?;
-        Ok(request)
+        Self::from_fields(&mut fields, id, seen.source.clone())
     }
 
     fn from_fields(fields: &mut Fields, id: RequestId, source: String) -> Result<Self, Refusal> {
@@ -324,39 +358,6 @@ impl Request {
             batch,
             canonical,
         })
-    }
-
-    fn judge_times(&self, now: OffsetDateTime) -> Result<(), Refusal> {
-        let start = self.not_before.unwrap_or(now).max(now);
-        if let Some(not_before) = self.not_before
-            && not_before - now > LONGEST_WAIT
-        {
-            return Err(Refusal::of(
-                "not_before",
-                RefusalCode::InvalidValue,
-                "not_before: expected at most 30 days ahead",
-            ));
-        }
-        if let Some(deadline) = self.deadline
-            && deadline <= start
-        {
-            return Err(Refusal::of(
-                "deadline",
-                RefusalCode::InvalidValue,
-                "deadline: expected a time after now and after not_before",
-            ));
-        }
-        if let Expiry::At(valid_to) = self.expiry {
-            if valid_to <= start {
-                let message = "valid_to: expected a time in the future, after not_before";
-                return Err(Refusal::of("valid_to", RefusalCode::ValidToPast, message));
-            }
-            if valid_to - start > LONGEST_VALIDITY {
-                let message = "valid_to: expected at most 364 days and 23 hours ahead, AWS takes no more";
-                return Err(Refusal::of("valid_to", RefusalCode::ValidToTooFar, message));
-            }
-        }
-        Ok(())
     }
 }
 

@@ -137,7 +137,10 @@ impl ErrorKind {
             | "InvalidClientTokenId"
             | "InvalidSignatureException"
             | "MissingAuthenticationToken"
-            | "IncompleteSignature" => Self::Credentials,
+            | "MissingAuthenticationTokenException"
+            | "IncompleteSignature"
+            | "IncompleteSignatureException"
+            | "RequestExpired" => Self::Credentials,
             _ => return None,
         })
     }
@@ -155,9 +158,12 @@ impl CallError {
             _ if !departure.happened() => ErrorKind::Credentials,
             SdkError::ServiceError(answer) => match code.as_deref().and_then(ErrorKind::of_code) {
                 Some(kind) => kind,
-                None if answer.raw().status().is_client_error() => ErrorKind::Refused,
+                None if answer.raw().status().is_server_error() => ErrorKind::ServerFault,
+                None if code.is_some() => ErrorKind::Refused,
+                None if answer.raw().status().as_u16() == 429 => ErrorKind::Throttled,
                 None if answer.raw().status().is_success() => ErrorKind::Incomplete,
-                None => ErrorKind::ServerFault,
+                // Not AWS's words: something on the way spoke, and may have passed the call on.
+                None => ErrorKind::Unanswered,
             },
             SdkError::DispatchFailure(_) if caused_by(error, was_refused) => ErrorKind::NotSent,
             _ => ErrorKind::Unanswered,

@@ -107,6 +107,9 @@ async fn codes_and_statuses_are_classified() {
         (answer!("500 Internal Server Error", r#"{"__type":"KMSInternalException"}"#), ErrorKind::ServerFault),
         (answer!("500 Internal Server Error", r#"{"__type":"DependencyTimeoutException"}"#), ErrorKind::ServerFault),
         (answer!("503 Service Unavailable", "<html>busy</html>"), ErrorKind::ServerFault),
+        (answer!("400 Bad Request", r#"{"__type":"RequestExpired"}"#), ErrorKind::Credentials),
+        (answer!("429 Too Many Requests", "slow down"), ErrorKind::Throttled),
+        (answer!("408 Request Timeout", "a proxy's words"), ErrorKind::Unanswered),
     ] {
         let error = import(&kms(&server(Some(answer)).await, Some(credentials())), LONG).await;
         assert_eq!(error.kind, kind, "{answer}: {error:?}");

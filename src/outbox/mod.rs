@@ -6,7 +6,7 @@ mod rabbitmq;
 
 use crate::amqp::SessionError;
 use crate::retry::{self, Attempts, Class};
-use crate::store::{OutboxRow, Store, StoreError};
+use crate::store::{OutboxRow, Queue, Store, StoreError};
 use crate::telemetry::{Health, Metrics, Part};
 use rabbitmq::{Publication, Publisher};
 use secrecy::{ExposeSecret as _, SecretString};
@@ -113,6 +113,7 @@ impl Relay {
             crate::failpoint!("outbox.after_publish");
             cursor.unconfirmed.clear();
             self.record(&rows, &outcomes).await;
+            cursor.judge_held(&rows, &outcomes);
         }
     }
 
@@ -123,13 +124,15 @@ impl Relay {
         }
         cursor.looks += 1;
         let from = cursor.from.filter(|_| !cursor.looks.is_multiple_of(WHOLE_INDEX_EVERY));
-        let mut rows = self.store.take_events(WINDOW, LEASE, false, from).await?;
+        let mut rows = self.store.take_events(Queue::Fresh, WINDOW, LEASE, from).await?;
         if let Some(first) = rows.iter().map(|row| row.due_at).min() {
             cursor.from = Some(first - MARGIN);
         }
         if cursor.held_at.is_none_or(|at| at.elapsed() >= POLL) {
             cursor.held_at = Some(Instant::now());
-            rows.extend(self.store.take_events(HELD_WINDOW, LEASE, true, None).await?);
+            let held = self.store.take_events(Queue::Held, HELD_WINDOW, LEASE, None).await?;
+            cursor.held = held.iter().map(|row| row.id).collect();
+            rows.extend(held);
         }
         Ok(rows)
     }
@@ -182,5 +185,19 @@ struct Cursor {
     /// No fresh event is due before this, as far as is known.
     from: Option<OffsetDateTime>,
     looks: u64,
+    /// When held events were last tried, and which.
     held_at: Option<Instant>,
+    held: Vec<i64>,
+}
+
+impl Cursor {
+    /// A full window of held events that the broker now took: whatever was wrong is mended, on with the next.
+    fn judge_held(&mut self, rows: &[OutboxRow], outcomes: &[Publication]) {
+        let held = std::mem::take(&mut self.held);
+        let is_full = i64::try_from(held.len()) == Ok(HELD_WINDOW);
+        let mut of_held = rows.iter().zip(outcomes).filter(|(row, _)| held.contains(&row.id));
+        if is_full && of_held.all(|(_, outcome)| *outcome == Publication::Confirmed) {
+            self.held_at = None;
+        }
+    }
 }

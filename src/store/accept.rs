@@ -49,8 +49,8 @@ pub struct NewRefusal {
     pub principal: String,
     /// By which the message is known: its id's hash, or a keyed hash of queue and body.
     pub id_hash: [u8; 32],
-    /// A keyed hash of the body, or the parsed request's digest.
-    pub digest: [u8; 32],
+    /// What the message says.
+    pub digest: MessageDigest,
     /// Why.
     pub refusal: Refusal,
     /// The id, if it is usable.
@@ -61,6 +61,23 @@ pub struct NewRefusal {
     pub key: Option<KeyArn>,
     /// The transport.
     pub ingress: &'static str,
+}
+
+/// What a refused message says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MessageDigest {
+    /// A well-formed request: if a job has its id and its content, the message is a duplicate of that, whatever
+    /// would be said to it now.
+    Request([u8; 32]),
+    /// Anything else, by a keyed hash of the body.
+    Body([u8; 32]),
+}
+
+impl MessageDigest {
+    fn bytes(&self) -> &[u8] {
+        let (Self::Request(bytes) | Self::Body(bytes)) = self;
+        bytes
+    }
 }
 
 /// What became of a message. All three are settled, the last with the dead-letter queue.
@@ -87,11 +104,14 @@ impl Store {
 
     /// The ARNs behind the ids that Keyferry gave to KMS keys.
     pub async fn resolve_keys(&self, ids: &[Uuid]) -> Result<HashMap<Uuid, KeyArn>, StoreError> {
-        let client = self.client().await?;
-        let statement = client.prepare_cached("select id, arn from kms_key where id = any($1)").await?;
-        let rows = client.query(&statement, &[&ids]).await?;
-        let known = rows.iter().filter_map(|row| Some((row.get(0), KeyArn::parse(row.get(1)).ok()?)));
-        Ok(known.collect())
+        self.retrying(|| async {
+            let client = self.client().await?;
+            let statement = client.prepare_cached("select id, arn from kms_key where id = any($1)").await?;
+            let rows = client.query(&statement, &[&ids]).await?;
+            let known = rows.iter().filter_map(|row| Some((row.get(0), KeyArn::parse(row.get(1)).ok()?)));
+            Ok(known.collect())
+        })
+        .await
     }
 
     async fn accept_once(&self, candidates: &[Candidate]) -> Result<Vec<Verdict>, StoreError> {
@@ -105,14 +125,23 @@ impl Store {
                 firsts.entry((job.principal.as_str(), job.request.id_hash())).or_insert(job);
             }
         }
-        let standing = claim_ids(&transaction, &firsts).await?;
+        let refused = candidates.iter().filter_map(|candidate| match candidate {
+            Candidate::Refusal(NewRefusal { digest: MessageDigest::Request(_), principal, id_hash, .. }) => {
+                Some((principal.as_str(), *id_hash))
+            }
+            _ => None,
+        });
+        let standing = claim_ids(&transaction, &firsts, refused.collect()).await?;
         let mut refusals = Vec::new();
         let verdicts = candidates
             .iter()
             .map(|candidate| match candidate {
                 Candidate::Refusal(refusal) => {
-                    refusals.push(refusal.clone());
-                    Verdict::Refused
+                    let verdict = standing.judge_refusal(refusal);
+                    if verdict == Verdict::Refused {
+                        refusals.push(refusal.clone());
+                    }
+                    verdict
                 }
                 Candidate::Job(job) => {
                     let verdict = standing.judge(job);
@@ -160,9 +189,22 @@ impl Standing<'_> {
             _ => Verdict::Refused,
         }
     }
+
+    fn judge_refusal(&self, refusal: &NewRefusal) -> Verdict {
+        let MessageDigest::Request(digest) = &refusal.digest else { return Verdict::Refused };
+        match self.owners.get(&(refusal.principal.as_str(), refusal.id_hash)) {
+            Some((_, accepted)) if accepted[..] == digest[..] => Verdict::Duplicate,
+            _ => Verdict::Refused,
+        }
+    }
 }
 
-async fn claim_ids<'a>(transaction: &Transaction<'_>, firsts: &Firsts<'a>) -> Result<Standing<'a>, StoreError> {
+/// Takes the ids of `firsts` for their jobs, where they are free, and reads who owns these and the ids of `refused`.
+async fn claim_ids<'a>(
+    transaction: &Transaction<'_>,
+    firsts: &Firsts<'a>,
+    refused: Vec<IdKey<'a>>,
+) -> Result<Standing<'a>, StoreError> {
     const INSERT: &str = "
         insert into request (principal, id_hash, digest, digest_version, job_id)
         select principal, id_hash, digest, $5, job_id
@@ -171,10 +213,9 @@ async fn claim_ids<'a>(transaction: &Transaction<'_>, firsts: &Firsts<'a>) -> Re
         on conflict do nothing returning job_id";
     // A new statement: it sees what a rival committed while the insert waited for it.
     const READ: &str = "
-        select request.job_id, request.digest
+        select asked.place, request.job_id, request.digest
         from unnest($1::text[], $2::bytea[]) with ordinality as asked(principal, id_hash, place)
-        join request using (principal, id_hash)
-        order by place";
+        join request using (principal, id_hash)";
     let principals: Vec<&str> = firsts.keys().map(|(principal, _)| *principal).collect();
     let hashes: Vec<&[u8]> = firsts.keys().map(|(_, hash)| hash.as_slice()).collect();
     let digests: Vec<Vec<u8>> = firsts.values().map(|job| job.request.digest().to_vec()).collect();
@@ -184,9 +225,18 @@ async fn claim_ids<'a>(transaction: &Transaction<'_>, firsts: &Firsts<'a>) -> Re
     let clock = transaction.prepare_cached("select keyferry_now()").await?;
     let taken = transaction.query(&insert, &[&principals, &hashes, &digests, &ids, &DIGEST_VERSION]).await?;
     let taken = taken.iter().map(|row| row.get(0)).collect();
-    let asked: [&(dyn ToSql + Sync); 2] = [&principals, &hashes];
-    let (rows, now) = try_join!(transaction.query(&read, &asked), transaction.query_one(&clock, &[]))?;
-    let owners: HashMap<_, _> = firsts.keys().copied().zip(rows.iter().map(|row| (row.get(0), row.get(1)))).collect();
+    let asked: Vec<IdKey<'a>> = firsts.keys().copied().chain(refused).collect();
+    let (asked_principals, asked_hashes): (Vec<&str>, Vec<&[u8]>) =
+        asked.iter().map(|(principal, hash)| (*principal, hash.as_slice())).unzip();
+    let columns: [&(dyn ToSql + Sync); 2] = [&asked_principals, &asked_hashes];
+    let (rows, now) = try_join!(transaction.query(&read, &columns), transaction.query_one(&clock, &[]))?;
+    let owners = rows
+        .iter()
+        .filter_map(|row| {
+            let place = usize::try_from(row.get::<_, i64>(0)).ok()?;
+            Some((*asked.get(place.checked_sub(1)?)?, (row.get(1), row.get(2))))
+        })
+        .collect();
     Ok(Standing { now: now.get(0), owners, taken })
 }
 
@@ -362,8 +412,9 @@ async fn register_keys(
 }
 
 /// The scarce operation that a new job needs first, and those that a line can wait for.
-const FIRST_OPERATION: &str = "GetParametersForImport";
-const OPERATIONS: [&str; 2] = [FIRST_OPERATION, "ImportKeyMaterial"];
+pub(super) const FIRST_OPERATION: &str = "GetParametersForImport";
+pub(super) const IMPORT: &str = "ImportKeyMaterial";
+const OPERATIONS: [&str; 2] = [FIRST_OPERATION, IMPORT];
 
 /// Places in the lines, in the slice's order; `None` for a job that joins later.
 async fn take_places(
@@ -418,7 +469,7 @@ fn id_conflict(job: &NewJob) -> NewRefusal {
         id: Uuid::now_v7(),
         principal: job.principal.clone(),
         id_hash: job.request.id_hash(),
-        digest: job.request.digest(),
+        digest: MessageDigest::Request(job.request.digest()),
         refusal: Refusal::of(
             "id",
             RefusalCode::IdConflict,
@@ -449,7 +500,7 @@ async fn insert_refusals(
     let ids: Vec<Uuid> = refusals.iter().map(|new| new.id).collect();
     let principals: Vec<&str> = refusals.iter().map(|new| new.principal.as_str()).collect();
     let hashes: Vec<&[u8]> = refusals.iter().map(|new| new.id_hash.as_slice()).collect();
-    let digests: Vec<&[u8]> = refusals.iter().map(|new| new.digest.as_slice()).collect();
+    let digests: Vec<&[u8]> = refusals.iter().map(|new| new.digest.bytes()).collect();
     let codes: Vec<&str> = refusals.iter().map(|new| new.refusal.code.as_str()).collect();
     let fields: Vec<Option<&str>> = refusals.iter().map(|new| new.refusal.field.as_deref()).collect();
     let messages: Vec<&str> = refusals.iter().map(|new| new.refusal.message.as_str()).collect();

@@ -26,6 +26,18 @@ impl Lease {
     }
 }
 
+/// Jobs that join their lines in one transaction at most.
+pub const JOIN_PAGE: usize = 200;
+
+/// How much of the index of due lines a claim reads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scan {
+    /// Above the lanes' lower bounds, which keep it away from dead entries.
+    FromBounds,
+    /// All of it.
+    Whole,
+}
+
 /// The job at the head of a claimed line.
 #[derive(Debug)]
 pub struct ClaimedJob {
@@ -210,16 +222,16 @@ const MARK_LATE: &str = "
     where line.id = taken.id";
 
 impl Store {
-    /// Claims up to `most` lines for `lease`. `whole_index` ignores the lanes' lower bounds, which are hints:
-    /// now and then a claim must.
+    /// Claims up to `most` lines for `lease`. The bounds are hints: now and then a claim must look below
+    /// them.
     pub async fn claim(
         &self,
         most: usize,
         lease: Duration,
         signature_life: Duration,
-        whole_index: bool,
+        scan: Scan,
     ) -> Result<Vec<ClaimedJob>, StoreError> {
-        self.retrying(|| self.claim_once(most, lease, signature_life, whole_index)).await
+        self.retrying(|| self.claim_once(most, lease, signature_life, scan)).await
     }
 
     async fn claim_once(
@@ -227,13 +239,13 @@ impl Store {
         most: usize,
         lease: Duration,
         signature_life: Duration,
-        whole_index: bool,
+        scan: Scan,
     ) -> Result<Vec<ClaimedJob>, StoreError> {
         let mut client = self.client().await?;
         let transaction = client.transaction().await?;
         let claim = transaction.prepare_cached(CLAIM).await?;
         let most = i64::try_from(most).unwrap_or(i64::MAX);
-        let claimed = transaction.query(&claim, &[&most, &millis(lease), &whole_index]).await?;
+        let claimed = transaction.query(&claim, &[&most, &millis(lease), &(scan == Scan::Whole)]).await?;
         if claimed.is_empty() {
             transaction.rollback().await?;
             return Ok(Vec::new());
@@ -255,6 +267,10 @@ impl Store {
     /// Renews leases that are still held; returns those that are. A line that is locked right now is left
     /// for the next beat.
     pub async fn renew(&self, leases: &[Lease], lease: Duration) -> Result<Renewed, StoreError> {
+        self.retrying(|| self.renew_once(leases, lease)).await
+    }
+
+    async fn renew_once(&self, leases: &[Lease], lease: Duration) -> Result<Renewed, StoreError> {
         const RENEW: &str = "
             with held as materialized (
                 select line.id from unnest($1::bigint[], $2::uuid[]) as asked(id, token)
@@ -279,7 +295,7 @@ impl Store {
     }
 
     /// Lets jobs whose `not_before` has come join their lines, and moves the lanes' lower bounds.
-    /// Returns how many jobs joined.
+    /// Returns how many jobs joined; more may wait when it is [`JOIN_PAGE`].
     pub async fn keep_house(&self) -> Result<usize, StoreError> {
         self.retrying(|| self.keep_house_once()).await
     }
@@ -288,7 +304,7 @@ impl Store {
         const DUE: &str = "
             select future.job_id, job.line_id from future join job on job.id = future.job_id
             where future.not_before <= (select keyferry_now())
-            order by future.not_before limit 200
+            order by future.not_before limit $1
             for no key update of future skip locked";
         const LOCK: &str = "select id from line where id = any($1) order by id for no key update";
         const JOIN: &str = "
@@ -319,7 +335,7 @@ impl Store {
         let mut client = self.client().await?;
         let transaction = client.transaction().await?;
         let due = transaction.prepare_cached(DUE).await?;
-        let rows = transaction.query(&due, &[]).await?;
+        let rows = transaction.query(&due, &[&i64::try_from(JOIN_PAGE).unwrap_or(i64::MAX)]).await?;
         if !rows.is_empty() {
             let ids: Vec<Uuid> = rows.iter().map(|row| row.get(0)).collect();
             let lines: Vec<i64> = rows.iter().map(|row| row.get(1)).collect();

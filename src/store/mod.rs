@@ -8,27 +8,29 @@ mod accept;
 mod bisect;
 mod claim;
 mod keys;
+mod lock;
 mod outbox;
 mod prepare;
 mod read;
 mod schema;
 mod settle;
 
-pub use accept::{Candidate, NewJob, NewRefusal, Verdict};
+pub use accept::{Candidate, MessageDigest, NewJob, NewRefusal, Verdict};
 pub use bisect::bisect;
-pub use claim::{ClaimedJob, KnownMaterial, Lease, Progress, Renewed};
+pub use claim::{ClaimedJob, JOIN_PAGE, KnownMaterial, Lease, Progress, Renewed, Scan};
 pub use keys::{KeyDeletion, KeyListing, NewSourceKey, SourceKeyOrigin};
-pub use outbox::OutboxRow;
+pub use outbox::{OutboxRow, Queue};
 pub use prepare::{Prepared, Step};
 pub use read::{JobFilter, JobView};
 pub use schema::{Migrated, SchemaError, migrate};
-pub use settle::{Material, RetryState, Settlement, SettlementKind};
+pub use settle::{Material, Parameters, RetryState, Settlement, SettlementKind};
 
 /// Statements whose cost the suite bounds with `EXPLAIN`.
 pub mod statements {
     pub use super::claim::{CLAIM, READ};
+    pub use super::lock::{AUDIT_COUNTS, LOCK};
     pub use super::session_options;
-    pub use super::settle::{END_JOBS, LOCK, RELEASE};
+    pub use super::settle::{END_JOBS, RELEASE};
 }
 
 use crate::config::Database;
@@ -61,6 +63,8 @@ pub enum StoreError {
 #[derive(Clone, Debug)]
 pub struct Store {
     pool: Pool,
+    /// How long a verb may take: a server that is frozen answers no time-out of its own.
+    patience: Duration,
 }
 
 impl Store {
@@ -78,21 +82,25 @@ impl Store {
             .runtime(Runtime::Tokio1)
             .build()
             .map_err(|error| StoreError::Settings(error.to_string()))?;
-        Ok(Self { pool })
+        let patience = Duration::from_millis(2 * settings.statement_timeout_ms + settings.connect_timeout_ms);
+        Ok(Self { pool, patience })
     }
 
     /// The one clock.
     pub async fn now(&self) -> Result<OffsetDateTime, StoreError> {
-        let client = self.client().await?;
-        let statement = client.prepare_cached("select keyferry_now()").await?;
-        Ok(client.query_one(&statement, &[]).await?.try_get(0)?)
+        self.retrying(|| async {
+            let client = self.client().await?;
+            let statement = client.prepare_cached("select keyferry_now()").await?;
+            Ok(client.query_one(&statement, &[]).await?.try_get(0)?)
+        })
+        .await
     }
 
     async fn client(&self) -> Result<Object, StoreError> {
         Ok(self.pool.get().await?)
     }
 
-    /// Runs a transaction again while it gives way to another.
+    /// Runs a transaction within its time, and again while it gives way to another.
     async fn retrying<T, F, Fut>(&self, transaction: F) -> Result<T, StoreError>
     where
         F: Fn() -> Fut,
@@ -101,7 +109,10 @@ impl Store {
         const MOST: u32 = 8;
         let mut made = 1;
         loop {
-            match transaction().await {
+            let outcome = tokio::time::timeout(self.patience, transaction()).await.unwrap_or_else(|_| {
+                Err(StoreError::Unavailable(format!("no answer within {} ms", self.patience.as_millis())))
+            });
+            match outcome {
                 Err(StoreError::Conflict(reason)) if made == MOST => return Err(StoreError::Unavailable(reason)),
                 Err(StoreError::Conflict(_)) => made += 1,
                 outcome => return outcome,
@@ -166,6 +177,8 @@ impl From<tokio_postgres::Error> for StoreError {
         let message = format!("{} ({})", database.message(), database.code().code());
         match *database.code() {
             SqlState::T_R_SERIALIZATION_FAILURE | SqlState::T_R_DEADLOCK_DETECTED => Self::Conflict(message),
+            // Another transaction wrote the same entry: our count of entries was old.
+            SqlState::UNIQUE_VIOLATION if database.constraint() == Some("audit_entry_pkey") => Self::Conflict(message),
             // Classes 22 data exception, 23 integrity constraint, 54 program limit: the row's fault.
             ref code if ["22", "23", "54"].contains(&&code.code()[..2]) => Self::Data(message),
             _ => Self::Unavailable(message),

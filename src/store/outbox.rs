@@ -23,37 +23,48 @@ pub struct OutboxRow {
     pub due_at: OffsetDateTime,
 }
 
+/// The two queues of the outbox. Neither delays the other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Queue {
+    /// Never refused by the broker.
+    Fresh,
+    /// The broker could not route them, or would not take them.
+    Held,
+}
+
 impl Store {
-    /// Takes up to `most` due events for `lease`; fresh ones, or those that the broker could not take before.
+    /// Takes up to `most` due events for `lease`.
     ///
     /// `from` is a lower bound of `due_at` that keeps the scan away from dead index entries.
     pub async fn take_events(
         &self,
+        queue: Queue,
         most: i64,
         lease: Duration,
-        held: bool,
         from: Option<OffsetDateTime>,
     ) -> Result<Vec<OutboxRow>, StoreError> {
         // Two statements, so that each has its own partial index.
-        const FRESH: &str = "
-            with due as materialized (
-                select id, due_at from outbox
-                where held_because is null and due_at >= coalesce($3::timestamptz, '-infinity') and due_at <= (select keyferry_now())
-                order by due_at limit $1 for update skip locked)
-            update outbox set due_at = keyferry_now() + $2 * interval '1 ms', attempts = attempts + 1
-            from due where outbox.id = due.id
-            returning outbox.id, event_id, routing_key, body, attempts, due.due_at";
-        const HELD: &str = "
-            with due as materialized (
-                select id, due_at from outbox
-                where held_because is not null and due_at >= coalesce($3::timestamptz, '-infinity') and due_at <= (select keyferry_now())
-                order by due_at limit $1 for update skip locked)
-            update outbox set due_at = keyferry_now() + $2 * interval '1 ms', attempts = attempts + 1
-            from due where outbox.id = due.id
-            returning outbox.id, event_id, routing_key, body, attempts, due.due_at";
+        macro_rules! take {
+            ($queue:literal) => {
+                concat!(
+                    "with due as materialized (
+                        select id, due_at from outbox where held_because ",
+                    $queue,
+                    " and due_at >= coalesce($3::timestamptz, '-infinity') and due_at <= (select keyferry_now())
+                        order by due_at limit $1 for update skip locked)
+                    update outbox set due_at = keyferry_now() + $2 * interval '1 ms', attempts = attempts + 1
+                    from due where outbox.id = due.id
+                    returning outbox.id, event_id, routing_key, body, attempts, due.due_at"
+                )
+            };
+        }
+        let statement = match queue {
+            Queue::Fresh => take!("is null"),
+            Queue::Held => take!("is not null"),
+        };
         self.retrying(|| async {
             let client = self.client().await?;
-            let take = client.prepare_cached(if held { HELD } else { FRESH }).await?;
+            let take = client.prepare_cached(statement).await?;
             let rows = client.query(&take, &[&most, &millis(lease), &from]).await?;
             let mut taken: Vec<OutboxRow> = rows
                 .iter()

@@ -1,6 +1,7 @@
 //! The step before AWS is changed: the choice of material and the import parameters become durable.
 
 use super::accept::insert_audit;
+use super::lock::{Held, lock};
 use super::{Lease, Store, StoreError, together};
 use crate::audit::Fact;
 use crate::job::ImportParameters;
@@ -47,25 +48,14 @@ impl Store {
     }
 
     async fn prepare_once(&self, steps: &[&Step]) -> Result<Vec<Prepared>, StoreError> {
-        const LOCK: &str = "
-            select line.id, line.token, coalesce(progress.audit_n, 1), (select keyferry_now())
-            from unnest($1::bigint[], $2::uuid[], $3::uuid[]) as asked(id, token, job_id)
-            join line on line.id = asked.id and line.token = asked.token
-            left join progress on progress.job_id = asked.job_id
-            order by line.id for no key update of line";
         // Shared: a key that is being chosen cannot be deleted at the same time.
         const PIN: &str = "select id from source_key where id = any($1) and deleted_at is null order by id for share";
         let mut client = self.client().await?;
         let transaction = client.transaction().await?;
-        let lines: Vec<i64> = steps.iter().map(|step| step.lease.line_id).collect();
-        let tokens: Vec<Uuid> = steps.iter().map(|step| step.lease.token).collect();
-        let jobs: Vec<Uuid> = steps.iter().map(|step| step.job_id).collect();
-        let lock = transaction.prepare_cached(LOCK).await?;
-        let rows = transaction.query(&lock, &[&lines, &tokens, &jobs]).await?;
-        let Some(now) = rows.first().map(|row| row.get(3)) else {
+        let leases: Vec<(Lease, Uuid)> = steps.iter().map(|step| (step.lease, step.job_id)).collect();
+        let Some((held, now)) = lock(&transaction, &leases).await? else {
             return Ok(vec![Prepared::LeaseLost; steps.len()]);
         };
-        let held: HashMap<Lease, i32> = rows.iter().map(|row| (Lease::of(row), row.get(2))).collect();
 
         let generated: Vec<&SealedKey> = steps
             .iter()
@@ -93,7 +83,7 @@ impl Store {
             .collect();
         let mut entries = Vec::new();
         for step in &ready {
-            for (n, fact) in (held[&step.lease] + 1..).zip(&step.facts) {
+            for (n, fact) in (held[&step.lease].audit_n + 1..).zip(&step.facts) {
                 entries.push((step.job_id, n, fact.entry(step.job_id, n, now)));
             }
         }
@@ -110,7 +100,7 @@ impl Store {
 async fn write_progress(
     transaction: &Transaction<'_>,
     steps: &[&Step],
-    held: &HashMap<Lease, i32>,
+    held: &HashMap<Lease, Held>,
 ) -> Result<(), StoreError> {
     // A choice that was committed before stays: the caller has read it and brings the same.
     const WRITE: &str = "
@@ -137,7 +127,7 @@ async fn write_progress(
     let sources: Vec<Uuid> = steps.iter().map(|step| step.source_key_id).collect();
     let effects: Vec<&str> = steps.iter().map(|step| step.effect.as_str()).collect();
     let counts: Vec<i32> =
-        steps.iter().map(|step| held[&step.lease] + i32::try_from(step.facts.len()).unwrap_or(0)).collect();
+        steps.iter().map(|step| held[&step.lease].audit_n + i32::try_from(step.facts.len()).unwrap_or(0)).collect();
     let of = |step: &&Step| step.parameters.as_ref().map(|set| set.algorithm.as_str());
     let algorithms: Vec<Option<&str>> = steps.iter().map(of).collect();
     let specs: Vec<Option<&str>> =

@@ -1,7 +1,8 @@
 //! Ends of attempts: outcome, audit entries, event, and the line's next head in one transaction.
 
-use super::accept::{insert_audit, insert_events};
+use super::accept::{FIRST_OPERATION, IMPORT, insert_audit, insert_events};
 use super::claim::millis;
+use super::lock::{Held, lock};
 use super::{Lease, Store, StoreError, together};
 use crate::audit::{Fact, Kind};
 use crate::job::{Event, Failure, JobResult, JobSummary, failure_json};
@@ -9,10 +10,8 @@ use crate::source::Fingerprint;
 use deadpool_postgres::Transaction;
 use futures_util::FutureExt as _;
 use serde_json::{Value, json};
-use std::collections::HashMap;
 use std::time::Duration;
 use time::OffsetDateTime;
-use tokio_postgres::Row;
 use uuid::Uuid;
 
 /// How an attempt ended.
@@ -57,8 +56,8 @@ pub enum SettlementKind {
     },
     /// The attempt did not begin; it does not count.
     PutBack {
-        /// `None`: at once.
-        until: Option<OffsetDateTime>,
+        /// When it may be tried again.
+        until: OffsetDateTime,
         /// The job's deadline.
         deadline: OffsetDateTime,
     },
@@ -69,12 +68,24 @@ pub enum SettlementKind {
 pub struct RetryState {
     /// A mutating call may have taken effect.
     pub in_doubt: bool,
+    /// What becomes of the import parameters.
+    pub parameters: Parameters,
     /// AWS answered that it took the material, with this id if it gives ids.
     pub imported: Option<Option<String>>,
-    /// AWS refused the import parameters: throw them away and count it.
-    pub refresh: bool,
     /// Start counting refused parameters anew.
     pub reset_refreshes: bool,
+}
+
+/// What becomes of a job's import parameters.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Parameters {
+    /// There are none.
+    #[default]
+    Absent,
+    /// They are kept: the next scarce call is the import itself.
+    Kept,
+    /// AWS refused them: they are thrown away, and that is counted.
+    Refused,
 }
 
 /// A material on a KMS key.
@@ -93,14 +104,6 @@ pub struct Material {
     /// False: whether AWS took it was never learnt.
     pub is_certain: bool,
 }
-
-/// Locks the lines whose leases still hold, in id order.
-pub const LOCK: &str = "
-    select line.id, line.token, coalesce(progress.audit_n, 1), line.attempt, (select keyferry_now())
-    from unnest($1::bigint[], $2::uuid[], $3::uuid[]) as asked(id, token, job_id)
-    join line on line.id = asked.id and line.token = asked.token
-    left join progress on progress.job_id = asked.job_id
-    order by line.id for no key update of line";
 
 /// Writes outcomes.
 pub const END_JOBS: &str = "
@@ -148,14 +151,8 @@ impl Store {
     ) -> Result<Vec<bool>, StoreError> {
         let mut client = self.client().await?;
         let transaction = client.transaction().await?;
-        let lines: Vec<i64> = settlements.iter().map(|end| end.lease.line_id).collect();
-        let tokens: Vec<Uuid> = settlements.iter().map(|end| end.lease.token).collect();
-        let jobs: Vec<Uuid> = settlements.iter().map(|end| end.job.id).collect();
-        let lock = transaction.prepare_cached(LOCK).await?;
-        let rows = transaction.query(&lock, &[&lines, &tokens, &jobs]).await?;
-        // By line and token: a process that was slow may bring the end of its old lease together with that of its new.
-        let held: HashMap<Lease, Held> = rows.iter().map(|row| (Lease::of(row), Held::of(row))).collect();
-        let Some(now) = held.values().next().map(|held| held.now) else {
+        let leases: Vec<(Lease, Uuid)> = settlements.iter().map(|end| (end.lease, end.job.id)).collect();
+        let Some((held, now)) = lock(&transaction, &leases).await? else {
             return Ok(vec![false; settlements.len()]);
         };
         let valid: Vec<(&Settlement, &Held)> =
@@ -176,18 +173,6 @@ impl Store {
         .await?;
         transaction.commit().await?;
         Ok(settlements.iter().map(|end| held.contains_key(&end.lease)).collect())
-    }
-}
-
-struct Held {
-    audit_n: i32,
-    attempt: i32,
-    now: OffsetDateTime,
-}
-
-impl Held {
-    fn of(row: &Row) -> Self {
-        Self { audit_n: row.get(2), attempt: row.get(3), now: row.get(4) }
     }
 }
 
@@ -419,7 +404,7 @@ async fn keep_progress(transaction: &Transaction<'_>, ends: &[(&Settlement, &Hel
     let doubts: Vec<bool> = retries.iter().map(|(.., state)| state.in_doubt).collect();
     let imported: Vec<bool> = retries.iter().map(|(.., state)| state.imported.is_some()).collect();
     let ids: Vec<Option<String>> = retries.iter().map(|(.., state)| state.imported.clone().flatten()).collect();
-    let refresh: Vec<bool> = retries.iter().map(|(.., state)| state.refresh).collect();
+    let refresh: Vec<bool> = retries.iter().map(|(.., state)| state.parameters == Parameters::Refused).collect();
     let reset: Vec<bool> = retries.iter().map(|(.., state)| state.reset_refreshes).collect();
     let reasons: Vec<&Value> = retries.iter().map(|(_, _, reason, _)| *reason).collect();
     let write = transaction.prepare_cached(WRITE).await?;
@@ -451,10 +436,10 @@ async fn release(
         let (is_end, counts, at, deadline, operation) = match &end.kind {
             SettlementKind::Ended { .. } => (true, true, now, now, None),
             SettlementKind::Retry { delay, deadline, state, .. } => {
-                let next = if state.refresh { "GetParametersForImport" } else { "ImportKeyMaterial" };
+                let next = if state.parameters == Parameters::Kept { IMPORT } else { FIRST_OPERATION };
                 (false, true, now + *delay, *deadline, Some(next))
             }
-            SettlementKind::PutBack { until, deadline } => (false, false, until.unwrap_or(now), *deadline, None),
+            SettlementKind::PutBack { until, deadline } => (false, false, *until, *deadline, None),
         };
         lines.push(end.lease.line_id);
         ended.push(is_end);

@@ -17,9 +17,11 @@ use crate::kms::{CallError, ImportCall, KeyDescription, LeaseGuard, MaterialRole
 use crate::policy::Verdict;
 use crate::retry::{self, Class};
 use crate::source::{OpenError, SealedKey};
-use crate::store::{ClaimedJob, Material, Prepared, RetryState, Settlement, SettlementKind, Step, StoreError};
+use crate::store::{
+    ClaimedJob, Material, Parameters, Prepared, RetryState, Settlement, SettlementKind, Step, StoreError,
+};
 use crate::wrap::{WrapError, wrap};
-use judge::Verdict as ErrorVerdict;
+use judge::{Verdict as ErrorVerdict, judge};
 use serde_json::{Value, json};
 use std::sync::Arc;
 use std::time::Duration;
@@ -29,6 +31,8 @@ use tokio_util::sync::CancellationToken;
 
 /// Kept parameters are used while at least this much of their day is left.
 const PARAMETERS_MARGIN: time::Duration = time::Duration::minutes(10);
+/// Attempts in a row that AWS is given to show what was made or changed moments ago: about a minute and a half.
+const MOST_LOOKS: u32 = 15;
 /// How long after its deadline a job still tries to learn what an unanswered call did.
 const SETTLE_AFTER_DEADLINE: time::Duration = time::Duration::days(1);
 
@@ -58,6 +62,8 @@ struct Run {
     in_doubt: bool,
     /// The mutating call of this attempt was not answered, and may still take effect.
     unanswered: bool,
+    /// What becomes of the import parameters.
+    parameters: Parameters,
 }
 
 impl Attempt {
@@ -66,6 +72,7 @@ impl Attempt {
         let mut run = Run {
             in_doubt: job.progress.in_doubt,
             unanswered: false,
+            parameters: if job.progress.parameters.is_some() { Parameters::Kept } else { Parameters::Absent },
             source_key: None,
             attempt: self,
             job,
@@ -134,7 +141,7 @@ impl Run {
         {
             // A call of an earlier job may still take effect, and would undo this one.
             self.attempt.context.metrics.lines_closed.inc();
-            return Err(self.settled(SettlementKind::PutBack { until: Some(*until), deadline: job.deadline }));
+            return Err(self.settled(SettlementKind::PutBack { until: *until, deadline: job.deadline }));
         }
         if let Expiry::At(valid_to) = job.request.expiry
             && valid_to <= job.now
@@ -175,7 +182,7 @@ impl Run {
             "Disabled" => return self.fail(FailureCode::KeyDisabled, "the key is disabled; enable it first"),
             state => {
                 let message = format!("the key is in state {state}");
-                return self.retry(Class::NotYetVisible, "DescribeKey", &message, None, FailureCode::KeyInvalidState);
+                return self.wait_for_aws("DescribeKey", &message, None, FailureCode::KeyInvalidState);
             }
         }
         if let Some(expected) = &self.job.request.expect_current_material
@@ -218,7 +225,7 @@ impl Run {
                     Ok((key, _material)) => (key, true),
                     Err(error) => {
                         let message = error.to_string();
-                        return self.retry(Class::Transient, "generate", &message, None, FailureCode::DeadlineExceeded);
+                        return self.retry(Class::Transient, "generate", &message, None);
                     }
                 }
             }
@@ -342,11 +349,17 @@ impl Run {
             }
             Some(Err(error)) => {
                 let message = error.to_string();
-                return self.retry(Class::Transient, "store", &message, None, FailureCode::DeadlineExceeded);
+                return self.retry(Class::Transient, "store", &message, None);
             }
         }
+        self.parameters = Parameters::Kept;
         crate::failpoint!("worker.after_prepare");
-        self.not_stopping()
+        if self.attempt.give_back.is_cancelled() {
+            // The step said that a call may be under way; none is.
+            let state = self.state();
+            return Err(self.settled(self.given_back(state)));
+        }
+        Ok(())
     }
 
     /// Opens the sealed material and wraps it, off the async threads and no more at once than there are cores.
@@ -380,7 +393,7 @@ impl Run {
                 let message = error.to_string();
                 self.refresh("wrap", &message, None, FailureCode::UnexpectedAnswer)
             }
-            Err(_) => self.retry(Class::Transient, "wrap", "wrapping broke off", None, FailureCode::DeadlineExceeded),
+            Err(_) => self.retry(Class::Transient, "wrap", "wrapping broke off", None),
         }
     }
 
@@ -436,57 +449,61 @@ impl Run {
 
     /// A read-only call that did not succeed.
     fn read_failed<T>(&mut self, error: &CallError) -> Or<T> {
-        match judge::read_only(error) {
-            ErrorVerdict::Retry(class, give_up) => self.retry_call(class, error, give_up),
-            ErrorVerdict::Refresh(give_up) => self.retry_call(Class::Transient, error, give_up),
-            ErrorVerdict::Fail(code, advice) => self.fail(code, &format!("{error}; {advice}")),
+        let (step, text, id) = (error.operation, error.to_string(), error.aws_request_id.as_deref());
+        match judge(error) {
+            ErrorVerdict::Retry(class) => self.retry(class, step, &text, id),
+            ErrorVerdict::Await(give_up) => self.wait_for_aws(step, &text, id, give_up),
+            ErrorVerdict::Refresh(_) => self.retry(Class::Transient, step, &text, id),
+            ErrorVerdict::Fail(code, advice) => self.fail(code, &format!("{text}; {advice}")),
         }
     }
 
     /// The import did not succeed, or was not answered.
     fn import_failed<T>(&mut self, error: &CallError) -> Or<T> {
+        let (step, text, id) = (error.operation, error.to_string(), error.aws_request_id.as_deref());
         if error.kind.may_have_taken_effect() {
             self.in_doubt = true;
             self.unanswered = true;
-            return self.retry_call(Class::Transient, error, FailureCode::OutcomeUnknown);
         }
-        match judge::import(error) {
-            ErrorVerdict::Retry(class, give_up) => self.retry_call(class, error, give_up),
-            ErrorVerdict::Refresh(give_up) => {
-                self.refresh(error.operation, &error.to_string(), error.aws_request_id.as_deref(), give_up)
-            }
-            ErrorVerdict::Fail(code, advice) => self.fail(code, &format!("{error}; {advice}")),
+        match judge(error) {
+            ErrorVerdict::Retry(class) => self.retry(class, step, &text, id),
+            ErrorVerdict::Await(give_up) => self.wait_for_aws(step, &text, id, give_up),
+            ErrorVerdict::Refresh(give_up) => self.refresh(step, &text, id, give_up),
+            ErrorVerdict::Fail(code, advice) => self.fail(code, &format!("{text}; {advice}")),
         }
     }
 
-    /// Throws the parameters away and tries at once with fresh ones; a second time it is the end.
+    /// Throws the parameters away and tries at once with fresh ones. Refused a second time it is the end, unless an
+    /// earlier call may have used the first set up: then it goes on, slowly, until the outcome is known.
     fn refresh<T>(&mut self, step: &str, message: &str, aws_request_id: Option<&str>, give_up: FailureCode) -> Or<T> {
-        if self.job.progress.refreshes >= 1 && !self.in_doubt {
-            return self.fail(give_up, &format!("{message}; fresh import parameters did not help"));
-        }
-        let state = RetryState { refresh: true, ..self.state() };
-        Err(self.again(Class::Immediate, step, message, aws_request_id, state))
+        let class = match self.job.progress.refreshes {
+            0 => Class::Immediate,
+            _ if self.in_doubt => Class::Transient,
+            _ => return self.fail(give_up, &format!("{message}; fresh import parameters did not help")),
+        };
+        self.parameters = Parameters::Refused;
+        let state = self.state();
+        Err(self.again(class, step, message, aws_request_id, state))
     }
 
-    fn retry_call<T>(&mut self, class: Class, error: &CallError, give_up: FailureCode) -> Or<T> {
-        self.retry(class, error.operation, &error.to_string(), error.aws_request_id.as_deref(), give_up)
+    /// Tries again later; the deadline ends it.
+    fn retry<T>(&mut self, class: Class, step: &str, message: &str, aws_request_id: Option<&str>) -> Or<T> {
+        let state = self.state();
+        Err(self.again(class, step, message, aws_request_id, state))
     }
 
-    /// Tries again later, or gives up on a class that has had its attempts.
-    fn retry<T>(
+    /// Tries again while AWS may not have caught up with itself.
+    fn wait_for_aws<T>(
         &mut self,
-        class: Class,
         step: &str,
         message: &str,
         aws_request_id: Option<&str>,
         give_up: FailureCode,
     ) -> Or<T> {
-        let made = self.times(class);
-        if class.most_attempts().is_some_and(|most| made >= most) {
+        if self.times(Class::NotYetVisible) >= MOST_LOOKS {
             return self.fail(give_up, message);
         }
-        let state = self.state();
-        Err(self.again(class, step, message, aws_request_id, state))
+        self.retry(Class::NotYetVisible, step, message, aws_request_id)
     }
 
     fn again(
@@ -510,7 +527,7 @@ impl Run {
             "times": times,
             "message": message,
             "aws_request_id": aws_request_id,
-            "aws_changed": state.in_doubt || state.imported.is_some(),
+            "aws_changed": state.in_doubt || self.job.progress.imported,
         });
         self.settled(SettlementKind::Retry { delay, deadline: self.job.deadline, reason, state })
     }
@@ -529,7 +546,12 @@ impl Run {
     }
 
     fn state(&self) -> RetryState {
-        RetryState { in_doubt: self.in_doubt, reset_refreshes: self.in_doubt, ..RetryState::default() }
+        RetryState {
+            in_doubt: self.in_doubt,
+            parameters: self.parameters,
+            reset_refreshes: self.unanswered,
+            ..RetryState::default()
+        }
     }
 
     fn fail<T>(&mut self, code: FailureCode, message: &str) -> Or<T> {
@@ -564,9 +586,21 @@ impl Run {
     /// Between two steps a stopping worker gives the job back.
     fn not_stopping(&mut self) -> Or<()> {
         if self.attempt.give_back.is_cancelled() {
-            return Err(self.settled(SettlementKind::PutBack { until: None, deadline: self.job.deadline }));
+            return Err(self.settled(SettlementKind::PutBack { until: self.job.now, deadline: self.job.deadline }));
         }
         Ok(())
+    }
+
+    /// Given back by a stopping worker after something was learnt that must not be lost.
+    fn given_back(&self, state: RetryState) -> SettlementKind {
+        let reason = json!({
+            "step": "stop",
+            "class": Class::Immediate.as_str(),
+            "times": 1,
+            "message": "given back by a stopping worker",
+            "aws_changed": state.in_doubt || state.imported.is_some(),
+        });
+        SettlementKind::Retry { delay: Duration::ZERO, deadline: self.job.deadline, reason, state }
     }
 
     #[expect(clippy::unnecessary_wraps, reason = "the other end, a lost lease, settles nothing")]
@@ -600,7 +634,8 @@ impl Broken {
         let state = RetryState { in_doubt: true, ..RetryState::default() };
         let delay = retry::delay(Class::Transient, job.attempt, retry::random_unit()).max(Duration::from_secs(1));
         let kind = SettlementKind::Retry { delay, deadline: job.deadline, reason, state };
-        let late_effect = job.progress.effect.clone();
+        // Nor with which key: an effect that no job has closes the line to all of them for a while.
+        let late_effect = Some(job.progress.effect.clone().unwrap_or_else(|| "unknown".into()));
         let settlement = Settlement {
             lease: job.lease,
             job: summary(job),

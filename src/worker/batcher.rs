@@ -1,5 +1,7 @@
 //! Takes what is there and writes it at once. A lone item waits for nobody.
 
+use futures_util::FutureExt as _;
+use std::panic::AssertUnwindSafe;
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
@@ -34,7 +36,12 @@ impl<T: Send + 'static, R: Send + 'static> Batcher<T, R> {
             while waiting.recv_many(&mut taken, most).await > 0 {
                 let (begun, count) = (Instant::now(), taken.len());
                 let (items, answers): (Vec<T>, Vec<_>) = taken.drain(..).unzip();
-                for (outcome, answer) in verb(items).await.into_iter().zip(answers) {
+                // A panic costs its batch, whose leases run out, and not the worker.
+                let Ok(outcomes) = AssertUnwindSafe(verb(items)).catch_unwind().await else {
+                    tracing::error!(items = count, "a batch broke off by a fault of Keyferry's own");
+                    continue;
+                };
+                for (outcome, answer) in outcomes.into_iter().zip(answers) {
                     // Nobody waits any more: the job was dropped with its process.
                     drop(answer.send(outcome));
                 }
@@ -95,6 +102,19 @@ mod tests {
             assert_eq!(task.await.unwrap(), Some(expected));
         }
         assert_eq!(sizes.lock().unwrap()[0..2], [1, 3]);
+        drop(batcher);
+        task.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_panic_costs_its_batch_and_no_other() {
+        let (batcher, running) = Batcher::new(3, |items: Vec<u32>| async move {
+            assert!(!items.contains(&13), "on purpose");
+            items
+        });
+        let task = tokio::spawn(running);
+        assert_eq!(batcher.submit(13).await, None);
+        assert_eq!(batcher.submit(14).await, Some(14));
         drop(batcher);
         task.await.unwrap();
     }

@@ -13,7 +13,9 @@ use crate::kms::{Kms, LeaseGuard};
 use crate::policy::{Policy, Targets};
 use crate::retry::{Attempts, Class};
 use crate::source::Keyring;
-use crate::store::{ClaimedJob, Prepared, Settlement, SettlementKind, Step, Store, StoreError, bisect};
+use crate::store::{
+    ClaimedJob, JOIN_PAGE, Prepared, Scan, Settlement, SettlementKind, Step, Store, StoreError, bisect,
+};
 use crate::telemetry::{Health, Metrics, Part};
 use attempt::Attempt;
 use batcher::Batcher;
@@ -135,6 +137,7 @@ impl Pool {
         let mut whole_index_at = Instant::now();
         loop {
             let first = tokio::select! {
+                biased;
                 () = stop.cancelled() => return,
                 permit = Arc::clone(&self.permits).acquire_owned() => permit,
             };
@@ -147,12 +150,12 @@ impl Pool {
             }
             let asked_at = Instant::now();
             let settings = &self.context.settings;
-            let whole_index = asked_at >= whole_index_at;
-            if whole_index {
+            let scan = if asked_at >= whole_index_at { Scan::Whole } else { Scan::FromBounds };
+            if scan == Scan::Whole {
                 whole_index_at = asked_at + WHOLE_INDEX_EVERY;
             }
             let claimed =
-                self.context.store.claim(permits.len(), settings.lease(), settings.signature_life(), whole_index).await;
+                self.context.store.claim(permits.len(), settings.lease(), settings.signature_life(), scan).await;
             let pause = match claimed {
                 Ok(jobs) => {
                     outage.reset();
@@ -306,16 +309,23 @@ fn count(metrics: &Metrics, end: &Settlement) {
 
 /// Lets waiting jobs join their lines and moves the lanes' lower bounds.
 async fn keep_house(context: Arc<Context>, stop: CancellationToken) {
+    let mut pause = HOUSEKEEPING;
     loop {
         tokio::select! {
             () = stop.cancelled() => return,
-            () = tokio::time::sleep(HOUSEKEEPING) => {}
+            () = tokio::time::sleep(pause) => {}
         }
+        pause = HOUSEKEEPING;
         let kept = context.store.keep_house().await;
         context.health.set(Part::Store, kept.is_ok());
         match kept {
             Ok(0) => {}
-            Ok(_) => context.jobs.notify_one(),
+            Ok(joined) => {
+                context.jobs.notify_one();
+                if joined == JOIN_PAGE {
+                    pause = Duration::ZERO;
+                }
+            }
             Err(error) => tracing::warn!(%error, "housekeeping failed"),
         }
     }

@@ -252,3 +252,20 @@ async fn while_credentials_are_wrong_jobs_wait() {
     case.world.db.advance(std::time::Duration::from_secs(10)).await;
     case.succeeds().await;
 }
+
+/// An answer is lost, and from then on AWS refuses every set of parameters: the job goes on looking, but slowly.
+#[tokio::test]
+async fn parameters_that_stay_refused_while_in_doubt_are_asked_for_slowly() {
+    let mut case = case(Tuning::hasty()).await;
+    case.fault(IMPORT, 1, json!({"kind": "lose_answer"})).await;
+    case.world.fake.fault(IMPORT, &case.arn, None, error("InvalidCiphertextException")).await;
+    case.ask("r1", json!({})).await;
+    let doubtful =
+        "select count(*) from progress where in_doubt and refreshes >= 2 and last_error ->> 'class' = 'transient'";
+    case.world.until("the second refusal is on record", doubtful, 1).await;
+    let so_far = case.calls("operation=GetParametersForImport").await;
+    assert!(so_far <= 4, "{so_far} sets of parameters in a moment");
+    assert_eq!(case.world.count("select count(*) from job where state = 'waiting'").await, 1);
+    case.world.fake.clear_faults().await;
+    case.succeeds().await;
+}

@@ -110,6 +110,18 @@ fn lost_doubled_and_invented_messages_are_found() {
 }
 
 #[test]
+fn a_trail_that_denies_a_change_is_found() {
+    spoilt("I4", |s| {
+        let more = [
+            entry(JOB, 4, "material_imported", json!({})),
+            entry(JOB, 5, "attempt_failed", json!({"aws_changed": false})),
+            entry(JOB, 6, "succeeded", json!({})),
+        ];
+        s.audit.splice(3..4, more);
+    });
+}
+
+#[test]
 fn wrong_material_is_found() {
     spoilt("I2", |s| s.journal[1]["effect"]["imported"]["material_sha256"] = "other".into());
     spoilt("I2", |s| s.journal[1]["effect"] = Value::Null);

@@ -1,6 +1,7 @@
 //! What a request is meant to lead to.
 
 use crate::support::broker::Message;
+use crate::support::eventually;
 use crate::support::proof::{decrypts, macs};
 use crate::support::world::{Tuning, World, random, request};
 use serde_json::{Value, json};
@@ -291,6 +292,29 @@ async fn a_job_whose_material_would_have_expired_meanwhile_gives_up() {
     world.until("an attempt failed", THROTTLED, 1).await;
     world.db.advance(Duration::from_secs(3_600)).await;
     assert!(!world.failed("r1", "valid_to_passed").await.aws_changed());
+    world.finish().await;
+}
+
+#[tokio::test]
+async fn a_copy_is_a_duplicate_however_late_it_comes() {
+    let mut world = World::with_worker(Tuning::default()).await;
+    world.symmetric_key("payroll").await;
+    let arn = world.fake.key().await;
+    let valid_to = rfc3339(world.now().await + time::Duration::hours(1));
+    let asked = json!({"source_key_identifier": "payroll", "key_expiration": true, "valid_to": valid_to});
+    world.publish(request("r1", &arn, asked.clone())).await;
+    world.succeeded("r1").await;
+    // By now the request itself would be refused: its time has passed.
+    world.db.advance(Duration::from_secs(7_200)).await;
+    world.publish(request("r1", &arn, asked.clone())).await;
+    eventually("the copy is counted", || async {
+        let copies = world.workers[0].metric("keyferry_intake_messages_total{verdict=\"duplicate\"}").await;
+        (copies > 0.5).then_some(())
+    })
+    .await;
+    world.publish(request("r2", &arn, asked)).await;
+    let refused = world.refused(1).await;
+    assert_eq!((refused[0].request_id.as_deref(), refused[0].code.as_str()), (Some("r2"), "valid_to_past"));
     world.finish().await;
 }
 

@@ -6,7 +6,11 @@ const NOW: OffsetDateTime = datetime!(2026-11-24 12:00 UTC);
 const ARN: &str = "arn:aws:kms:eu-central-1:111122223333:key/031c5703-aaf7-425e-a141-7e0c6f5886ab";
 
 fn parse(body: &str) -> Result<Request, Box<Rejected>> {
-    Request::parse(Envelope { body: body.as_bytes(), content_type: None, message_id: None }, NOW)
+    let request = Request::parse(Envelope { body: body.as_bytes(), content_type: None, message_id: None })?;
+    match request.judge_times(NOW) {
+        Ok(()) => Ok(request),
+        Err(refusal) => Err(Box::new(Rejected { id: None, source: String::new(), key: None, refusal })),
+    }
 }
 
 fn with(extra: &str) -> String {
@@ -79,7 +83,7 @@ fn every_rule_has_its_code() {
 
 #[test]
 fn a_body_that_is_too_large_or_not_utf8_is_refused() {
-    let of = |body: &[u8]| Request::parse(Envelope { body, content_type: None, message_id: None }, NOW).unwrap_err();
+    let of = |body: &[u8]| Request::parse(Envelope { body, content_type: None, message_id: None }).unwrap_err();
     assert_eq!(of(&vec![b' '; MAX_BODY_BYTES + 1]).refusal.code, RefusalCode::BodyTooLarge);
     assert_eq!(of(b"{\"id\":\"\xff\"}").refusal.code, RefusalCode::NotUtf8);
 }
@@ -123,14 +127,11 @@ fn equality_is_that_of_the_parsed_fields_that_were_given() {
 #[test]
 fn a_cloudevents_envelope_is_opened_and_its_id_and_source_count() {
     let envelope = |body: &str| {
-        Request::parse(
-            Envelope {
-                body: body.as_bytes(),
-                content_type: Some("application/cloudevents+json; charset=utf-8"),
-                message_id: Some("from-amqp"),
-            },
-            NOW,
-        )
+        Request::parse(Envelope {
+            body: body.as_bytes(),
+            content_type: Some("application/cloudevents+json; charset=utf-8"),
+            message_id: Some("from-amqp"),
+        })
     };
     let request = envelope(&format!(
         r#"{{"specversion":"1.0","id":"ce-1","source":"/payroll","type":"t","partitionkey":"x","data":{{"key":"{ARN}"}}}}"#
@@ -149,8 +150,16 @@ fn a_cloudevents_envelope_is_opened_and_its_id_and_source_count() {
 fn the_transports_message_id_stands_in() {
     let body = format!(r#"{{"key":"{ARN}"}}"#);
     let request =
-        Request::parse(Envelope { body: body.as_bytes(), content_type: None, message_id: Some("m-1") }, NOW).unwrap();
+        Request::parse(Envelope { body: body.as_bytes(), content_type: None, message_id: Some("m-1") }).unwrap();
     assert_eq!(request.id.as_str(), "m-1");
+}
+
+#[test]
+fn patience_is_counted_from_the_start_of_the_job() {
+    let deadline = |extra: &str| parse(&with(extra)).unwrap().deadline_from(NOW);
+    assert_eq!(deadline(r#","not_before":"2026-11-30T12:00:00Z""#), datetime!(2026-12-03 12:00 UTC));
+    assert_eq!(deadline(r#","not_before":"2026-10-01T12:00:00Z""#), datetime!(2026-11-27 12:00 UTC));
+    assert_eq!(deadline(r#","deadline":"2026-11-25T12:00:00Z""#), datetime!(2026-11-25 12:00 UTC));
 }
 
 #[test]
@@ -162,9 +171,9 @@ fn two_sources_are_two_namespaces_of_ids() {
 proptest! {
     #[test]
     fn any_bytes_are_accepted_or_refused_without_a_panic(body in proptest::collection::vec(any::<u8>(), 0..300)) {
-        let _read = Request::parse(Envelope { body: &body, content_type: None, message_id: Some("m") }, NOW);
+        let _read = Request::parse(Envelope { body: &body, content_type: None, message_id: Some("m") });
         let envelope = Envelope { body: &body, content_type: Some(CONTENT_TYPE_CLOUDEVENTS), message_id: None };
-        let _read = Request::parse(envelope, NOW);
+        let _read = Request::parse(envelope);
     }
 
     #[test]

@@ -9,38 +9,29 @@ use crate::retry::Class;
 /// What follows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Verdict {
-    /// Again after a delay; the code, if the class runs out of attempts.
-    Retry(Class, FailureCode),
-    /// Again at once with fresh import parameters; the code, if that was done before.
+    /// Again after a delay, until the job's deadline.
+    Retry(Class),
+    /// Again after a delay, since AWS may not have caught up with itself; after some attempts the end, with this code.
+    Await(FailureCode),
+    /// Again with fresh import parameters; if those are refused too the end, with this code.
     Refresh(FailureCode),
     /// The end, with advice.
     Fail(FailureCode, &'static str),
 }
 
-/// `DescribeKey` and `GetParametersForImport`.
-pub(super) fn read_only(error: &CallError) -> Verdict {
+/// Judges an error whose call changed nothing: a read-only one, or one that AWS answered.
+pub(super) fn judge(error: &CallError) -> Verdict {
     match error.kind {
         ErrorKind::Dropped
         | ErrorKind::NotSent
         | ErrorKind::Unanswered
         | ErrorKind::ServerFault
-        | ErrorKind::Incomplete => Verdict::Retry(Class::Transient, FailureCode::DeadlineExceeded),
-        _ => import(error),
-    }
-}
-
-/// `ImportKeyMaterial`, when AWS's answer says that nothing was changed.
-pub(super) fn import(error: &CallError) -> Verdict {
-    match error.kind {
-        ErrorKind::Dropped | ErrorKind::NotSent => Verdict::Retry(Class::Transient, FailureCode::DeadlineExceeded),
-        ErrorKind::Unanswered | ErrorKind::ServerFault | ErrorKind::Incomplete => {
-            Verdict::Retry(Class::Transient, FailureCode::OutcomeUnknown)
-        }
-        ErrorKind::Throttled => Verdict::Retry(Class::Throttled, FailureCode::DeadlineExceeded),
-        ErrorKind::Credentials => Verdict::Retry(Class::Credentials, FailureCode::DeadlineExceeded),
+        | ErrorKind::Incomplete => Verdict::Retry(Class::Transient),
+        ErrorKind::Throttled => Verdict::Retry(Class::Throttled),
+        ErrorKind::Credentials => Verdict::Retry(Class::Credentials),
         // A key that was made, or changed, moments ago.
-        ErrorKind::NotFound => Verdict::Retry(Class::NotYetVisible, FailureCode::KeyNotFound),
-        ErrorKind::InvalidState => Verdict::Retry(Class::NotYetVisible, FailureCode::KeyInvalidState),
+        ErrorKind::NotFound => Verdict::Await(FailureCode::KeyNotFound),
+        ErrorKind::InvalidState => Verdict::Await(FailureCode::KeyInvalidState),
         ErrorKind::ExpiredImportToken | ErrorKind::InvalidImportToken => {
             Verdict::Refresh(FailureCode::ImportParametersRefused)
         }
@@ -74,14 +65,14 @@ mod tests {
     #[test]
     fn what_may_have_taken_effect_is_never_ended_at_once() {
         for kind in ErrorKind::ALL.into_iter().filter(|kind| kind.may_have_taken_effect()) {
-            assert_eq!(import(&error(kind)), Verdict::Retry(Class::Transient, FailureCode::OutcomeUnknown), "{kind:?}");
+            assert_eq!(judge(&error(kind)), Verdict::Retry(Class::Transient), "{kind:?}");
         }
     }
 
     #[test]
     fn only_what_aws_or_an_operator_must_change_ends_a_job_at_once() {
         let ended: Vec<ErrorKind> =
-            ErrorKind::ALL.into_iter().filter(|kind| matches!(import(&error(*kind)), Verdict::Fail(..))).collect();
+            ErrorKind::ALL.into_iter().filter(|kind| matches!(judge(&error(*kind)), Verdict::Fail(..))).collect();
         assert_eq!(
             ended,
             [
@@ -92,12 +83,5 @@ mod tests {
                 ErrorKind::NoTarget,
             ]
         );
-    }
-
-    #[test]
-    fn a_read_only_call_never_leaves_an_outcome_open() {
-        for kind in ErrorKind::ALL {
-            assert!(!matches!(read_only(&error(kind)), Verdict::Retry(_, FailureCode::OutcomeUnknown)), "{kind:?}");
-        }
     }
 }

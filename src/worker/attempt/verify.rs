@@ -3,7 +3,6 @@
 use super::{End, Or, Run, expiry_text, now_text, null_or};
 use crate::job::{Expiry, FailureCode, JobResult, KeyKind};
 use crate::kms::KeyDescription;
-use crate::retry::Class;
 use crate::store::{RetryState, Settlement, SettlementKind};
 use serde_json::{Value, json};
 
@@ -21,10 +20,7 @@ impl Run {
                 key.state,
                 key.expiry.map_or("none".to_owned(), expiry_text)
             );
-            let end = self
-                .retry::<()>(Class::NotYetVisible, "verify", &message, None, FailureCode::UnexpectedAnswer)
-                .err()
-                .flatten();
+            let end = self.wait_for_aws::<()>("verify", &message, None, FailureCode::UnexpectedAnswer).err().flatten();
             return Err(self.after_import(end, material_id));
         }
         if let (Some(id), Some(fields)) = (&material_id, key.aws_param.as_object_mut()) {
@@ -40,24 +36,21 @@ impl Run {
     /// The import was answered; whatever ends this attempt, the next one only has to see it.
     pub(super) fn after_import(&self, mut end: End, material_id: Option<String>) -> End {
         if let Some(settlement) = &mut end {
+            let learnt = RetryState {
+                imported: Some(material_id.clone()),
+                parameters: self.parameters,
+                ..RetryState::default()
+            };
             match &mut settlement.kind {
-                SettlementKind::Retry { state, .. } => {
-                    *state = RetryState { imported: Some(material_id), ..RetryState::default() };
+                SettlementKind::Retry { state, reason, .. } => {
+                    *state = learnt;
+                    reason["aws_changed"] = json!(true);
                 }
                 SettlementKind::Ended { outcome: Err(failure), material, .. } => {
                     failure.aws_changed = true;
                     *material = self.source_key.as_ref().map(|key| self.material(key, material_id, true));
                 }
-                // Given back by a stopping worker: what was learnt must not be lost.
-                SettlementKind::PutBack { deadline, .. } => {
-                    settlement.kind = SettlementKind::Retry {
-                        delay: std::time::Duration::ZERO,
-                        deadline: *deadline,
-                        reason: json!({"step": "verify", "class": Class::Immediate.as_str(), "times": 1,
-                                       "message": "given back by a stopping worker", "aws_changed": true}),
-                        state: RetryState { imported: Some(material_id), ..RetryState::default() },
-                    };
-                }
+                SettlementKind::PutBack { .. } => settlement.kind = self.given_back(learnt),
                 SettlementKind::Ended { .. } => {}
             }
         }

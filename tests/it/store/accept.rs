@@ -213,7 +213,7 @@ async fn a_refusal_is_remembered_once_per_verdict() {
         assert_eq!((counted("refusal").await, counted("outbox").await, counted("audit_entry").await), (1, 1, 1));
     }
     let mut other_body = refusal("a", RefusalCode::NotAllowed);
-    other_body.digest = [9; 32];
+    other_body.digest = keyferry::store::MessageDigest::Body([9; 32]);
     let mut other_principal = refusal("a", RefusalCode::NotAllowed);
     other_principal.principal = "somebody".into();
     let others = [

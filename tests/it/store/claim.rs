@@ -349,5 +349,5 @@ async fn housekeeping_moves_the_scans_bound_and_hides_nothing_that_is_due() {
         .await
         .unwrap();
     assert!(claim(&store, 20).await.is_empty());
-    assert_eq!(store.claim(20, LEASE, SIGNATURE_LIFE, true).await.unwrap().len(), 1);
+    assert_eq!(store.claim(20, LEASE, SIGNATURE_LIFE, keyferry::store::Scan::Whole).await.unwrap().len(), 1);
 }

@@ -60,7 +60,7 @@ pub fn refusal(id: &str, code: RefusalCode) -> NewRefusal {
         id: job.id,
         principal: job.principal,
         id_hash: job.request.id_hash(),
-        digest: job.request.digest(),
+        digest: keyferry::store::MessageDigest::Body(job.request.digest()),
         refusal: Refusal::whole(code, "no"),
         request_id: Some(id.to_owned()),
         operation: Some(job.request.operation),
@@ -87,7 +87,7 @@ pub async fn accept_line(store: &Store, name: &str, key: &KeyArn, count: usize) 
 
 /// Claims with the usual lease.
 pub async fn claim(store: &Store, most: usize) -> Vec<ClaimedJob> {
-    store.claim(most, LEASE, SIGNATURE_LIFE, false).await.unwrap()
+    store.claim(most, LEASE, SIGNATURE_LIFE, keyferry::store::Scan::FromBounds).await.unwrap()
 }
 
 /// Claims the one job that is to be had.
@@ -145,7 +145,7 @@ pub fn retry(job: &ClaimedJob, delay: Duration, deadline: OffsetDateTime, state:
 
 /// The attempt did not begin.
 pub fn put_back(job: &ClaimedJob, until: Option<OffsetDateTime>) -> Settlement {
-    end(job, SettlementKind::PutBack { until, deadline: job.deadline })
+    end(job, SettlementKind::PutBack { until: until.unwrap_or(job.now), deadline: job.deadline })
 }
 
 /// A keyring under a fixed key-encryption key.

@@ -30,7 +30,7 @@ async fn an_event_is_taken_by_one_relay() {
     let relay = async || {
         let mut taken = Vec::new();
         loop {
-            let rows = store.take_events(7, LEASE, false, None).await.unwrap();
+            let rows = store.take_events(keyferry::store::Queue::Fresh, 7, LEASE, None).await.unwrap();
             if rows.is_empty() {
                 return taken;
             }
@@ -50,13 +50,13 @@ async fn an_event_comes_back_when_its_relays_lease_ends_and_goes_when_confirmed(
     let db = TestDb::create().await;
     let (store, client) = (db.store().await, db.client().await);
     make_events(&store, "e", 3).await;
-    let first = store.take_events(10, LEASE, false, None).await.unwrap();
+    let first = store.take_events(keyferry::store::Queue::Fresh, 10, LEASE, None).await.unwrap();
     assert_eq!(first.len(), 3);
     store.forget_events(&[first[0].id]).await.unwrap();
     db.advance(LEASE * 5 / 6).await;
-    assert!(store.take_events(10, LEASE, false, None).await.unwrap().is_empty());
+    assert!(store.take_events(keyferry::store::Queue::Fresh, 10, LEASE, None).await.unwrap().is_empty());
     db.advance(Duration::from_secs(6)).await;
-    let again = store.take_events(10, LEASE, false, None).await.unwrap();
+    let again = store.take_events(keyferry::store::Queue::Fresh, 10, LEASE, None).await.unwrap();
     assert_eq!(ids(&again), ids(&first[1..]));
     assert!(again.iter().all(|row| row.attempts == 2));
     let copies: HashSet<_> = first[1..].iter().map(|row| (row.event_id, row.body.clone())).collect();
@@ -71,16 +71,19 @@ async fn held_events_delay_no_fresh_one() {
     let db = TestDb::create().await;
     let (store, client) = (db.store().await, db.client().await);
     make_events(&store, "flood", 1_000).await;
-    while let rows = store.take_events(200, LEASE, false, None).await.unwrap()
+    while let rows = store.take_events(keyferry::store::Queue::Fresh, 200, LEASE, None).await.unwrap()
         && !rows.is_empty()
     {
         let held: Vec<_> = rows.iter().map(|row| (row.id, Duration::from_secs(5), "unroutable")).collect();
         store.hold_events(&held).await.unwrap();
     }
     make_events(&store, "fresh", 1).await;
-    let fresh = store.take_events(10, LEASE, false, None).await.unwrap();
+    let fresh = store.take_events(keyferry::store::Queue::Fresh, 10, LEASE, None).await.unwrap();
     assert_eq!(fresh.len(), 1, "a fresh event is alone in its queue");
-    assert!(store.take_events(10, LEASE, true, None).await.unwrap().is_empty(), "each waits for its delay");
+    assert!(
+        store.take_events(keyferry::store::Queue::Held, 10, LEASE, None).await.unwrap().is_empty(),
+        "each waits for its delay"
+    );
     assert_eq!(
         value::<i64>(&client, "select count(*) from outbox where held_because = 'unroutable'", &[]).await,
         1_000
@@ -88,7 +91,7 @@ async fn held_events_delay_no_fresh_one() {
 
     db.advance(Duration::from_secs(6)).await;
     let from = Some(store.now().await.unwrap() - time::Duration::minutes(1));
-    let held = store.take_events(10, LEASE, true, from).await.unwrap();
+    let held = store.take_events(keyferry::store::Queue::Held, 10, LEASE, from).await.unwrap();
     assert_eq!(held.len(), 10);
     assert!(held.iter().all(|row| row.attempts == 2));
     store.forget_events(&ids(&held)).await.unwrap();
@@ -100,7 +103,7 @@ async fn relays_that_hold_and_forget_in_opposite_orders_meet_without_harm() {
     let db = TestDb::create().await;
     let store = db.store().await;
     make_events(&store, "e", 100).await;
-    let rows = store.take_events(200, LEASE, false, None).await.unwrap();
+    let rows = store.take_events(keyferry::store::Queue::Fresh, 200, LEASE, None).await.unwrap();
     let up = ids(&rows);
     let down: Vec<i64> = up.iter().rev().copied().collect();
     for _ in 0..30 {

@@ -146,7 +146,7 @@ async fn parameters(session: &Client, name: &str) -> String {
         "read" => format!("{}, {}", of_claimed("line.id").await, of_claimed("line.head_seq").await),
         "lock" => {
             let (lines, tokens) = (of_claimed("line.id").await, of_claimed("token").await);
-            format!("{lines}, {tokens}, {}", of_claimed("job.id").await)
+            format!("{lines}, {tokens}")
         }
         "end_jobs" => {
             let (ids, states) = (of_claimed("job.id").await, of_claimed("'succeeded'::text").await);

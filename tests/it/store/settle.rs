@@ -2,11 +2,12 @@
 
 use super::given::{
     LEASE, SIGNATURE_LIFE, accept, accept_line, add_source_key, arn, assert_audit_holds, claim, claim_one, contents,
-    end, failed, generating_step, job, material, put_back, retry, sealed, settle, step, succeeded, value,
+    end, failed, generating_step, job, material, put_back, retry, sealed, settle, step, succeeded, until_waiting,
+    value,
 };
 use crate::support::db::TestDb;
 use keyferry::audit::{Fact, Kind};
-use keyferry::store::{Prepared, RetryState, SettlementKind};
+use keyferry::store::{Parameters, Prepared, RetryState, SettlementKind};
 use serde_json::json;
 use std::time::Duration;
 use time::OffsetDateTime;
@@ -126,7 +127,7 @@ async fn a_retry_is_due_by_the_deadline_and_after_it_never_in_the_past() {
         let job = claim_one(&store).await;
         assert!(job.now > deadline);
         let end = if put {
-            end(&job, SettlementKind::PutBack { until: Some(deadline), deadline })
+            end(&job, SettlementKind::PutBack { until: deadline, deadline })
         } else {
             retry(&job, Duration::from_secs(delay), deadline, RetryState::default())
         };
@@ -162,12 +163,12 @@ async fn a_retry_keeps_what_the_next_attempt_must_know() {
     assert_eq!(store.prepare(&[&step(&job, &key)]).await.unwrap(), [Prepared::Ready]);
     assert!(settle(&store, &put_back(&job, None)).await);
 
-    let doubtful = again(RetryState { in_doubt: true, ..RetryState::default() }).await;
+    let doubtful = again(RetryState { in_doubt: true, parameters: Parameters::Kept, ..RetryState::default() }).await;
     assert!(doubtful.is_chosen && doubtful.in_doubt && !doubtful.imported && doubtful.parameters.is_some());
     assert_eq!(doubtful.last_error.unwrap()["message"], "later");
     assert_eq!(value::<String>(&client, operation, &[]).await, "ImportKeyMaterial");
 
-    let refreshed = again(RetryState { refresh: true, ..RetryState::default() }).await;
+    let refreshed = again(RetryState { parameters: Parameters::Refused, ..RetryState::default() }).await;
     assert!(refreshed.is_chosen && !refreshed.in_doubt && refreshed.parameters.is_none());
     assert_eq!(refreshed.refreshes, 1);
     assert_eq!(value::<String>(&client, operation, &[]).await, "GetParametersForImport");
@@ -265,4 +266,35 @@ async fn materials_are_recorded_per_key_and_an_uncertain_one_hides_no_certain_on
     assert_eq!(value::<i64>(&client, "select count(*) from kms_material", &[]).await, 2);
     let certain = "select count(*) from kms_material where imported_at is not null";
     assert_eq!(value::<i64>(&client, certain, &[]).await, 1);
+}
+
+/// A commit whose answer was lost may still be under way when its job is settled: what it wrote is counted.
+#[tokio::test]
+async fn a_settlement_counts_the_entries_of_a_step_that_it_waited_for() {
+    let db = TestDb::create().await;
+    let (store, client) = (db.store().await, db.client().await);
+    accept(&store, &[job("a", &arn(1))]).await;
+    let claimed = claim_one(&store).await;
+    let slow = db.client().await;
+    slow.batch_execute("begin").await.unwrap();
+    slow.execute("select 1 from line where id = $1 for no key update", &[&claimed.lease.line_id]).await.unwrap();
+    let entry = |n: i32| {
+        format!(r#"{{"at":"x","details":{{}},"kind":"material_chosen","n":{n},"subject":"{}","v":1}}"#, claimed.id)
+    };
+    for n in 2..=3 {
+        let insert = "insert into audit_entry (subject, n, entry) values ($1, $2, $3)";
+        slow.execute(insert, &[&claimed.id, &n, &entry(n)]).await.unwrap();
+    }
+    slow.execute("insert into progress (job_id, in_doubt, audit_n) values ($1, true, 3)", &[&claimed.id])
+        .await
+        .unwrap();
+    let settling = tokio::spawn({
+        let (store, end) = (store.clone(), retry(&claimed, Duration::ZERO, claimed.deadline, RetryState::default()));
+        async move { settle(&store, &end).await }
+    });
+    until_waiting(&client, 1).await;
+    slow.batch_execute("commit").await.unwrap();
+    assert!(settling.await.unwrap());
+    assert_audit_holds(&client).await;
+    assert_eq!(value::<i64>(&client, "select count(*) from audit_entry", &[]).await, 4);
 }

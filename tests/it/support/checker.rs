@@ -225,6 +225,11 @@ fn the_audit_trail_is_whole(snapshot: &Snapshot, found: &mut Vec<String>) {
         if kinds.first() != Some(&"accepted") || kinds.last() != Some(&job.state.as_str()) || ends != 1 {
             found.push(format!("I4: request {}, {}: its trail is {kinds:?}", job.request_id, job.state));
         }
+        // Once AWS has said that it took the material, nothing may say that it was not changed.
+        let mut since_import = trail.iter().skip_while(|entry| entry["kind"] != "material_imported");
+        if since_import.any(|entry| entry["details"]["aws_changed"] == false) {
+            found.push(format!("I4: request {}: its trail denies that AWS was changed", job.request_id));
+        }
         if job.state == "succeeded" && (count("material_chosen") != 1 || count("parameters_obtained") == 0) {
             found.push(format!("I4: request {} succeeded, its trail is {kinds:?}", job.request_id));
         }

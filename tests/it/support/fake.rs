@@ -93,6 +93,11 @@ impl Fake {
         self.post("faults", order).await;
     }
 
+    /// Takes all orders back.
+    pub async fn clear_faults(&self) {
+        Self::read(self.client.delete(format!("{}/_fake/faults", self.url))).await;
+    }
+
     /// Chooses between behaviours that nobody knows of AWS.
     pub async fn options(&self, changes: Value) {
         self.post("options", changes).await;
