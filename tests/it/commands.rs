@@ -65,10 +65,19 @@ async fn a_file_of_requests_is_followed_to_its_end() {
     let ran = world.run_with(&["submit", "--file", "-", "--wait"], &[], &requests[0].to_string()).await;
     ended(&ran, 0, "succeeded");
     world.note_published(requests.iter().map(submitted));
-    for (input, says) in [("{\"id\":\"x\"", "line 1"), ("[]", "not a JSON object"), ("{\"id\":7}", "expected a string")]
-    {
-        let ran = world.run_with(&["submit", "--file", "-"], &[], input).await;
+    let long = format!("\n{}", json!({"id": "x".repeat(300)}));
+    for (input, says) in [
+        ("{\"id\":\"x\"", "line 1"),
+        ("[]", "not a JSON object"),
+        ("{\"id\":7}", "expected a string"),
+        ("\n{\"id\":\"white space\"}", "line 2: id: expected 1 to 128"),
+        (&long, "line 2: id: expected 1 to 128"),
+    ] {
+        let ran = world.run_with(&["submit", "--file", "-", "--wait"], &[], input).await;
         ended(&ran, 1, says);
+    }
+    for id in ["", "white space", &"x".repeat(129)] {
+        ended(&world.run(&["submit", "--key", &arns[0], "--id", id, "--wait"]).await, 2, "expected 1 to 128");
     }
     // Too long: the worker is held.
     world.fake.fault("DescribeKey", &arns[2], Some(1), json!({"kind": "hold"})).await;
@@ -81,6 +90,41 @@ async fn a_file_of_requests_is_followed_to_its_end() {
     ended(&world.run(&["submit", "--file", "no-such-file"]).await, 1, "no-such-file");
     ended(&world.run(&["submit"]).await, 2, "--key");
     world.finish().await;
+}
+
+/// A way to the broker that loses everything once publisher confirms are switched on: to the client it looks like a
+/// broker that has stopped reading.
+async fn deaf_broker(url: &Url) -> String {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    const CONFIRM_SELECT: [u8; 4] = [0, 85, 0, 10];
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let mut through = url.clone();
+    through.set_port(Some(listener.local_addr().unwrap().port())).unwrap();
+    let broker = (url.host_str().unwrap().to_owned(), url.port().unwrap());
+    tokio::spawn(async move {
+        let (client, _) = listener.accept().await.unwrap();
+        let (mut from_broker, mut to_broker) = tokio::net::TcpStream::connect(broker).await.unwrap().into_split();
+        let (mut from_client, mut to_client) = client.into_split();
+        tokio::spawn(async move { tokio::io::copy(&mut from_broker, &mut to_client).await });
+        let (mut is_deaf, mut bytes) = (false, [0; 4096]);
+        while let Ok(length @ 1..) = from_client.read(&mut bytes).await {
+            if !is_deaf {
+                to_broker.write_all(&bytes[..length]).await.unwrap();
+            }
+            is_deaf |= bytes[..length].windows(4).any(|window| window == CONFIRM_SELECT);
+        }
+    });
+    through.to_string()
+}
+
+#[tokio::test]
+async fn a_broker_that_takes_nothing_is_not_waited_for_without_end() {
+    let world = World::new(Tuning::default()).await;
+    let deaf = deaf_broker(&world.vhost.url().parse().unwrap()).await;
+    let settings = [("KEYFERRY_RABBITMQ__URL", deaf.as_str()), ("KEYFERRY_RABBITMQ__CONNECT_TIMEOUT_MS", "1500")];
+    let ran = world.run_with(&["submit", "--key", "x"], &settings, "").await;
+    ended(&ran, 1, "0 requests were published, and up to 1 more may have been, before this: RabbitMQ did not answer");
+    assert_eq!(world.vhost.ready(JOBS).await, 0);
 }
 
 #[tokio::test]
