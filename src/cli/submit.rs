@@ -129,9 +129,7 @@ impl Submit {
         within(patience, async { Ok(connection.close(200, "done".into()).await?) }).await?;
         read.with_context(|| format!("{count} requests were published before this"))?;
         if let Some(store) = store {
-            sent.sort_unstable();
-            sent.dedup();
-            let followed = follow(&store, sent, timeout).await?;
+            let followed = follow(&store, "", sent, timeout).await?;
             return finish(output, &followed);
         }
         output.value(&json!({"published": count, "id": sent.first()}), |_| match (count, sent.first()) {

@@ -164,7 +164,20 @@ async fn jobs_are_listed_and_shown() {
     let refused = world.run(&["jobs", "show", "three", "--json"]).await;
     assert_eq!(refused.json()[0]["error"]["code"], "invalid_arn");
     assert_eq!(refused.json()[0]["state"], "rejected");
+    let id = refused.json()[0]["id"].as_str().unwrap().to_owned();
+    ended(&world.run(&["jobs", "show", &id]).await, 0, "invalid_arn");
+    ended(&world.run(&["jobs", "wait", &id, "three", "one", "one"]).await, 3, "invalid_arn");
     ended(&world.run(&["jobs", "show", "four"]).await, 1, "no job and no refusal");
+    ended(&world.run(&["jobs", "list", "--key", "four"]).await, 1, "no job ever was for the KMS key four");
+    // In an envelope, ids are the source's own.
+    let envelope = json!({"specversion": "1.0", "source": "/orders", "type": "t", "id": "four",
+                          "data": {"key": arns[0]}});
+    let content_type = Some("application/cloudevents+json".into());
+    world.send(Message { body: envelope.to_string().into_bytes(), content_type, message_id: None }).await;
+    world.ended("four").await;
+    ended(&world.run(&["jobs", "show", "four"]).await, 1, "--source");
+    ended(&world.run(&["jobs", "show", "four", "--source", "/orders"]).await, 0, "four");
+    ended(&world.run(&["jobs", "wait", "four", "--source", "/orders"]).await, 3, "source_key_required");
     world.finish().await;
 }
 
