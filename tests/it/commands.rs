@@ -199,6 +199,16 @@ async fn the_topology_is_compared_in_depth() {
     world.vhost.delete_queue(JOBS).await;
     ended(&world.run(&["topology", "apply"]).await, 0, "as it should be");
     ended(&world.run(&["topology", "apply"]).await, 0, "as it should be");
+    // Names that only the settings have.
+    let own = [("KEYFERRY_RABBITMQ__QUEUE", "own.jobs"), ("KEYFERRY_RABBITMQ__EXCHANGE", "own.events")];
+    let checked = world.run_with(&["topology", "check", "--json"], &own, "").await;
+    let missing = |kind: &str, name: &str| json!({"kind": kind, "name": name, "problem": "is missing"});
+    assert_eq!(checked.json(), json!([missing("queue", "own.jobs"), missing("exchange", "own.events")]));
+    let applied = world.run_with(&["topology", "apply"], &own, "").await;
+    ended(&applied, 1, "queue own.jobs: is missing");
+    assert!(applied.err.contains("only the default topology is made") && applied.err.contains("own.events"));
+    world.vhost.declare_classic("own.jobs").await;
+    ended(&world.run_with(&["topology", "check"], &own[..1], "").await, 0, "as it should be");
     let wrong = [("KEYFERRY_RABBITMQ__API_URL", "http://guest:wrong@127.0.0.1:1")];
     let unreachable = world.run_with(&["topology", "check"], &wrong, "").await;
     ended(&unreachable, 1, "does not answer");
@@ -232,7 +242,6 @@ async fn migrations_run_once_however_often_and_at_once() {
 async fn what_a_worker_cannot_start_with_is_named() {
     let world = World::new(Tuning::default()).await;
     let settings = std::fs::read_to_string(world.path("keyferry.toml")).unwrap();
-    ended(&world.run(&["config", "check"]).await, 0, "complete");
     // The first start binds the database to a key-encryption key.
     ended(&world.run(&["keys", "create", "--name", "k"]).await, 0, "k");
     world.write("keyferry.toml", &settings.replace("policy = \"allow-all\"", ""));
