@@ -1,7 +1,7 @@
 //! `keyferry keys`: the source keys of the local store.
 
-use super::Failed;
 use super::output::Output;
+use super::{Failed, warn_of_kek_file};
 use crate::app::{open_keyring, open_store};
 use crate::config::Loaded;
 use crate::job::KeyKind;
@@ -90,6 +90,7 @@ impl Keys {
         let store = open_store(loaded).await?;
         match self {
             Self::Create(named) => {
+                warn_of_kek_file(loaded);
                 let keyring = open_keyring(loaded, &store).await?;
                 let (key, _material) = SealedKey::generate(&keyring, Uuid::now_v7(), named.name, named.kind)?;
                 add(&store, key, SourceKeyOrigin::Generated, output).await?;
@@ -104,6 +105,7 @@ impl Keys {
                     );
                     return Err(anyhow!(message).into());
                 }
+                warn_of_kek_file(loaded);
                 let keyring = open_keyring(loaded, &store).await?;
                 let key = SealedKey::seal(&keyring, Uuid::now_v7(), named.name, named.kind, &material)?;
                 add(&store, key, SourceKeyOrigin::Imported, output).await?;

@@ -202,12 +202,20 @@ impl Config {
                 loaded.targets()?;
                 loaded.database_url()?;
                 loaded.amqp_url()?;
+                warn_of_kek_file(loaded);
                 let kek = loaded.kek()?;
                 crate::source::Kek::parse(secrecy::ExposeSecret::expose_secret(&kek))?;
                 output.value(&serde_json::json!({"ok": true}), |_| "the settings are complete".into());
             }
         }
         Ok(())
+    }
+}
+
+/// For commands that keep no log.
+fn warn_of_kek_file(loaded: &Loaded) {
+    if let Some(warning) = loaded.kek_file_warning() {
+        eprintln!("keyferry: warning: {warning}");
     }
 }
 

@@ -5,6 +5,7 @@ use crate::support::db::TestDb;
 use crate::support::variable;
 use crate::support::world::{Ran, Tuning, World, request};
 use serde_json::{Value, json};
+use std::os::unix::fs::PermissionsExt;
 use url::Url;
 
 /// What `submit` publishes for a request.
@@ -242,6 +243,16 @@ async fn migrations_run_once_however_often_and_at_once() {
 async fn what_a_worker_cannot_start_with_is_named() {
     let world = World::new(Tuning::default()).await;
     let settings = std::fs::read_to_string(world.path("keyferry.toml")).unwrap();
+    let mode = |mode: u32| std::fs::set_permissions(world.path("kek"), PermissionsExt::from_mode(mode)).unwrap();
+    mode(0o640);
+    let readable = world.run(&["config", "check"]).await;
+    ended(&readable, 0, "complete");
+    assert!(readable.err.contains("mode 640"), "{readable:?}");
+    ended(&world.run(&["keys", "create", "--name", "by-all"]).await, 0, "mode 640");
+    mode(0o600);
+    let ran = world.run(&["config", "check"]).await;
+    ended(&ran, 0, "complete");
+    assert_eq!(ran.err, "");
     // The first start binds the database to a key-encryption key.
     ended(&world.run(&["keys", "create", "--name", "k"]).await, 0, "k");
     world.write("keyferry.toml", &settings.replace("policy = \"allow-all\"", ""));
