@@ -61,9 +61,6 @@ need_rust() {
         die "Rust $want or newer is needed${have:+ (found $have)}: install rustup, then 'rustup default $want'." \
             "It is the one thing that these scripts do not install."
     fi
-    if ! cargo fmt --version >/dev/null 2>&1 || ! cargo clippy --version >/dev/null 2>&1; then
-        die "rustfmt and clippy are needed: 'rustup component add rustfmt clippy'"
-    fi
 }
 
 postgres_bin() {
@@ -79,7 +76,8 @@ postgres_bin() {
 
 need_packages() {
     local package missing=()
-    command -v dpkg-query >/dev/null || die "these scripts install what they need on Debian only; elsewhere see docker-compose.yml"
+    command -v dpkg-query >/dev/null || die "dpkg is missing: these scripts find and install what they need on Debian only;" \
+        "elsewhere docker-compose.yml starts the servers for everyday work"
     for package in build-essential git ca-certificates openssl python3-venv rabbitmq-server; do
         [[ $(dpkg-query -W -f='${db:Status-Status}' "$package" 2>/dev/null) == installed ]] || missing+=("$package")
     done
@@ -88,17 +86,22 @@ need_packages() {
     postgres_bin >/dev/null || die "PostgreSQL 15 or newer is needed"
 }
 
-# A subshell, so that its trap is its own.
+# A subshell, so that its trap is its own. Called where a failure is handled, and there `set -e` holds for nothing below:
+# each step says for itself that the next must not be taken.
 install_packages() (
     packages=("${@/#postgresql/postgresql-15}")
     say "installing $*"
-    trap restore_policy EXIT
     # One that is ours was left by a killed run.
-    if [[ -e $POLICY_RC ]] && ! grep -q keyferry "$POLICY_RC"; then as_root mv "$POLICY_RC" "$POLICY_RC.kept"; fi
+    if [[ -e $POLICY_RC ]] && ! grep -q keyferry "$POLICY_RC"; then
+        as_root mv "$POLICY_RC" "$POLICY_RC.kept" || die "$POLICY_RC could not be put aside"
+    fi
+    trap restore_policy EXIT
     # The packages would start their system services; only private ones are wanted.
-    printf '#!/bin/sh\n# keyferry, for one installation\nexit 101\n' | as_root tee "$POLICY_RC" >/dev/null
-    as_root chmod 755 "$POLICY_RC"
-    as_root apt-get -o DPkg::Lock::Timeout=300 update -qq
+    printf '#!/bin/sh\n# keyferry, for one installation\nexit 101\n' | as_root tee "$POLICY_RC" >/dev/null ||
+        die "$POLICY_RC could not be written: the packages would start their services"
+    as_root chmod 755 "$POLICY_RC" || die "$POLICY_RC could not be made executable: the packages would start their services"
+    # What is there of the lists may do.
+    as_root apt-get -o DPkg::Lock::Timeout=300 update -qq || say "the lists of packages could not be brought up to date"
     # Later releases of Debian bring a later PostgreSQL.
     apt-cache show postgresql-15 >/dev/null 2>&1 || packages=("$@")
     as_root env DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=300 install -y -qq --no-install-recommends "${packages[@]}" >/dev/null
@@ -355,6 +358,7 @@ default_user = $MQ_USER
 default_pass = $MQ_PASSWORD
 default_user_tags.administrator = true
 collect_statistics_interval = 1000
+max_message_size = 131072
 CONF
     )
     # Erlang sizes its tables by this limit, which containers set absurdly high.

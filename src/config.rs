@@ -241,9 +241,27 @@ impl Loaded {
         if self.settings.targets.is_empty() { Err(self.missing("targets")) } else { Ok(&self.settings.targets) }
     }
 
+    /// What is wrong with who may read the key-encryption key's file. No more than a warning: containers are often
+    /// handed files with rights that they cannot choose.
+    pub fn kek_file_warning(&self) -> Option<String> {
+        use std::os::unix::fs::PermissionsExt as _;
+        let path = self.settings.keys.kek_file.as_ref()?;
+        let mode = std::fs::metadata(path).ok()?.permissions().mode() & 0o777;
+        (mode & 0o077 != 0).then(|| {
+            format!(
+                "the file {} of keys.kek_file is open to more than its owner (mode {mode:o}): \
+                 who can read it can open every source key; chmod 600 unless something else keeps others away",
+                path.display()
+            )
+        })
+    }
+
     /// The text of the key-encryption key, from the setting or its file.
     pub fn kek(&self) -> Result<SecretString, ConfigError> {
         let keys = &self.settings.keys;
+        if let Some(warning) = self.kek_file_warning() {
+            tracing::warn!("{warning}");
+        }
         match (&keys.kek, &keys.kek_file) {
             (Some(_), Some(_)) => Err(ConfigError::Invalid { name: "keys", expected: "kek or kek_file, not both" }),
             (Some(kek), None) => Ok(kek.clone()),
@@ -265,7 +283,9 @@ impl Loaded {
 
     fn check(&self) -> Result<(), ConfigError> {
         let Settings { worker, database, rabbitmq, targets, .. } = &self.settings;
-        let rules: [(&'static str, bool, &'static str); 8] = [
+        // AMQP carries no longer name.
+        let is_name = |name: &str| (1..=255).contains(&name.len());
+        let rules: [(&'static str, bool, &'static str); 10] = [
             ("worker.concurrency", (1..=1024).contains(&worker.concurrency), "1 to 1024"),
             ("worker.aws_timeout_ms", (100..=60_000).contains(&worker.aws_timeout_ms), "100 to 60000"),
             (
@@ -275,6 +295,8 @@ impl Loaded {
             ),
             ("worker.poll_ms", (10..=60_000).contains(&worker.poll_ms), "10 to 60000"),
             ("database.connections", (2..=200).contains(&database.connections), "2 to 200"),
+            ("rabbitmq.queue", is_name(&rabbitmq.queue), "a name of 1 to 255 bytes"),
+            ("rabbitmq.exchange", is_name(&rabbitmq.exchange), "a name of 1 to 255 bytes"),
             ("rabbitmq.prefetch", rabbitmq.prefetch >= 1, "1 to 65535"),
             (
                 "targets.account",
@@ -412,6 +434,21 @@ mod tests {
     }
 
     #[test]
+    fn a_file_of_the_key_encryption_key_is_for_its_owner_alone() {
+        use std::os::unix::fs::PermissionsExt as _;
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("kek");
+        std::fs::write(&file, "00".repeat(32)).unwrap();
+        let mut loaded = read("").unwrap();
+        loaded.settings.keys.kek_file = Some(file.clone());
+        for (mode, is_warned) in [(0o600, false), (0o400, false), (0o640, true), (0o604, true), (0o660, true)] {
+            std::fs::set_permissions(&file, std::fs::Permissions::from_mode(mode)).unwrap();
+            assert_eq!(loaded.kek_file_warning().is_some(), is_warned, "{mode:o}");
+            assert!(loaded.kek().is_ok(), "{mode:o}");
+        }
+    }
+
+    #[test]
     fn a_wrong_setting_is_named() {
         for (text, named) in [
             ("colour = 1", "colour"),
@@ -419,6 +456,7 @@ mod tests {
             ("[worker]\nconcurrency = 0", "worker.concurrency"),
             ("[worker]\nlease_ms = 1000", "worker.lease_ms"),
             ("policy = \"deny\"", "policy"),
+            ("[rabbitmq]\nqueue = \"\"", "rabbitmq.queue"),
             ("[[targets]]\naccount = \"1\"\nregions = [\"r\"]", "targets.account"),
         ] {
             let error = read(text).unwrap_err().to_string();

@@ -45,6 +45,15 @@ pub struct Difference {
     pub problem: String,
 }
 
+/// What the settings call the broker's ends.
+#[derive(Clone, Copy, Debug)]
+pub struct Names<'a> {
+    /// `rabbitmq.queue`.
+    pub queue: &'a str,
+    /// `rabbitmq.exchange`.
+    pub exchange: &'a str,
+}
+
 /// The management API of one virtual host.
 #[derive(Debug)]
 pub struct Management {
@@ -85,22 +94,15 @@ impl Management {
         self.send(request).await.map(drop)
     }
 
-    /// Compares every queue, exchange, binding and policy of the definitions with the broker's.
-    pub async fn check(&self) -> Result<Vec<Difference>, TopologyError> {
+    /// Compares every queue, exchange, binding and policy of the definitions with the broker's, and sees whether the
+    /// queue and the exchange of the settings are there. Those that are not of the definitions are not looked into.
+    pub async fn check(&self, settings: &Names<'_>) -> Result<Vec<Difference>, TopologyError> {
         let wanted: Value = serde_json::from_str(DEFINITIONS)?;
-        let present = self.get(&["api", "definitions", &self.vhost]).await?;
-        Ok(differences(&wanted, &present))
-    }
-
-    /// The number of messages in a queue; `None` while the broker has not counted yet.
-    pub async fn queue_depth(&self, queue: &str) -> Result<Option<u64>, TopologyError> {
-        let answer = self.get(&["api", "queues", &self.vhost, queue]).await?;
-        Ok(answer["messages"].as_u64())
-    }
-
-    async fn get(&self, path: &[&str]) -> Result<Value, TopologyError> {
-        let request = self.client.get(self.url(path)?);
-        self.send(request).await
+        let request = self.client.get(self.url(&["api", "definitions", &self.vhost])?);
+        let present = self.send(request).await?;
+        let mut found = differences(&wanted, &present);
+        found.extend(missing_names(settings, &wanted, &present));
+        Ok(found)
     }
 
     async fn send(&self, request: reqwest::RequestBuilder) -> Result<Value, TopologyError> {
@@ -125,6 +127,29 @@ impl Management {
         url.path_segments_mut().map_err(|()| TopologyError::ApiUrl)?.pop_if_empty().extend(path);
         Ok(url)
     }
+}
+
+/// Names in the settings that the default topology does not have, as `setting = name`.
+pub fn own_names(settings: &Names<'_>) -> Result<Vec<String>, TopologyError> {
+    let wanted: Value = serde_json::from_str(DEFINITIONS)?;
+    let own = names(settings).into_iter().filter(|(list, _, name)| !has(&wanted, list, name));
+    Ok(own.map(|(_, kind, name)| format!("rabbitmq.{kind} = {name}")).collect())
+}
+
+/// The list in which a name of the settings stands in definitions, what kind it is of, and the name.
+fn names<'a>(settings: &Names<'a>) -> [(&'static str, &'static str, &'a str); 2] {
+    [("queues", "queue", settings.queue), ("exchanges", "exchange", settings.exchange)]
+}
+
+/// What the definitions have is compared with them already.
+fn missing_names(settings: &Names<'_>, wanted: &Value, present: &Value) -> Vec<Difference> {
+    let missing =
+        names(settings).into_iter().filter(|(list, _, name)| !has(wanted, list, name) && !has(present, list, name));
+    missing.map(|(_, kind, name)| Difference { kind, name: name.to_owned(), problem: "is missing".into() }).collect()
+}
+
+fn has(definitions: &Value, list: &str, name: &str) -> bool {
+    each(definitions, list).any(|one| one["name"] == name)
 }
 
 fn percent_decoded(text: &str) -> String {
@@ -193,6 +218,18 @@ mod tests {
         classic["queues"][0]["arguments"]["x-queue-type"] = "classic".into();
         let found = differences(&wanted, &classic);
         assert!(found.len() == 1 && found[0].problem.contains("arguments"), "{found:?}");
+    }
+
+    #[test]
+    fn names_of_the_settings_are_looked_for_when_they_are_not_the_definitions() {
+        let wanted: Value = serde_json::from_str(DEFINITIONS).unwrap();
+        let settings = Names { queue: "keyferry.jobs", exchange: "keyferry.events" };
+        assert_eq!(own_names(&settings).unwrap(), [""; 0]);
+        assert_eq!(missing_names(&settings, &wanted, &serde_json::json!({})), []);
+        let settings = Names { queue: "q", exchange: "x" };
+        assert_eq!(own_names(&settings).unwrap(), ["rabbitmq.queue = q", "rabbitmq.exchange = x"]);
+        let found = missing_names(&settings, &wanted, &serde_json::json!({"queues": [{"name": "q"}]}));
+        assert_eq!(found, [Difference { kind: "exchange", name: "x".into(), problem: "is missing".into() }]);
     }
 
     #[test]

@@ -20,26 +20,37 @@ const POLL: Duration = Duration::from_millis(200);
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Jobs {
-    /// List jobs, newest first.
+    /// List jobs, newest first; those of one key by their place in its line, last first.
     List(List),
     /// Show one job, or the refusal of a request, with its result.
     Show {
-        /// The job's id, or the id of its request.
+        /// The job's id, its event's if it was refused, or the id of its request.
         id: String,
+        #[command(flatten)]
+        sent: Sent,
     },
     /// Wait until jobs have ended. Exit code 3 if one did not succeed, 4 if it took too long.
     Wait(Wait),
 }
 
+/// How requests were sent that are asked for by their own ids.
+#[derive(Debug, Args)]
+pub(super) struct Sent {
+    /// The CloudEvents `source` of the requests: their ids are unique within it, and are looked up in it alone.
+    /// Not needed for requests that came without an envelope, and for ids of jobs and events.
+    #[arg(long, value_name = "URI", default_value = "", hide_default_value = true)]
+    source: String,
+}
+
 #[derive(Debug, Args)]
 pub(super) struct List {
-    /// Only jobs in this state.
+    /// Only jobs in this state. Reads from the newest on until --limit of them are found, or all were read.
     #[arg(long)]
     state: Option<State>,
     /// Only jobs on this KMS key: its ARN, or the id that Keyferry gave it.
     #[arg(long)]
     key: Option<String>,
-    /// Only jobs of this batch.
+    /// Only jobs of this batch. Reads from the newest on until --limit of them are found, or all were read.
     #[arg(long)]
     batch: Option<String>,
     /// Rows at most.
@@ -59,9 +70,11 @@ enum State {
 
 #[derive(Debug, Args)]
 pub(super) struct Wait {
-    /// Ids of jobs, or of requests.
+    /// Ids of jobs, of the events of refusals, or of requests.
     #[arg(required = true)]
     ids: Vec<String>,
+    #[command(flatten)]
+    sent: Sent,
     /// Give up after this time.
     #[arg(long, default_value = "5m", value_name = "TIME", value_parser = duration)]
     timeout: Duration,
@@ -79,12 +92,20 @@ impl Jobs {
                 });
                 let filter =
                     JobFilter { state, key: list.key, batch: list.batch, before: list.before, limit: list.limit };
-                print_jobs(output, &store.jobs(&filter).await?);
+                let jobs = store.jobs(&filter).await?.ok_or_else(|| {
+                    anyhow!("no job ever was for the KMS key {}", filter.key.as_deref().unwrap_or_default())
+                })?;
+                print_jobs(output, &jobs);
             }
-            Self::Show { id } => {
-                let found = store.find_jobs(ANONYMOUS, std::slice::from_ref(&id)).await?;
+            Self::Show { id, sent } => {
+                let found = store.find_jobs(ANONYMOUS, &sent.source, std::slice::from_ref(&id)).await?;
+                let found: Vec<JobView> = found.into_iter().map(|(_, view)| view).collect();
                 if found.is_empty() {
-                    return Err(anyhow!("no job and no refusal has the id {id}; see keyferry jobs list").into());
+                    let message = format!(
+                        "no job and no refusal has the id {id}; see keyferry jobs list, and --source for a request \
+                         in a CloudEvents envelope"
+                    );
+                    return Err(anyhow!(message).into());
                 }
                 output.value(&found, |found| {
                     found
@@ -95,7 +116,7 @@ impl Jobs {
                 });
             }
             Self::Wait(wait) => {
-                let followed = follow(&store, wait.ids, wait.timeout).await?;
+                let followed = follow(&store, &wait.sent.source, wait.ids, wait.timeout).await?;
                 finish(output, &followed)?;
             }
         }
@@ -110,17 +131,24 @@ pub(super) struct Followed {
 }
 
 /// Waits for requests or jobs to end, with a progress bar on a terminal.
-pub(super) async fn follow(store: &Store, ids: Vec<String>, timeout: Duration) -> Result<Followed, Failed> {
+pub(super) async fn follow(
+    store: &Store,
+    source: &str,
+    ids: Vec<String>,
+    timeout: Duration,
+) -> Result<Followed, Failed> {
     let until = Instant::now() + timeout;
-    let bar = progress_bar(ids.len() as u64, "jobs");
     let mut waiting = ids;
+    waiting.sort_unstable();
+    // One that was named twice would be waited for once more than it ends.
+    waiting.dedup();
+    let bar = progress_bar(waiting.len() as u64, "jobs");
     let mut ended: HashMap<String, JobView> = HashMap::new();
     let (mut failed, mut refused) = (0, 0);
     loop {
         let mut left = Vec::new();
         for page in waiting.chunks(PAGE) {
-            let views = store.find_jobs(ANONYMOUS, page).await?;
-            let mut by_id = index(views);
+            let mut by_id = ended_by_id(store.find_jobs(ANONYMOUS, source, page).await?);
             for id in page {
                 match by_id.remove(id) {
                     Some(view) => {
@@ -183,23 +211,15 @@ pub(super) fn progress_bar(length: u64, what: &'static str) -> ProgressBar {
     bar
 }
 
-/// Under every name by which an ended job can have been asked for. A request that was first refused and then
-/// accepted is the job.
-fn index(views: Vec<JobView>) -> HashMap<String, JobView> {
-    let mut by_id: HashMap<String, JobView> = HashMap::new();
-    let (jobs, refusals): (Vec<JobView>, Vec<JobView>) = views.into_iter().partition(|view| view.id.is_some());
-    let accepted: Vec<Option<String>> = jobs.iter().map(|job| job.request_id.clone()).collect();
-    for view in jobs.into_iter().filter(|view| view.finished_at.is_some()) {
-        if let Some(id) = view.id {
-            by_id.insert(id.to_string(), view.clone());
-        }
-        if let Some(id) = &view.request_id {
-            by_id.insert(id.clone(), view);
-        }
-    }
-    for view in refusals.into_iter().filter(|view| !accepted.contains(&view.request_id)) {
-        if let Some(id) = view.request_id.clone() {
-            by_id.insert(id, view);
+/// What has ended, under the id by which it was asked for. A request that was refused and also accepted is the job.
+fn ended_by_id(found: Vec<(String, JobView)>) -> HashMap<String, JobView> {
+    let (refusals, jobs): (Vec<_>, Vec<_>) = found.into_iter().partition(|(_, view)| view.state == "rejected");
+    let mut by_id: HashMap<String, JobView> = refusals.into_iter().collect();
+    for (asked, job) in jobs {
+        if job.finished_at.is_some() {
+            by_id.insert(asked, job);
+        } else {
+            by_id.remove(&asked);
         }
     }
     by_id
@@ -208,7 +228,7 @@ fn index(views: Vec<JobView>) -> HashMap<String, JobView> {
 fn print_jobs(output: Output, jobs: &[JobView]) {
     output.table(jobs, ["ID", "REQUEST", "STATE", "CODE", "KEY", "ACCEPTED"], |job| {
         [
-            job.id.map(|id| id.to_string()).unwrap_or_default(),
+            job.id.to_string(),
             job.request_id.clone().unwrap_or_default(),
             job.state.clone(),
             error_code(job),

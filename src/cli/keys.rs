@@ -1,7 +1,7 @@
 //! `keyferry keys`: the source keys of the local store.
 
-use super::Failed;
 use super::output::Output;
+use super::{Failed, warn_of_kek_file};
 use crate::app::{open_keyring, open_store};
 use crate::config::Loaded;
 use crate::job::KeyKind;
@@ -15,6 +15,9 @@ use std::io::Read as _;
 use std::path::PathBuf;
 use uuid::Uuid;
 use zeroize::Zeroizing;
+
+/// Begins the names of keys that are generated for jobs. An operator's key of such a name would fail the job.
+const JOBS_PREFIX: &str = "keyferry-";
 
 /// Far more than any encoding of the longest material.
 const LARGEST_FILE: u64 = 64 * 1024;
@@ -30,6 +33,12 @@ pub(super) enum Keys {
         /// Erased ones too.
         #[arg(long)]
         deleted: bool,
+        /// Rows at most.
+        #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(i64).range(1..=10_000))]
+        limit: i64,
+        /// Only keys older than this one: the last id of the page before.
+        #[arg(long, value_name = "ID")]
+        before: Option<Uuid>,
     },
     /// Show one source key and the KMS keys that use it. Never its bytes.
     Show {
@@ -81,6 +90,7 @@ impl Keys {
         let store = open_store(loaded).await?;
         match self {
             Self::Create(named) => {
+                warn_of_kek_file(loaded);
                 let keyring = open_keyring(loaded, &store).await?;
                 let (key, _material) = SealedKey::generate(&keyring, Uuid::now_v7(), named.name, named.kind)?;
                 add(&store, key, SourceKeyOrigin::Generated, output).await?;
@@ -95,12 +105,13 @@ impl Keys {
                     );
                     return Err(anyhow!(message).into());
                 }
+                warn_of_kek_file(loaded);
                 let keyring = open_keyring(loaded, &store).await?;
                 let key = SealedKey::seal(&keyring, Uuid::now_v7(), named.name, named.kind, &material)?;
                 add(&store, key, SourceKeyOrigin::Imported, output).await?;
             }
-            Self::List { deleted } => {
-                let keys = store.source_keys(None, deleted).await?;
+            Self::List { deleted, limit, before } => {
+                let keys = store.source_keys(deleted, before, limit).await?;
                 output.table(&keys, ["ID", "NAME", "KIND", "ORIGIN", "USED BY", "CREATED"], |key| {
                     [
                         key.id.to_string(),
@@ -113,9 +124,8 @@ impl Keys {
                 });
             }
             Self::Show { key } => {
-                let found = store.source_keys(Some(&key), true).await?;
-                let found = found.first().ok_or_else(|| unknown(&key))?;
-                output.value(found, |found| serde_json::to_string_pretty(found).unwrap_or_default());
+                let found = store.source_key(&key).await?.ok_or_else(|| unknown(&key))?;
+                output.value(&found, |found| serde_json::to_string_pretty(found).unwrap_or_default());
             }
             Self::Delete { key } => match store.delete_source_key(&key, &operator()).await? {
                 KeyDeletion::Deleted => {
@@ -177,6 +187,9 @@ fn name(text: &str) -> Result<String, String> {
     }
     if Uuid::try_parse(text).is_ok() {
         return Err("a name must not look like an id".into());
+    }
+    if text.starts_with(JOBS_PREFIX) {
+        return Err(format!("names that begin with {JOBS_PREFIX} are for keys that jobs generate"));
     }
     Ok(text.to_owned())
 }

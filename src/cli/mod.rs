@@ -12,7 +12,7 @@ use crate::app::{self, StartError};
 use crate::config::{ConfigError, Loaded};
 use crate::store;
 use crate::telemetry::start_logs;
-use crate::topology::Management;
+use crate::topology::{Management, Names, own_names};
 use anyhow::Context as _;
 use clap::{Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 use output::Output;
@@ -80,9 +80,10 @@ struct Serve {
 
 #[derive(Debug, Subcommand)]
 enum Topology {
-    /// Make what is missing, over the management API (`rabbitmq.api_url`).
+    /// Make what is missing of the default topology, over the management API (`rabbitmq.api_url`).
     Apply,
-    /// Compare with what is there; exit code 1 when something differs.
+    /// Compare with what is there; exit code 1 when something differs. A queue or an exchange that only the settings
+    /// name has to be there and is not looked into.
     Check,
 }
 
@@ -166,10 +167,19 @@ async fn run(cli: Cli) -> Result<(), Failed> {
 impl Topology {
     async fn run(self, loaded: &Loaded, output: Output) -> Result<(), Failed> {
         let management = Management::new(loaded.rabbitmq_api_url()?, loaded.amqp_url()?)?;
+        let rabbitmq = &loaded.settings.rabbitmq;
+        let names = Names { queue: &rabbitmq.queue, exchange: &rabbitmq.exchange };
+        let own = own_names(&names)?;
         if matches!(self, Self::Apply) {
             management.apply().await?;
+            if !own.is_empty() {
+                eprintln!(
+                    "keyferry: only the default topology is made; yours to make, with their bindings and policies: {}",
+                    own.join(", ")
+                );
+            }
         }
-        let found = management.check().await?;
+        let found = management.check(&names).await?;
         output.value(&found, |found| match found.as_slice() {
             [] => "the topology is as it should be".into(),
             found => {
@@ -192,12 +202,20 @@ impl Config {
                 loaded.targets()?;
                 loaded.database_url()?;
                 loaded.amqp_url()?;
+                warn_of_kek_file(loaded);
                 let kek = loaded.kek()?;
                 crate::source::Kek::parse(secrecy::ExposeSecret::expose_secret(&kek))?;
                 output.value(&serde_json::json!({"ok": true}), |_| "the settings are complete".into());
             }
         }
         Ok(())
+    }
+}
+
+/// For commands that keep no log.
+fn warn_of_kek_file(loaded: &Loaded) {
+    if let Some(warning) = loaded.kek_file_warning() {
+        eprintln!("keyferry: warning: {warning}");
     }
 }
 

@@ -3,10 +3,10 @@
 use super::Failed;
 use super::jobs::{finish, follow, progress_bar};
 use super::output::{Output, duration};
-use crate::amqp::connect;
+use crate::amqp::{SessionError, connect, within};
 use crate::app::open_store;
 use crate::config::Loaded;
-use crate::job::MAX_BODY_BYTES;
+use crate::job::{MAX_BODY_BYTES, RequestId};
 use anyhow::{Context as _, anyhow, bail};
 use clap::{ArgGroup, Args};
 use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
@@ -35,7 +35,7 @@ pub(super) struct Submit {
     #[arg(long)]
     key: Option<String>,
     /// Idempotency key; a random one if absent.
-    #[arg(long, requires = "key")]
+    #[arg(long, requires = "key", value_parser = request_id)]
     id: Option<String>,
     /// The source key's name or id; absent: a new key is generated.
     #[arg(long, value_name = "NAME", requires = "key")]
@@ -91,8 +91,12 @@ impl Submit {
         let patience = Duration::from_millis(loaded.settings.rabbitmq.connect_timeout_ms);
         let connection =
             connect(loaded.amqp_url()?, "keyferry submit", patience).await.context("RabbitMQ cannot be reached")?;
-        let channel = connection.create_channel().await?;
-        channel.confirm_select(ConfirmSelectOptions::default()).await?;
+        let channel = within(patience, async {
+            let channel = connection.create_channel().await?;
+            channel.confirm_select(ConfirmSelectOptions::default()).await?;
+            Ok(channel)
+        })
+        .await?;
         let (timeout, is_waiting) = (self.timeout, self.wait);
 
         let (sender, mut messages) = mpsc::channel(WINDOW);
@@ -103,7 +107,15 @@ impl Submit {
         let mut window = Vec::with_capacity(WINDOW);
         let mut count = 0_u64;
         while messages.recv_many(&mut window, WINDOW).await > 0 {
-            publish(&channel, queue, &window).await?;
+            // A broker that is short of memory or disk stops reading and says nothing to a publisher.
+            within(patience, publish(&channel, queue, &window))
+                .await
+                .map_err(anyhow::Error::from)
+                .and_then(|confirmations| taken(queue, &confirmations))
+                .with_context(|| {
+                    let more = window.len();
+                    format!("{count} requests were published, and up to {more} more may have been, before this")
+                })?;
             count += window.len() as u64;
             bar.set_length(count);
             bar.set_position(count);
@@ -114,12 +126,10 @@ impl Submit {
         }
         bar.finish_and_clear();
         let read = reader.await?;
-        connection.close(200, "done".into()).await?;
+        within(patience, async { Ok(connection.close(200, "done".into()).await?) }).await?;
         read.with_context(|| format!("{count} requests were published before this"))?;
         if let Some(store) = store {
-            sent.sort_unstable();
-            sent.dedup();
-            let followed = follow(&store, sent, timeout).await?;
+            let followed = follow(&store, "", sent, timeout).await?;
             return finish(output, &followed);
         }
         output.value(&json!({"published": count, "id": sent.first()}), |_| match (count, sent.first()) {
@@ -183,7 +193,8 @@ impl Submit {
     }
 }
 
-/// What a line asks for is for the worker to judge; here it only has to be an object with an id, or gets one.
+/// What a line asks for is for the worker to judge; here it only has to be an object with an id that can be
+/// followed, or gets one.
 fn from_line(line: &str) -> anyhow::Result<Message> {
     // serde's words would quote the line.
     let mut fields: Map<String, Value> =
@@ -192,7 +203,10 @@ fn from_line(line: &str) -> anyhow::Result<Message> {
         bail!("larger than 64 KiB");
     }
     match fields.get("id") {
-        Some(Value::String(id)) => Ok(Message { id: id.clone(), body: line.as_bytes().to_vec() }),
+        Some(Value::String(id)) => {
+            let id = request_id(id).map_err(|expected| anyhow!("id: {expected}"))?;
+            Ok(Message { id, body: line.as_bytes().to_vec() })
+        }
         Some(_) => bail!("id: expected a string"),
         None => {
             let id = Uuid::new_v4().to_string();
@@ -202,18 +216,33 @@ fn from_line(line: &str) -> anyhow::Result<Message> {
     }
 }
 
-async fn publish(channel: &Channel, queue: &str, messages: &[Message]) -> anyhow::Result<()> {
-    let mut confirmations = Vec::with_capacity(messages.len());
+/// AMQP cannot carry a longer id, and a request with a wrong one could not be followed: its refusal has none.
+fn request_id(text: &str) -> Result<String, String> {
+    let id = RequestId::parse(text).ok_or("expected 1 to 128 of A-Z a-z 0-9 . _ : -")?;
+    Ok(id.as_str().to_owned())
+}
+
+async fn publish(channel: &Channel, queue: &str, messages: &[Message]) -> Result<Vec<Confirmation>, SessionError> {
+    let mut sent = Vec::with_capacity(messages.len());
     for message in messages {
         let properties = BasicProperties::default()
             .with_content_type("application/json".into())
             .with_delivery_mode(2)
             .with_message_id(message.id.as_str().into());
         let options = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
-        confirmations.push(channel.basic_publish("".into(), queue.into(), options, &message.body, properties).await?);
+        sent.push(channel.basic_publish("".into(), queue.into(), options, &message.body, properties).await?);
     }
+    let mut confirmations = Vec::with_capacity(sent.len());
+    for confirmation in sent {
+        confirmations.push(confirmation.await?);
+    }
+    Ok(confirmations)
+}
+
+/// Whether the broker took every request of a window.
+fn taken(queue: &str, confirmations: &[Confirmation]) -> anyhow::Result<()> {
     for confirmation in confirmations {
-        match confirmation.await? {
+        match confirmation {
             Confirmation::Ack(None) => {}
             Confirmation::Ack(Some(_)) => bail!("there is no queue {queue}; make it with: keyferry topology apply"),
             Confirmation::Nack(_) | Confirmation::NotRequested => {

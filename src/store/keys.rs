@@ -9,6 +9,7 @@ use deadpool_postgres::Transaction;
 use serde_json::json;
 use time::OffsetDateTime;
 use tokio_postgres::Row;
+use tokio_postgres::types::ToSql;
 use uuid::Uuid;
 
 /// Where a source key's bytes come from.
@@ -86,16 +87,10 @@ impl Store {
     pub async fn add_source_key(&self, new: &NewSourceKey) -> Result<bool, StoreError> {
         let mut client = self.client().await?;
         let transaction = client.transaction().await?;
-        let taken = transaction.query_opt("select 1 from source_key where name = $1", &[&new.key.name]).await?;
-        if taken.is_some() {
-            return Ok(false);
-        }
         let now: OffsetDateTime = transaction.query_one("select keyferry_now()", &[]).await?.get(0);
-        match insert_source_keys(&transaction, &[&new.key], new.origin, now).await {
-            Ok(()) => {}
-            // Somebody was faster with the same name.
-            Err(StoreError::Data(_)) => return Ok(false),
-            Err(other) => return Err(other),
+        let unless_taken = format!("{INSERT} on conflict (name) do nothing");
+        if insert(&transaction, &unless_taken, &[&new.key], new.origin, now).await? == 0 {
+            return Ok(false);
         }
         let kind = match new.origin {
             SourceKeyOrigin::Generated => Kind::SourceKeyCreated,
@@ -108,31 +103,36 @@ impl Store {
         Ok(true)
     }
 
-    /// Source keys, newest first; erased ones only when asked for.
+    /// Source keys, newest first and older than `before`; erased ones only when asked for.
     pub async fn source_keys(
         &self,
-        name_or_id: Option<&str>,
         with_deleted: bool,
+        before: Option<Uuid>,
+        limit: i64,
     ) -> Result<Vec<KeyListing>, StoreError> {
-        const LIST: &str = "
-            select id, name, kind, origin, kek_id, created_at, deleted_at,
-                   array(select kms_key.arn from kms_material join kms_key on kms_key.id = kms_material.kms_key_id
-                         where kms_material.source_key_id = source_key.id::text order by 1)
-            from source_key
-            where ($1::text is null or name = $1 or id::text = $1) and ($2 or deleted_at is null)
-            order by created_at desc, id";
         let client = self.client().await?;
-        let rows = client.query(LIST, &[&name_or_id, &with_deleted]).await?;
+        // Ids begin with the time.
+        let list = format!("{LISTING} where id < $1 and ($2 or deleted_at is null) order by id desc limit $3");
+        let rows = client.query(&list, &[&before.unwrap_or(Uuid::max()), &with_deleted, &limit]).await?;
         Ok(rows.iter().map(listing).collect())
+    }
+
+    /// A source key by name or id, erased or not.
+    pub async fn source_key(&self, name_or_id: &str) -> Result<Option<KeyListing>, StoreError> {
+        let client = self.client().await?;
+        let (column, value) = sought(name_or_id);
+        let row = client.query_opt(&format!("{LISTING} where {column} = $1"), &[&*value]).await?;
+        Ok(row.as_ref().map(listing))
     }
 
     /// A source key with its seals, by name or id.
     pub async fn sealed_source_key(&self, name_or_id: &str) -> Result<Option<SealedKey>, StoreError> {
         const READ: &str = "
             select id, name, kind, fingerprint, fingerprint_version, kek_id, sealed_material, sealed_data_key
-            from source_key where name = $1 or id::text = $1";
+            from source_key where";
         let client = self.client().await?;
-        let row = client.query_opt(READ, &[&name_or_id]).await?;
+        let (column, value) = sought(name_or_id);
+        let row = client.query_opt(&format!("{READ} {column} = $1"), &[&*value]).await?;
         Ok(row.and_then(|row| {
             Some(SealedKey {
                 id: row.get(0),
@@ -149,9 +149,6 @@ impl Store {
     /// Erases a source key's seals, unless a KMS key is tied to it. The name stays taken for ever, so that it
     /// never means other bytes.
     pub async fn delete_source_key(&self, name_or_id: &str, operator: &str) -> Result<KeyDeletion, StoreError> {
-        // Not to be chosen by a job between this look and the end of the transaction.
-        const FIND: &str = "
-            select id, name from source_key where (name = $1 or id::text = $1) and deleted_at is null for update";
         const USERS: &str = "
             select kms_key.arn from kms_material join kms_key on kms_key.id = kms_material.kms_key_id
             where kms_material.source_key_id = $1::uuid::text
@@ -162,9 +159,12 @@ impl Store {
             order by 1";
         const ERASE: &str = "
             update source_key set sealed_material = null, sealed_data_key = null, deleted_at = $2 where id = $1";
+        // Not to be chosen by a job between this look and the end of the transaction.
+        let (column, value) = sought(name_or_id);
+        let find = format!("select id, name from source_key where {column} = $1 and deleted_at is null for update");
         let mut client = self.client().await?;
         let transaction = client.transaction().await?;
-        let Some(row) = transaction.query_opt(FIND, &[&name_or_id]).await? else { return Ok(KeyDeletion::Unknown) };
+        let Some(row) = transaction.query_opt(&find, &[&*value]).await? else { return Ok(KeyDeletion::Unknown) };
         let (id, name): (Uuid, String) = (row.get(0), row.get(1));
         let users: Vec<String> = transaction.query(USERS, &[&id]).await?.iter().map(|row| row.get(0)).collect();
         if !users.is_empty() {
@@ -181,23 +181,49 @@ impl Store {
     }
 }
 
-/// Inserts sealed keys.
+const LISTING: &str = "
+    select id, name, kind, origin, kek_id, created_at, deleted_at,
+           array(select kms_key.arn from kms_material join kms_key on kms_key.id = kms_material.kms_key_id
+                 where kms_material.source_key_id = source_key.id::text order by 1)
+    from source_key";
+
+const INSERT: &str = "
+    insert into source_key (id, name, kind, origin, sealed_material, sealed_data_key, kek_id, fingerprint,
+                            fingerprint_version, created_at)
+    select id, name, kind, $9, material, data_key, kek_id, fingerprint, version, $10
+    from unnest($1::uuid[], $2::text[], $3::text[], $4::bytea[], $5::bytea[], $6::text[], $7::bytea[], $8::integer[])
+         as new(id, name, kind, material, data_key, kek_id, fingerprint, version)
+    order by name";
+
+/// The indexed column that finds a source key, and the value it has. A name that looks like an id is never given.
+fn sought(name_or_id: &str) -> (&'static str, Box<dyn ToSql + Sync + Send + '_>) {
+    match Uuid::try_parse(name_or_id) {
+        Ok(id) => ("id", Box::new(id)),
+        Err(_) => ("name", Box::new(name_or_id)),
+    }
+}
+
+/// Inserts sealed keys whose names jobs have to themselves.
 pub(super) async fn insert_source_keys(
     transaction: &Transaction<'_>,
     keys: &[&SealedKey],
     origin: SourceKeyOrigin,
     now: OffsetDateTime,
 ) -> Result<(), StoreError> {
-    const INSERT: &str = "
-        insert into source_key (id, name, kind, origin, sealed_material, sealed_data_key, kek_id, fingerprint,
-                                fingerprint_version, created_at)
-        select id, name, kind, $9, material, data_key, kek_id, fingerprint, version, $10
-        from unnest($1::uuid[], $2::text[], $3::text[], $4::bytea[], $5::bytea[], $6::text[], $7::bytea[], $8::integer[])
-             as new(id, name, kind, material, data_key, kek_id, fingerprint, version)
-        order by name";
-    if keys.is_empty() {
-        return Ok(());
+    if !keys.is_empty() {
+        insert(transaction, INSERT, keys, origin, now).await?;
     }
+    Ok(())
+}
+
+/// The number of keys that were inserted.
+async fn insert(
+    transaction: &Transaction<'_>,
+    statement: &str,
+    keys: &[&SealedKey],
+    origin: SourceKeyOrigin,
+    now: OffsetDateTime,
+) -> Result<u64, StoreError> {
     let origin = match origin {
         SourceKeyOrigin::Generated => "generated",
         SourceKeyOrigin::Imported => "imported",
@@ -210,11 +236,10 @@ pub(super) async fn insert_source_keys(
     let kek_ids: Vec<&str> = keys.iter().map(|key| key.kek_id.as_str()).collect();
     let hashes: Vec<&[u8]> = keys.iter().map(|key| key.fingerprint.hash.as_slice()).collect();
     let versions: Vec<i32> = keys.iter().map(|key| key.fingerprint.version).collect();
-    let insert = transaction.prepare_cached(INSERT).await?;
-    transaction
-        .execute(&insert, &[&ids, &names, &kinds, &materials, &data_keys, &kek_ids, &hashes, &versions, &origin, &now])
-        .await?;
-    Ok(())
+    let statement = transaction.prepare_cached(statement).await?;
+    let values: [&(dyn ToSql + Sync); 10] =
+        [&ids, &names, &kinds, &materials, &data_keys, &kek_ids, &hashes, &versions, &origin, &now];
+    Ok(transaction.execute(&statement, &values).await?)
 }
 
 fn listing(row: &Row) -> KeyListing {

@@ -1,21 +1,24 @@
 //! What people and programs see of jobs.
 
 use super::{Store, StoreError};
+use crate::job::RequestId;
 use serde_json::Value;
+use std::collections::HashMap;
 use time::OffsetDateTime;
-use tokio_postgres::Row;
+use tokio_postgres::types::ToSql;
+use tokio_postgres::{Client, Row};
 use uuid::Uuid;
 
 /// Which jobs are listed.
 #[derive(Clone, Debug, Default)]
 pub struct JobFilter {
-    /// `waiting`, `succeeded` or `failed`.
+    /// `waiting`, `succeeded` or `failed`. Jobs are read, newest first, until enough are in this state.
     pub state: Option<String>,
-    /// A KMS key's ARN or the id that Keyferry gave it.
+    /// A KMS key's ARN or the id that Keyferry gave it. Its jobs are read alone, along its line.
     pub key: Option<String>,
-    /// The name of a batch.
+    /// The name of a batch. Jobs are read, newest first, until enough are of it.
     pub batch: Option<String>,
-    /// Only jobs older than this one, for the next page.
+    /// Only jobs that would be listed after this one, for the next page.
     pub before: Option<Uuid>,
     /// Rows at most.
     pub limit: i64,
@@ -24,10 +27,12 @@ pub struct JobFilter {
 /// A job as it may be shown.
 #[derive(Clone, Debug, serde::Serialize)]
 pub struct JobView {
-    /// The job's id; absent for a refusal.
-    pub id: Option<Uuid>,
+    /// The job's id; a refusal's own, which is its event's too.
+    pub id: Uuid,
     /// The request's idempotency key.
     pub request_id: Option<String>,
+    /// The CloudEvents source within which that key is unique, else empty; absent for a refusal.
+    pub source: Option<String>,
     /// `waiting`, `succeeded`, `failed` or `rejected`.
     pub state: String,
     /// The operation.
@@ -56,73 +61,140 @@ pub struct JobView {
     pub error: Option<Value>,
 }
 
-const VIEW: &str = "
+const COLUMNS: &str = "
     job.id, job.request_id, job.state, job.request::jsonb, kms_key.arn, kms_key.id, job.seq, job.principal,
     job.accepted_at, job.finished_at,
     case when job.state = 'waiting' and line.head_seq = job.seq then line.attempt else job.attempts end,
-    job.result, coalesce(job.error, progress.last_error)
+    job.result, coalesce(job.error, progress.last_error), job.request_source";
+const TABLES: &str = "
     from job join kms_key on kms_key.id = job.kms_key_id
     join line on line.id = job.line_id
     left join progress on progress.job_id = job.id";
+const REFUSAL: &str = "select id, request_id, principal, refused_at, code, field, message, id_hash from refusal";
 
 impl Store {
-    /// Jobs, newest first.
-    pub async fn jobs(&self, filter: &JobFilter) -> Result<Vec<JobView>, StoreError> {
+    /// Jobs, newest first; those of one key by their place in its line, last first. Nothing when the key is unknown.
+    pub async fn jobs(&self, filter: &JobFilter) -> Result<Option<Vec<JobView>>, StoreError> {
+        // Backwards along the primary key.
+        const ALL: &str = "job.id < $4 order by job.id desc";
+        // Backwards along the unique index on line and place. A line can be that of several keys; jobs that have no
+        // place yet come first.
+        const OF_KEY: &str = "job.line_id = $5 and job.kms_key_id = $6";
+        const BEFORE_ID: &str = "(job.seq is not null or job.id < $4) order by job.seq desc, job.id desc";
+        const BEFORE_PLACE: &str = "
+            job.seq < (select other.seq from job as other where other.id = $4 and other.line_id = $5)
+            order by job.seq desc";
+        const HAS_PLACE: &str = "select seq is not null from job where id = $1";
         let client = self.client().await?;
-        let list = format!(
-            "select {VIEW}
-             where ($1::text is null or job.state = $1)
-               and ($2::text is null or kms_key.arn = $2 or kms_key.id::text = $2)
-               and ($3::text is null or job.request::jsonb ->> 'batch' = $3)
-               and ($4::uuid is null or job.id < $4)
-             order by job.id desc limit $5"
-        );
         let JobFilter { state, key, batch, before, limit } = filter;
-        let rows = client.query(&list, &[state, key, batch, before, limit]).await?;
-        Ok(rows.iter().map(job_view).collect())
+        let mut which = ALL.to_owned();
+        let before_id = before.unwrap_or(Uuid::max());
+        let mut values: Vec<&(dyn ToSql + Sync)> = vec![state, batch, limit, &before_id];
+        let names;
+        if let Some(key) = key {
+            let Some(found) = find_key(&client, key).await? else { return Ok(None) };
+            names = found;
+            let placed = match before {
+                Some(before) => client.query_opt(HAS_PLACE, &[before]).await?.is_none_or(|row| row.get(0)),
+                None => false,
+            };
+            which = format!("{OF_KEY} and {}", if placed { BEFORE_PLACE } else { BEFORE_ID });
+            values.extend([&names.0 as &(dyn ToSql + Sync), &names.1]);
+        }
+        let list = format!(
+            "select {COLUMNS} {TABLES}
+             where ($1::text is null or job.state = $1)
+               and ($2::text is null or job.request::jsonb ->> 'batch' = $2)
+               and {which} limit $3"
+        );
+        Ok(Some(client.query(&list, &values).await?.iter().map(job_view).collect()))
     }
 
-    /// Jobs by their ids, or by the ids that a principal gave its requests; refusals of these requests too.
-    pub async fn find_jobs(&self, principal: &str, ids: &[String]) -> Result<Vec<JobView>, StoreError> {
-        const REFUSED: &str = "
-            select request_id, principal, refused_at, code, field, message from refusal
-            where principal = $1 and id_hash = any($2) order by refused_at";
+    /// Jobs and refusals by their ids, or by the ids that a principal gave its requests within a CloudEvents source;
+    /// each beside the id by which it was asked for. Refusals come oldest first.
+    pub async fn find_jobs(
+        &self,
+        principal: &str,
+        source: &str,
+        ids: &[String],
+    ) -> Result<Vec<(String, JobView)>, StoreError> {
         let client = self.client().await?;
-        let job_ids: Vec<Uuid> = ids.iter().filter_map(|id| Uuid::try_parse(id).ok()).collect();
-        let by_id = format!("select {VIEW} where job.id = any($1)");
-        let mut views: Vec<JobView> = client.query(&by_id, &[&job_ids]).await?.iter().map(job_view).collect();
-        let by_request = format!(
-            "select {VIEW} where job.id in (select job_id from request where principal = $1 and id_hash = any($2))"
-        );
-        let hashes: Vec<Vec<u8>> = ids
+        // Several spellings can be one job's id, and each of them another request's.
+        let mut own: HashMap<Uuid, Vec<&String>> = HashMap::new();
+        for id in ids {
+            if let Ok(parsed) = Uuid::try_parse(id) {
+                own.entry(parsed).or_default().push(id);
+            }
+        }
+        let own_ids: Vec<Uuid> = own.keys().copied().collect();
+        let requests: HashMap<Vec<u8>, &String> = ids
             .iter()
-            .filter_map(|id| crate::job::RequestId::parse(id))
-            .map(|id| crate::job::id_hash("", &id).to_vec())
+            .filter_map(|id| Some((crate::job::id_hash(source, &RequestId::parse(id)?).to_vec(), id)))
             .collect();
-        views.extend(client.query(&by_request, &[&principal, &hashes]).await?.iter().map(job_view));
-        let refused = client.query(REFUSED, &[&principal, &hashes]).await?;
-        views.extend(refused.iter().map(|row| JobView {
-            id: None,
-            request_id: row.get(0),
-            state: "rejected".into(),
-            operation: None,
-            key: None,
-            key_id: None,
-            sequence: None,
-            principal: row.get(1),
-            accepted_at: row.get(2),
-            finished_at: row.get(2),
-            attempts: 0,
-            request: None,
-            result: None,
-            error: Some(serde_json::json!({
-                "code": row.get::<_, String>(3),
-                "field": row.get::<_, Option<String>>(4),
-                "message": row.get::<_, String>(5),
-                "aws_changed": false,
-            })),
-        }));
-        Ok(views)
+        let hashes: Vec<&[u8]> = requests.keys().map(Vec::as_slice).collect();
+        let mut found = Vec::new();
+        let mut add = |asked: Option<&[&String]>, view: &JobView| {
+            found.extend(asked.into_iter().flatten().map(|asked| ((*asked).clone(), view.clone())));
+        };
+
+        let by_id = format!("select {COLUMNS} {TABLES} where job.id = any($1)");
+        for row in client.query(&by_id, &[&own_ids]).await? {
+            let view = job_view(&row);
+            add(own.get(&view.id).map(Vec::as_slice), &view);
+        }
+        let by_request = format!(
+            "select {COLUMNS}, request.id_hash {TABLES} join request on request.job_id = job.id
+             where request.principal = $1 and request.id_hash = any($2)"
+        );
+        for row in client.query(&by_request, &[&principal, &hashes]).await? {
+            add(requests.get(row.get::<_, &[u8]>(14)).map(std::slice::from_ref), &job_view(&row));
+        }
+        // Whoever knows a refusal's id has seen its event: no principal is asked for, as for a job's id.
+        let refused_by_id = format!("{REFUSAL} where id = any($1)");
+        for row in client.query(&refused_by_id, &[&own_ids]).await? {
+            let view = refusal_view(&row);
+            add(own.get(&view.id).map(Vec::as_slice), &view);
+        }
+        let refused = format!("{REFUSAL} where principal = $1 and id_hash = any($2) order by refused_at");
+        for row in client.query(&refused, &[&principal, &hashes]).await? {
+            add(requests.get(row.get::<_, &[u8]>(7)).map(std::slice::from_ref), &refusal_view(&row));
+        }
+        Ok(found)
+    }
+}
+
+/// The line and the id of a KMS key, by its ARN or its id.
+async fn find_key(client: &Client, key: &str) -> Result<Option<(i64, Uuid)>, StoreError> {
+    const FIND: &str = "select line_id, id from kms_key where";
+    let row = match Uuid::try_parse(key) {
+        Ok(id) => client.query_opt(&format!("{FIND} id = $1"), &[&id]).await?,
+        Err(_) => client.query_opt(&format!("{FIND} arn = $1"), &[&key]).await?,
+    };
+    Ok(row.map(|row| (row.get(0), row.get(1))))
+}
+
+fn refusal_view(row: &Row) -> JobView {
+    JobView {
+        id: row.get(0),
+        request_id: row.get(1),
+        source: None,
+        state: "rejected".into(),
+        operation: None,
+        key: None,
+        key_id: None,
+        sequence: None,
+        principal: row.get(2),
+        accepted_at: row.get(3),
+        finished_at: row.get(3),
+        attempts: 0,
+        request: None,
+        result: None,
+        error: Some(serde_json::json!({
+            "code": row.get::<_, String>(4),
+            "field": row.get::<_, Option<String>>(5),
+            "message": row.get::<_, String>(6),
+            "aws_changed": false,
+        })),
     }
 }
 
@@ -143,5 +215,6 @@ fn job_view(row: &Row) -> JobView {
         attempts: row.get(10),
         result: row.get(11),
         error: row.get(12),
+        source: row.get(13),
     }
 }

@@ -5,6 +5,7 @@ use crate::support::db::TestDb;
 use crate::support::variable;
 use crate::support::world::{Ran, Tuning, World, request};
 use serde_json::{Value, json};
+use std::os::unix::fs::PermissionsExt;
 use url::Url;
 
 /// What `submit` publishes for a request.
@@ -65,10 +66,19 @@ async fn a_file_of_requests_is_followed_to_its_end() {
     let ran = world.run_with(&["submit", "--file", "-", "--wait"], &[], &requests[0].to_string()).await;
     ended(&ran, 0, "succeeded");
     world.note_published(requests.iter().map(submitted));
-    for (input, says) in [("{\"id\":\"x\"", "line 1"), ("[]", "not a JSON object"), ("{\"id\":7}", "expected a string")]
-    {
-        let ran = world.run_with(&["submit", "--file", "-"], &[], input).await;
+    let long = format!("\n{}", json!({"id": "x".repeat(300)}));
+    for (input, says) in [
+        ("{\"id\":\"x\"", "line 1"),
+        ("[]", "not a JSON object"),
+        ("{\"id\":7}", "expected a string"),
+        ("\n{\"id\":\"white space\"}", "line 2: id: expected 1 to 128"),
+        (&long, "line 2: id: expected 1 to 128"),
+    ] {
+        let ran = world.run_with(&["submit", "--file", "-", "--wait"], &[], input).await;
         ended(&ran, 1, says);
+    }
+    for id in ["", "white space", &"x".repeat(129)] {
+        ended(&world.run(&["submit", "--key", &arns[0], "--id", id, "--wait"]).await, 2, "expected 1 to 128");
     }
     // Too long: the worker is held.
     world.fake.fault("DescribeKey", &arns[2], Some(1), json!({"kind": "hold"})).await;
@@ -81,6 +91,41 @@ async fn a_file_of_requests_is_followed_to_its_end() {
     ended(&world.run(&["submit", "--file", "no-such-file"]).await, 1, "no-such-file");
     ended(&world.run(&["submit"]).await, 2, "--key");
     world.finish().await;
+}
+
+/// A way to the broker that loses everything once publisher confirms are switched on: to the client it looks like a
+/// broker that has stopped reading.
+async fn deaf_broker(url: &Url) -> String {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    const CONFIRM_SELECT: [u8; 4] = [0, 85, 0, 10];
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let mut through = url.clone();
+    through.set_port(Some(listener.local_addr().unwrap().port())).unwrap();
+    let broker = (url.host_str().unwrap().to_owned(), url.port().unwrap());
+    tokio::spawn(async move {
+        let (client, _) = listener.accept().await.unwrap();
+        let (mut from_broker, mut to_broker) = tokio::net::TcpStream::connect(broker).await.unwrap().into_split();
+        let (mut from_client, mut to_client) = client.into_split();
+        tokio::spawn(async move { tokio::io::copy(&mut from_broker, &mut to_client).await });
+        let (mut is_deaf, mut bytes) = (false, [0; 4096]);
+        while let Ok(length @ 1..) = from_client.read(&mut bytes).await {
+            if !is_deaf {
+                to_broker.write_all(&bytes[..length]).await.unwrap();
+            }
+            is_deaf |= bytes[..length].windows(4).any(|window| window == CONFIRM_SELECT);
+        }
+    });
+    through.to_string()
+}
+
+#[tokio::test]
+async fn a_broker_that_takes_nothing_is_not_waited_for_without_end() {
+    let world = World::new(Tuning::default()).await;
+    let deaf = deaf_broker(&world.vhost.url().parse().unwrap()).await;
+    let settings = [("KEYFERRY_RABBITMQ__URL", deaf.as_str()), ("KEYFERRY_RABBITMQ__CONNECT_TIMEOUT_MS", "1500")];
+    let ran = world.run_with(&["submit", "--key", "x"], &settings, "").await;
+    ended(&ran, 1, "0 requests were published, and up to 1 more may have been, before this: RabbitMQ did not answer");
+    assert_eq!(world.vhost.ready(JOBS).await, 0);
 }
 
 #[tokio::test]
@@ -120,7 +165,20 @@ async fn jobs_are_listed_and_shown() {
     let refused = world.run(&["jobs", "show", "three", "--json"]).await;
     assert_eq!(refused.json()[0]["error"]["code"], "invalid_arn");
     assert_eq!(refused.json()[0]["state"], "rejected");
+    let id = refused.json()[0]["id"].as_str().unwrap().to_owned();
+    ended(&world.run(&["jobs", "show", &id]).await, 0, "invalid_arn");
+    ended(&world.run(&["jobs", "wait", &id, "three", "one", "one"]).await, 3, "invalid_arn");
     ended(&world.run(&["jobs", "show", "four"]).await, 1, "no job and no refusal");
+    ended(&world.run(&["jobs", "list", "--key", "four"]).await, 1, "no job ever was for the KMS key four");
+    // In an envelope, ids are the source's own.
+    let envelope = json!({"specversion": "1.0", "source": "/orders", "type": "t", "id": "four",
+                          "data": {"key": arns[0]}});
+    let content_type = Some("application/cloudevents+json".into());
+    world.send(Message { body: envelope.to_string().into_bytes(), content_type, message_id: None }).await;
+    world.ended("four").await;
+    ended(&world.run(&["jobs", "show", "four"]).await, 1, "--source");
+    ended(&world.run(&["jobs", "show", "four", "--source", "/orders"]).await, 0, "four");
+    ended(&world.run(&["jobs", "wait", "four", "--source", "/orders"]).await, 3, "source_key_required");
     world.finish().await;
 }
 
@@ -142,6 +200,16 @@ async fn the_topology_is_compared_in_depth() {
     world.vhost.delete_queue(JOBS).await;
     ended(&world.run(&["topology", "apply"]).await, 0, "as it should be");
     ended(&world.run(&["topology", "apply"]).await, 0, "as it should be");
+    // Names that only the settings have.
+    let own = [("KEYFERRY_RABBITMQ__QUEUE", "own.jobs"), ("KEYFERRY_RABBITMQ__EXCHANGE", "own.events")];
+    let checked = world.run_with(&["topology", "check", "--json"], &own, "").await;
+    let missing = |kind: &str, name: &str| json!({"kind": kind, "name": name, "problem": "is missing"});
+    assert_eq!(checked.json(), json!([missing("queue", "own.jobs"), missing("exchange", "own.events")]));
+    let applied = world.run_with(&["topology", "apply"], &own, "").await;
+    ended(&applied, 1, "queue own.jobs: is missing");
+    assert!(applied.err.contains("only the default topology is made") && applied.err.contains("own.events"));
+    world.vhost.declare_classic("own.jobs").await;
+    ended(&world.run_with(&["topology", "check"], &own[..1], "").await, 0, "as it should be");
     let wrong = [("KEYFERRY_RABBITMQ__API_URL", "http://guest:wrong@127.0.0.1:1")];
     let unreachable = world.run_with(&["topology", "check"], &wrong, "").await;
     ended(&unreachable, 1, "does not answer");
@@ -175,7 +243,16 @@ async fn migrations_run_once_however_often_and_at_once() {
 async fn what_a_worker_cannot_start_with_is_named() {
     let world = World::new(Tuning::default()).await;
     let settings = std::fs::read_to_string(world.path("keyferry.toml")).unwrap();
-    ended(&world.run(&["config", "check"]).await, 0, "complete");
+    let mode = |mode: u32| std::fs::set_permissions(world.path("kek"), PermissionsExt::from_mode(mode)).unwrap();
+    mode(0o640);
+    let readable = world.run(&["config", "check"]).await;
+    ended(&readable, 0, "complete");
+    assert!(readable.err.contains("mode 640"), "{readable:?}");
+    ended(&world.run(&["keys", "create", "--name", "by-all"]).await, 0, "mode 640");
+    mode(0o600);
+    let ran = world.run(&["config", "check"]).await;
+    ended(&ran, 0, "complete");
+    assert_eq!(ran.err, "");
     // The first start binds the database to a key-encryption key.
     ended(&world.run(&["keys", "create", "--name", "k"]).await, 0, "k");
     world.write("keyferry.toml", &settings.replace("policy = \"allow-all\"", ""));

@@ -26,6 +26,9 @@ async fn source_keys_are_made_brought_listed_and_shown() {
     let listed = world.run(&["keys", "list", "--json"]).await.json();
     let names: Vec<&str> = listed.as_array().unwrap().iter().map(|key| key["name"].as_str().unwrap()).collect();
     assert_eq!(names, ["as-raw", "as-base64", "as-hex", "made"], "newest first");
+    let before = listed[1]["id"].as_str().unwrap();
+    let page = world.run(&["keys", "list", "--json", "--limit", "1", "--before", before]).await.json();
+    assert_eq!((page.as_array().unwrap().len(), &page[0]), (1, &listed[2]));
     // All three are the same bytes: a KMS key takes each of them in turn.
     let arn = world.fake.key().await;
     for name in ["as-hex", "as-base64", "as-raw"] {
@@ -48,6 +51,8 @@ async fn source_keys_are_made_brought_listed_and_shown() {
     for name in ["", "white space", &id_like] {
         assert_eq!(world.run(&["keys", "create", "--name", name]).await.code, Some(2), "{name}");
     }
+    let reserved = world.run(&["keys", "create", "--name", "keyferry-mine"]).await;
+    assert!(reserved.code == Some(2) && reserved.err.contains("keys that jobs generate"), "{reserved:?}");
     world.finish().await;
 }
 

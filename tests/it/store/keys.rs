@@ -5,8 +5,8 @@ use super::given::{
     sealed, settle, step, succeeded, until_waiting, value,
 };
 use crate::support::db::TestDb;
-use keyferry::source::{Kek, Keyring};
-use keyferry::store::{KeyDeletion, Prepared, RetryState, SettlementKind};
+use keyferry::source::{Kek, Keyring, SealedKey};
+use keyferry::store::{KeyDeletion, NewSourceKey, Prepared, RetryState, SettlementKind, SourceKeyOrigin, StoreError};
 use std::time::Duration;
 
 #[tokio::test]
@@ -26,9 +26,12 @@ async fn an_erased_key_leaves_its_name_and_no_seals() {
 
     let stored = store.sealed_source_key("k").await.unwrap().unwrap();
     assert!(stored.sealed_material.is_none() && stored.sealed_data_key.is_none());
-    assert!(store.source_keys(None, false).await.unwrap().is_empty());
-    let listed = store.source_keys(Some("k"), true).await.unwrap();
+    assert!(store.source_keys(false, None, 10).await.unwrap().is_empty());
+    let listed = store.source_keys(true, None, 10).await.unwrap();
     assert!(listed.len() == 1 && listed[0].deleted_at.is_some());
+    for name_or_id in ["k", &key.id.to_string(), &key.id.simple().to_string().to_uppercase()] {
+        assert_eq!(store.source_key(name_or_id).await.unwrap().unwrap().id, key.id, "{name_or_id}");
+    }
     assert_eq!(value::<i64>(&client, "select count(*) from audit_entry", &[]).await, 2);
     assert_audit_holds(&client).await;
 }
@@ -48,7 +51,7 @@ async fn a_key_that_a_kms_key_holds_or_may_hold_is_not_erased() {
         assert!(settle(&store, &end).await);
         let tied = KeyDeletion::InUse(vec![arn(n).to_string()]);
         assert_eq!(store.delete_source_key(&key.name, "op").await.unwrap(), tied);
-        assert_eq!(store.source_keys(Some(&key.name), false).await.unwrap()[0].used_by, [arn(n).to_string()]);
+        assert_eq!(store.source_key(&key.name).await.unwrap().unwrap().used_by, [arn(n).to_string()]);
     }
     assert_eq!(value::<i64>(&client, "select count(*) from source_key where deleted_at is null", &[]).await, 2);
 }
@@ -125,6 +128,38 @@ async fn a_name_is_given_to_one_key_however_many_ask_at_once() {
     let won = futures_util::future::join_all(adding).await;
     assert_eq!(won.iter().filter(|won| **won).count(), 1);
     assert_eq!(value::<i64>(&client, "select count(*) from audit_entry", &[]).await, 1);
+}
+
+#[tokio::test]
+async fn only_a_taken_name_is_called_taken() {
+    let db = TestDb::create().await;
+    let store = db.store().await;
+    let key = sealed("k");
+    assert!(add_source_key(&store, &key).await);
+    // Another rule of the database is broken: the id is there.
+    let same_id = SealedKey { name: "other".into(), ..key };
+    let new = NewSourceKey { key: same_id, origin: SourceKeyOrigin::Imported, operator: "op".into() };
+    let error = store.add_source_key(&new).await.unwrap_err();
+    assert!(matches!(&error, StoreError::Data(reason) if reason.contains("source_key_pkey")), "{error}");
+    assert!(store.source_key("other").await.unwrap().is_none());
+}
+
+#[tokio::test]
+async fn keys_are_listed_page_by_page() {
+    let db = TestDb::create().await;
+    let store = db.store().await;
+    for n in 1..=5 {
+        assert!(add_source_key(&store, &sealed(&format!("k{n}"))).await);
+    }
+    assert_eq!(store.delete_source_key("k4", "op").await.unwrap(), KeyDeletion::Deleted);
+    let page = async |with_deleted, before| {
+        let keys = store.source_keys(with_deleted, before, 2).await.unwrap();
+        (keys.last().map(|key| key.id), keys.into_iter().map(|key| key.name).collect::<Vec<_>>())
+    };
+    let (last, names) = page(false, None).await;
+    assert_eq!(names, ["k5", "k3"]);
+    assert_eq!(page(false, last).await.1, ["k2", "k1"]);
+    assert_eq!(page(true, None).await.1, ["k5", "k4"]);
 }
 
 #[tokio::test]
