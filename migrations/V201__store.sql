@@ -71,9 +71,8 @@ create table kms_key (
     id uuid primary key,
     arn text not null unique,
     line_id bigint not null,
-    created_at timestamptz not null,
-    updated_at timestamptz not null
-) with (fillfactor = 80);
+    created_at timestamptz not null
+);
 
 -- The local store. Material is sealed under a data key, that under the key-encryption key.
 create table source_key (
@@ -248,7 +247,6 @@ grant select on clock_offset, schema_tolerance, refinery_schema_history to keyfe
 grant select, insert, update on lane, line, kms_material to keyferry_worker;
 grant select, insert on order_key, kms_key, job, request, refusal, audit_entry, fingerprint_key, source_key
     to keyferry_worker;
-grant update (updated_at) on kms_key to keyferry_worker;
 grant update (seq, state, source_key_id, attempts, finished_at, result, error) on job to keyferry_worker;
 -- Locking a row needs the right to update it; deletion erases the seals and keeps the rest.
 grant update (sealed_material, sealed_data_key, deleted_at) on source_key to keyferry_worker;

@@ -362,8 +362,8 @@ async fn register_keys(
         where lane.operation = $4
         order by new.id";
     const KEYS: &str = "
-        insert into kms_key (id, arn, line_id, created_at, updated_at)
-        select new.id, new.arn, order_key.line_id, $4, $4
+        insert into kms_key (id, arn, line_id, created_at)
+        select new.id, new.arn, order_key.line_id, $4
         from unnest($1::uuid[], $2::text[], $3::text[]) as new(id, arn, name)
         join order_key using (name)
         order by new.arn on conflict do nothing";

@@ -165,7 +165,6 @@ impl Store {
             ended.write_jobs(&transaction).boxed(),
             ended.empty_progress(&transaction).boxed(),
             ended.write_materials(&transaction).boxed(),
-            ended.touch_keys(&transaction).boxed(),
             insert_events(&transaction, &ended.events).boxed(),
             keep_progress(&transaction, &valid).boxed(),
             release(&transaction, &valid, now, signature_life).boxed(),
@@ -310,17 +309,6 @@ impl Ended {
                     ],
                 )
                 .await?;
-        }
-        Ok(())
-    }
-
-    async fn touch_keys(&self, transaction: &Transaction<'_>) -> Result<(), StoreError> {
-        const TOUCH: &str = "
-            update kms_key set updated_at = $2 where id in
-                (select id from kms_key where id = any($1) order by id for no key update)";
-        if !self.materials.keys.is_empty() {
-            let touch = transaction.prepare_cached(TOUCH).await?;
-            transaction.execute(&touch, &[&self.materials.keys, &self.now]).await?;
         }
         Ok(())
     }

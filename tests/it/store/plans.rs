@@ -207,9 +207,9 @@ async fn fill(admin: &Client) {
         values (10001, (select min(id) from lane), 1, 100000, keyferry_now() - interval '1 h');
         insert into line (id, lane_id) select 10001 + row_number() over (), id from lane where region = 'eu-west-1';
 
-        insert into kms_key (id, arn, line_id, created_at, updated_at)
+        insert into kms_key (id, arn, line_id, created_at)
         select pg_temp.id(1, n), 'arn:aws:kms:eu-central-1:111122223333:key/' || pg_temp.id(1, n), n,
-               keyferry_now(), keyferry_now()
+               keyferry_now()
         from generate_series(1, 10001) as n;
         insert into source_key (id, name, kind, origin, sealed_material, sealed_data_key, kek_id, fingerprint,
                                 fingerprint_version, created_at)
