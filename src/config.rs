@@ -203,8 +203,9 @@ impl Loaded {
         let environment = Env::prefixed("KEYFERRY_")
             .filter(|name| name.as_str().contains("__") || name == "policy" || name == "targets")
             .split("__");
-        let figment =
-            Figment::from(Serialized::defaults(Defaults::default())).merge(Toml::file_exact(&path)).merge(environment);
+        // Only the file that nobody named may be missing: then the environment says it all.
+        let text = if path.exists() { Toml::file_exact(&path) } else { Toml::string("") };
+        let figment = Figment::from(Serialized::defaults(Defaults::default())).merge(text).merge(environment);
         let settings = figment.extract().map_err(|error| ConfigError::Unreadable(Box::new(error)))?;
         let loaded = Self { settings, file: path };
         loaded.check()?;
@@ -446,6 +447,24 @@ mod tests {
             assert_eq!(loaded.kek_file_warning().is_some(), is_warned, "{mode:o}");
             assert!(loaded.kek().is_ok(), "{mode:o}");
         }
+    }
+
+    #[test]
+    #[expect(clippy::result_large_err, reason = "figment's jail wants figment's error")]
+    fn without_a_file_the_environment_says_it_all() {
+        figment::Jail::expect_with(|jail| {
+            jail.set_env("KEYFERRY_POLICY", "allow-all");
+            jail.set_env("KEYFERRY_DATABASE__URL", "postgres://u@h/d");
+            jail.set_env("KEYFERRY_WORKER__CONCURRENCY", "7");
+            jail.set_env("KEYFERRY_TARGETS", r#"[{account="111122223333",regions=["eu-central-1"]}]"#);
+            let loaded = Loaded::read(None).map_err(|error| error.to_string())?;
+            assert_eq!(loaded.policy().unwrap(), Policy::AllowAll);
+            assert_eq!(loaded.database_url().unwrap(), "postgres://u@h/d");
+            assert_eq!(loaded.settings.worker.concurrency, 7);
+            assert_eq!(loaded.targets().unwrap()[0].account, "111122223333");
+            assert!(matches!(Loaded::read(Some(Path::new("other.toml"))), Err(ConfigError::NoFile(_))));
+            Ok(())
+        });
     }
 
     #[test]
