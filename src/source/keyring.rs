@@ -89,7 +89,7 @@ pub struct SealedFingerprintKey {
 
 /// The key of all keyed hashes; its own, so that re-keying the store does not change fingerprints.
 #[derive(Debug)]
-pub struct FingerprintKey {
+struct FingerprintKey {
     version: i32,
     key: KeyMaterial,
 }

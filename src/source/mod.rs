@@ -4,6 +4,6 @@ mod keyring;
 mod local;
 mod material;
 
-pub use keyring::{Fingerprint, FingerprintKey, Kek, KekError, Keyring, SealedFingerprintKey};
+pub use keyring::{Fingerprint, Kek, KekError, Keyring, SealedFingerprintKey};
 pub use local::{OpenError, SealedKey};
 pub use material::KeyMaterial;

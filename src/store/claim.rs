@@ -105,8 +105,6 @@ pub struct KnownMaterial {
     pub fingerprint: Fingerprint,
     /// The source key's name.
     pub source_key_name: String,
-    /// The id that AWS gave it.
-    pub key_material_id: Option<String>,
 }
 
 /// Takes up to `$1` due lines: lanes that have any, the longest unserved first, an equal share each.
@@ -190,7 +188,7 @@ pub const READ: &str = "
            progress.parameters_valid_to, progress.last_error, progress.source_key_id,
            source.id, source.name, source.kind, source.fingerprint, source.fingerprint_version, source.kek_id,
            source.sealed_material, source.sealed_data_key,
-           last.fingerprint, last.fingerprint_version, last.source_key_name, last.key_material_id
+           last.fingerprint, last.fingerprint_version, last.source_key_name
     from unnest($1::bigint[], $2::bigint[]) as head(line_id, seq)
     join job on job.line_id = head.line_id and job.seq = head.seq
     join kms_key on kms_key.id = job.kms_key_id
@@ -423,7 +421,6 @@ fn claimed_job(row: &Row, heads: &HashMap<i64, Head>) -> Result<ClaimedJob, Stor
         last_material: row.get::<_, Option<Vec<u8>>>(33).map(|hash| KnownMaterial {
             fingerprint: Fingerprint { version: row.get(34), hash },
             source_key_name: row.get(35),
-            key_material_id: row.get(36),
         }),
         late: head.late.clone(),
     })

@@ -158,7 +158,7 @@ impl Store {
         let valid: Vec<(&Settlement, &Held)> =
             settlements.iter().filter_map(|end| Some((*end, held.get(&end.lease)?))).collect();
 
-        // One round trip: the statements go out together and are carried out in this order.
+        // One round trip: the statements go out together. None depends on another.
         let ended = Ended::of(&valid, now);
         together(vec![
             write_audit(&transaction, &valid, now).boxed(),

@@ -22,10 +22,9 @@ use crate::store::{
 };
 use crate::wrap::{WrapError, wrap};
 use judge::{Verdict as ErrorVerdict, judge};
-use serde_json::{Value, json};
+use serde_json::json;
 use std::sync::Arc;
 use std::time::Duration;
-use time::OffsetDateTime;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
@@ -677,12 +676,4 @@ fn expiry_text(expiry: Expiry) -> String {
 fn sha256_hex(bytes: &[u8]) -> String {
     use sha2::Digest as _;
     hex::encode(sha2::Sha256::digest(bytes))
-}
-
-fn null_or<T: Into<Value>>(value: Option<T>) -> Value {
-    value.map_or(Value::Null, Into::into)
-}
-
-fn now_text(at: OffsetDateTime) -> Value {
-    Value::from(rfc3339(at))
 }

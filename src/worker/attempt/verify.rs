@@ -1,7 +1,7 @@
 //! Proof, as far as AWS lets one have it, that the key holds what was imported; and the result.
 
-use super::{End, Or, Run, expiry_text, now_text, null_or};
-use crate::job::{Expiry, FailureCode, JobResult, KeyKind};
+use super::{End, Or, Run, expiry_text};
+use crate::job::{Expiry, FailureCode, JobResult, KeyKind, rfc3339};
 use crate::kms::KeyDescription;
 use crate::store::{RetryState, Settlement, SettlementKind};
 use serde_json::{Value, json};
@@ -80,13 +80,13 @@ impl Run {
         let source = self.source_key.as_ref();
         json!({
             "id": self.job.key_id,
-            "createdAt": now_text(self.job.key_created_at),
-            "updatedAt": now_text(self.job.now),
-            "synced_at": now_text(self.job.now),
+            "createdAt": rfc3339(self.job.key_created_at),
+            "updatedAt": rfc3339(self.job.now),
+            "synced_at": rfc3339(self.job.now),
             "region": self.job.key.region(),
             "cloud_name": "aws",
-            "local_key_id": null_or(source.map(|key| key.id.to_string())),
-            "local_key_name": null_or(source.map(|key| key.name.clone())),
+            "local_key_id": source.map(|key| key.id.to_string()),
+            "local_key_name": source.map(|key| key.name.clone()),
             "key_type": KeyKind::parse(&key.key_spec).map(KeyKind::key_type),
             "key_material_origin": "keyferry",
             "key_expiration": self.job.request.expiry != Expiry::Never,
