@@ -1,6 +1,6 @@
 //! Wraps material under the public key that AWS hands out. Pure computation.
 
-use crate::job::{WrappingAlgorithm, WrappingKeySpec};
+use crate::job::{Wrapping, WrappingAlgorithm};
 use rsa::PublicKey;
 use rsa::pkcs8::DecodePublicKey as _;
 use rsa::traits::PublicKeyParts as _;
@@ -29,12 +29,8 @@ pub enum WrapError {
 /// `public_key` is the DER `SubjectPublicKeyInfo` of `GetParametersForImport`. For RSAES-OAEP the answer
 /// is one block of the modulus's size; OAEP and MGF1 use the same hash and the label is empty
 /// (AWS KMS Developer Guide, "Encrypt the key material"; RFC 8017, 7.1).
-pub fn wrap(
-    material: &[u8],
-    public_key: &[u8],
-    algorithm: WrappingAlgorithm,
-    spec: WrappingKeySpec,
-) -> Result<Vec<u8>, WrapError> {
+pub fn wrap(material: &[u8], public_key: &[u8], wrapping: Wrapping) -> Result<Vec<u8>, WrapError> {
+    let Wrapping { algorithm, key_spec: spec } = wrapping;
     let key = PublicKey::from_public_key_der(public_key).map_err(|_| WrapError::NotAPublicKey)?;
     // A shorter modulus than the one asked for would weaken the wrap without anybody noticing.
     if key.size() != spec.modulus_bytes() || key.n().bit_width() as usize != 8 * spec.modulus_bytes() {
@@ -51,6 +47,7 @@ pub fn wrap(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::job::WrappingKeySpec;
     use aws_lc_rs::encoding::AsDer as _;
     use aws_lc_rs::rsa::{
         KeySize, OAEP_SHA1_MGF1SHA1, OAEP_SHA256_MGF1SHA256, OaepPrivateDecryptingKey, PrivateDecryptingKey,
@@ -70,17 +67,24 @@ mod tests {
                 (WrappingAlgorithm::OaepSha256, &OAEP_SHA256_MGF1SHA256),
                 (WrappingAlgorithm::OaepSha1, &OAEP_SHA1_MGF1SHA1),
             ] {
-                let wrapped = wrap(&[42; 64], public.as_ref(), ours, spec).unwrap();
+                let wrapped = wrap(&[42; 64], public.as_ref(), Wrapping { algorithm: ours, key_spec: spec }).unwrap();
                 assert_eq!(wrapped.len(), spec.modulus_bytes());
                 let mut plain = vec![0; spec.modulus_bytes()];
                 let opener = OaepPrivateDecryptingKey::new(private.clone()).unwrap();
                 assert_eq!(opener.decrypt(theirs, &wrapped, &mut plain, None).unwrap(), &[42; 64]);
                 let longest = spec.modulus_bytes() - 2 * if ours == WrappingAlgorithm::OaepSha1 { 20 } else { 32 } - 2;
-                assert!(wrap(&vec![1; longest], public.as_ref(), ours, spec).is_ok());
-                assert_eq!(wrap(&vec![1; longest + 1], public.as_ref(), ours, spec), Err(WrapError::TooLong));
+                assert!(wrap(&vec![1; longest], public.as_ref(), Wrapping { algorithm: ours, key_spec: spec }).is_ok());
+                assert_eq!(
+                    wrap(&vec![1; longest + 1], public.as_ref(), Wrapping { algorithm: ours, key_spec: spec }),
+                    Err(WrapError::TooLong)
+                );
             }
             for other in [WrappingKeySpec::Rsa2048, WrappingKeySpec::Rsa3072, WrappingKeySpec::Rsa4096] {
-                let outcome = wrap(&[1; 32], public.as_ref(), WrappingAlgorithm::OaepSha256, other);
+                let outcome = wrap(
+                    &[1; 32],
+                    public.as_ref(),
+                    Wrapping { algorithm: WrappingAlgorithm::OaepSha256, key_spec: other },
+                );
                 assert_eq!(outcome.is_ok(), other == spec);
             }
         }
@@ -88,7 +92,11 @@ mod tests {
 
     #[test]
     fn what_is_no_public_key_is_refused() {
-        let outcome = wrap(&[1; 32], b"garbage", WrappingAlgorithm::OaepSha256, WrappingKeySpec::Rsa4096);
+        let outcome = wrap(
+            &[1; 32],
+            b"garbage",
+            Wrapping { algorithm: WrappingAlgorithm::OaepSha256, key_spec: WrappingKeySpec::Rsa4096 },
+        );
         assert_eq!(outcome, Err(WrapError::NotAPublicKey));
     }
 }

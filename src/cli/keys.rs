@@ -5,7 +5,7 @@ use super::{Failed, warn_of_kek_file};
 use crate::app::{open_keyring, open_store};
 use crate::config::Loaded;
 use crate::job::KeyKind;
-use crate::source::{KeyMaterial, SealedKey};
+use crate::source::{KeyMaterial, PlainKey, SealedKey};
 use crate::store::{KeyDeletion, NewSourceKey, SourceKeyOrigin, Store};
 use anyhow::{Context as _, anyhow, bail};
 use base64::Engine as _;
@@ -92,22 +92,23 @@ impl Keys {
             Self::Create(named) => {
                 warn_of_kek_file(loaded);
                 let keyring = open_keyring(loaded, &store).await?;
-                let (key, _material) = SealedKey::generate(&keyring, Uuid::now_v7(), named.name, named.kind)?;
+                let plain = PlainKey::generate(named.kind)?;
+                let key = SealedKey::seal(&keyring, Uuid::now_v7(), named.name, &plain)?;
                 add(&store, key, SourceKeyOrigin::Generated, output).await?;
             }
             Self::Import(Import { named, file, encoding }) => {
                 let material = read_material(&file, encoding)?;
-                let (given, needed) = (material.expose().len(), named.kind.material_bytes());
-                if given != needed {
-                    let message = format!(
-                        "{} needs exactly {needed} bytes, the file gives {given} when read as {encoding:?}; is --encoding right?",
-                        named.kind
-                    );
-                    return Err(anyhow!(message).into());
-                }
+                let given = material.expose().len();
+                let plain = PlainKey::parse(named.kind, material).map_err(|_| {
+                    anyhow!(
+                        "{} needs exactly {}, the file gives {given} when read as {encoding:?}; is --encoding right?",
+                        named.kind,
+                        named.kind.shape()
+                    )
+                })?;
                 warn_of_kek_file(loaded);
                 let keyring = open_keyring(loaded, &store).await?;
-                let key = SealedKey::seal(&keyring, Uuid::now_v7(), named.name, named.kind, &material)?;
+                let key = SealedKey::seal(&keyring, Uuid::now_v7(), named.name, &plain)?;
                 add(&store, key, SourceKeyOrigin::Imported, output).await?;
             }
             Self::List { deleted, limit, before } => {

@@ -6,13 +6,15 @@ mod event;
 mod key_kind;
 mod parameters;
 mod request;
+mod wrapping;
 
 pub use arn::KeyArn;
 pub use ending::{Failure, FailureCode, JobResult, Refusal, RefusalCode};
 pub use event::{Event, JobSummary, failure_json, rfc3339};
-pub use key_kind::{KeyKind, WrappingAlgorithm, WrappingKeySpec, strongest_wrapping};
+pub use key_kind::{Curve, KeyKind, Partition, Shape};
 pub use parameters::ImportParameters;
 pub use request::{
     CONTENT_TYPE_CLOUDEVENTS, Envelope, Expiry, KeyRef, MAX_BODY_BYTES, Operation, Rejected, Request, RequestId,
     SourceKeyRef, id_hash,
 };
+pub use wrapping::{NoWrapping, Wrapping, WrappingAlgorithm, WrappingKeySpec};

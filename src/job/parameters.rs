@@ -1,6 +1,6 @@
 //! What AWS gives for one import.
 
-use super::{WrappingAlgorithm, WrappingKeySpec};
+use super::Wrapping;
 use std::fmt;
 use time::OffsetDateTime;
 
@@ -8,9 +8,7 @@ use time::OffsetDateTime;
 #[derive(Clone)]
 pub struct ImportParameters {
     /// What the set is bound to.
-    pub algorithm: WrappingAlgorithm,
-    /// What was asked for.
-    pub key_spec: WrappingKeySpec,
+    pub wrapping: Wrapping,
     /// DER `SubjectPublicKeyInfo`.
     pub public_key: Vec<u8>,
     /// Opaque.
@@ -25,8 +23,7 @@ impl fmt::Debug for ImportParameters {
     /// Without the token: whoever has it may import.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("ImportParameters")
-            .field("algorithm", &self.algorithm)
-            .field("key_spec", &self.key_spec)
+            .field("wrapping", &self.wrapping)
             .field("valid_to", &self.valid_to)
             .finish_non_exhaustive()
     }

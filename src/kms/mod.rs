@@ -11,7 +11,7 @@ pub use call_error::{CallError, ErrorKind};
 pub use description::KeyDescription;
 pub use guard::LeaseGuard;
 
-use crate::job::{Expiry, ImportParameters, KeyArn, WrappingAlgorithm, WrappingKeySpec};
+use crate::job::{Expiry, ImportParameters, KeyArn, Wrapping};
 use crate::telemetry::Metrics;
 use aws_config::{BehaviorVersion, SdkConfig};
 use aws_sdk_kms::Client;
@@ -21,8 +21,7 @@ use aws_sdk_kms::config::{Config, Region};
 use aws_sdk_kms::operation::RequestId as _;
 use aws_sdk_kms::primitives::{Blob, DateTime};
 use aws_sdk_kms::types::{
-    AlgorithmSpec, ExpirationModelType, ImportState, ImportType, IncludeKeyMaterial,
-    WrappingKeySpec as SdkWrappingKeySpec,
+    AlgorithmSpec, ExpirationModelType, ImportState, ImportType, IncludeKeyMaterial, WrappingKeySpec,
 };
 use guard::{Departure, Gate};
 use std::collections::HashMap;
@@ -118,8 +117,7 @@ impl Kms {
     pub async fn parameters(
         &self,
         key: &KeyArn,
-        algorithm: WrappingAlgorithm,
-        key_spec: WrappingKeySpec,
+        wrapping: Wrapping,
         guard: &LeaseGuard,
     ) -> Result<ImportParameters, CallError> {
         const OPERATION: &str = "GetParametersForImport";
@@ -128,8 +126,8 @@ impl Kms {
             .client(key, OPERATION)?
             .get_parameters_for_import()
             .key_id(key.to_string())
-            .wrapping_algorithm(AlgorithmSpec::from(algorithm.as_str()))
-            .wrapping_key_spec(SdkWrappingKeySpec::from(key_spec.as_str()))
+            .wrapping_algorithm(AlgorithmSpec::from(wrapping.algorithm.as_str()))
+            .wrapping_key_spec(WrappingKeySpec::from(wrapping.key_spec.as_str()))
             .customize()
             .interceptor(gate)
             .send()
@@ -140,8 +138,7 @@ impl Kms {
                 let aws_request_id = answer.request_id().map(str::to_owned);
                 let part = |name| CallError::incomplete(OPERATION, name);
                 Ok(ImportParameters {
-                    algorithm,
-                    key_spec,
+                    wrapping,
                     public_key: answer.public_key.ok_or_else(|| part("PublicKey"))?.into_inner(),
                     import_token: answer.import_token.ok_or_else(|| part("ImportToken"))?.into_inner(),
                     valid_to: answer

@@ -1,6 +1,6 @@
 //! The key-encryption key and the fingerprint key.
 
-use super::KeyMaterial;
+use super::{KeyMaterial, PlainKey};
 use aes_gcm::aead::{Aead, KeyInit, Payload};
 use aes_gcm::{Aes256Gcm, Nonce};
 use base64::Engine as _;
@@ -123,9 +123,13 @@ impl Keyring {
         self.kek.id()
     }
 
-    /// The fingerprint of material of a kind.
-    pub fn fingerprint(&self, kind: &str, material: &KeyMaterial) -> Fingerprint {
-        let hash = keyed_hash(&self.fingerprint.key, &[b"material", kind.as_bytes(), material.expose()]);
+    /// The fingerprint of a key: by its bytes, a pair by its public key, since one private key has many encodings.
+    pub fn fingerprint(&self, key: &PlainKey) -> Fingerprint {
+        let kind = key.kind().as_str().as_bytes();
+        let hash = match key.public_key() {
+            Some(public_key) => keyed_hash(&self.fingerprint.key, &[b"public key", kind, public_key]),
+            None => keyed_hash(&self.fingerprint.key, &[b"material", kind, key.material().expose()]),
+        };
         Fingerprint { version: self.fingerprint.version, hash: hash.to_vec() }
     }
 
@@ -201,6 +205,7 @@ fn unseal(key: &KeyMaterial, aad: &[u8], sealed: &[u8]) -> Option<KeyMaterial> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::job::KeyKind;
 
     fn keyring() -> Keyring {
         let kek = Kek::parse(&hex::encode([7; 32])).unwrap();
@@ -245,10 +250,10 @@ mod tests {
     #[test]
     fn fingerprints_tell_equal_material_of_one_kind() {
         let keyring = keyring();
-        let print = |kind, byte| keyring.fingerprint(kind, &KeyMaterial::new(vec![byte; 32]));
-        assert_eq!(print("HMAC_256", 1), print("HMAC_256", 1));
-        assert_ne!(print("HMAC_256", 1), print("HMAC_256", 2));
-        assert_ne!(print("HMAC_256", 1), print("SYMMETRIC_DEFAULT", 1));
+        let print = |kind, byte| keyring.fingerprint(&PlainKey::parse(kind, KeyMaterial::new(vec![byte; 32])).unwrap());
+        assert_eq!(print(KeyKind::Hmac256, 1), print(KeyKind::Hmac256, 1));
+        assert_ne!(print(KeyKind::Hmac256, 1), print(KeyKind::Hmac256, 2));
+        assert_ne!(print(KeyKind::Hmac256, 1), print(KeyKind::SymmetricDefault, 1));
     }
 
     #[test]

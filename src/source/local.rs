@@ -1,6 +1,6 @@
 //! The `local` tier: keys sealed in Keyferry's own store.
 
-use super::{Fingerprint, KekError, KeyMaterial, Keyring};
+use super::{Fingerprint, KekError, Keyring, PlainKey};
 use crate::job::KeyKind;
 use uuid::Uuid;
 
@@ -35,26 +35,14 @@ pub enum OpenError {
 }
 
 impl SealedKey {
-    /// Generates a key of a kind.
-    pub fn generate(keyring: &Keyring, id: Uuid, name: String, kind: KeyKind) -> Result<(Self, KeyMaterial), KekError> {
-        let material = KeyMaterial::random(kind.material_bytes())?;
-        Ok((Self::seal(keyring, id, name, kind, &material)?, material))
-    }
-
-    /// Seals material that came from elsewhere. The caller has checked its length.
-    pub fn seal(
-        keyring: &Keyring,
-        id: Uuid,
-        name: String,
-        kind: KeyKind,
-        material: &KeyMaterial,
-    ) -> Result<Self, KekError> {
-        let (sealed_material, sealed_data_key) = keyring.seal_row(id, kind.as_str(), material)?;
+    /// Seals a key under a row's id and name.
+    pub fn seal(keyring: &Keyring, id: Uuid, name: String, key: &PlainKey) -> Result<Self, KekError> {
+        let (sealed_material, sealed_data_key) = keyring.seal_row(id, key.kind().as_str(), key.material())?;
         Ok(Self {
             id,
             name,
-            kind,
-            fingerprint: keyring.fingerprint(kind.as_str(), material),
+            kind: key.kind(),
+            fingerprint: keyring.fingerprint(key),
             kek_id: keyring.kek_id().to_owned(),
             sealed_material: Some(sealed_material),
             sealed_data_key: Some(sealed_data_key),
@@ -63,15 +51,14 @@ impl SealedKey {
 
     /// Opens a stored key. Material whose fingerprint is not the row's is damage too: the row was put
     /// together from two.
-    pub fn open(&self, keyring: &Keyring) -> Result<KeyMaterial, OpenError> {
+    pub fn open(&self, keyring: &Keyring) -> Result<PlainKey, OpenError> {
         let (Some(material), Some(data_key)) = (&self.sealed_material, &self.sealed_data_key) else {
             return Err(OpenError::Deleted);
         };
         let kind = self.kind.as_str();
         let material = keyring.open_row(self.id, kind, material, data_key).ok_or(OpenError::Damaged)?;
-        let genuine = material.expose().len() == self.kind.material_bytes()
-            && keyring.fingerprint(kind, &material) == self.fingerprint;
-        if genuine { Ok(material) } else { Err(OpenError::Damaged) }
+        let key = PlainKey::parse(self.kind, material).map_err(|_| OpenError::Damaged)?;
+        if keyring.fingerprint(&key) == self.fingerprint { Ok(key) } else { Err(OpenError::Damaged) }
     }
 }
 
@@ -86,9 +73,9 @@ mod tests {
         let sealed = Keyring::new_fingerprint_key(&kek).unwrap();
         let keyring = Keyring::open(kek, &sealed).unwrap();
         for kind in KeyKind::ALL {
-            let (key, material) = SealedKey::generate(&keyring, Uuid::new_v4(), "n".into(), kind).unwrap();
-            assert_eq!(material.expose().len(), kind.material_bytes());
-            assert_eq!(key.open(&keyring).unwrap().expose(), material.expose());
+            let Ok(plain) = PlainKey::generate(kind) else { continue };
+            let key = SealedKey::seal(&keyring, Uuid::new_v4(), "n".into(), &plain).unwrap();
+            assert_eq!(key.open(&keyring).unwrap().material().expose(), plain.material().expose());
             let deleted = SealedKey { sealed_material: None, sealed_data_key: None, ..key.clone() };
             assert_eq!(deleted.open(&keyring).unwrap_err(), OpenError::Deleted);
             let other = Fingerprint { version: 1, hash: vec![0; 32] };

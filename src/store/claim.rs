@@ -1,7 +1,7 @@
 //! Claims: lines with work, each under a lease, with all that the head's job needs.
 
 use super::{Store, StoreError};
-use crate::job::{ImportParameters, KeyArn, KeyKind, Request, RequestId, WrappingAlgorithm, WrappingKeySpec};
+use crate::job::{ImportParameters, KeyArn, KeyKind, Request, RequestId, Wrapping, WrappingAlgorithm, WrappingKeySpec};
 use crate::source::{Fingerprint, SealedKey};
 use deadpool_postgres::Transaction;
 use std::collections::HashMap;
@@ -428,8 +428,10 @@ fn claimed_job(row: &Row, heads: &HashMap<i64, Head>) -> Result<ClaimedJob, Stor
 
 fn parameters(row: &Row) -> Option<ImportParameters> {
     Some(ImportParameters {
-        algorithm: WrappingAlgorithm::parse(row.get::<_, Option<&str>>(18)?)?,
-        key_spec: WrappingKeySpec::parse(row.get::<_, Option<&str>>(19)?)?,
+        wrapping: Wrapping {
+            algorithm: WrappingAlgorithm::parse(row.get::<_, Option<&str>>(18)?)?,
+            key_spec: WrappingKeySpec::parse(row.get::<_, Option<&str>>(19)?)?,
+        },
         public_key: row.get::<_, Option<Vec<u8>>>(20)?,
         import_token: row.get::<_, Option<Vec<u8>>>(21)?,
         valid_to: row.get::<_, Option<OffsetDateTime>>(22)?,

@@ -128,10 +128,10 @@ async fn write_progress(
     let effects: Vec<&str> = steps.iter().map(|step| step.effect.as_str()).collect();
     let counts: Vec<i32> =
         steps.iter().map(|step| held[&step.lease].audit_n + i32::try_from(step.facts.len()).unwrap_or(0)).collect();
-    let of = |step: &&Step| step.parameters.as_ref().map(|set| set.algorithm.as_str());
+    let of = |step: &&Step| step.parameters.as_ref().map(|set| set.wrapping.algorithm.as_str());
     let algorithms: Vec<Option<&str>> = steps.iter().map(of).collect();
     let specs: Vec<Option<&str>> =
-        steps.iter().map(|step| step.parameters.as_ref().map(|set| set.key_spec.as_str())).collect();
+        steps.iter().map(|step| step.parameters.as_ref().map(|set| set.wrapping.key_spec.as_str())).collect();
     let public_keys: Vec<Option<&[u8]>> =
         steps.iter().map(|step| step.parameters.as_ref().map(|set| set.public_key.as_slice())).collect();
     let tokens: Vec<Option<&[u8]>> =

@@ -10,13 +10,13 @@ use super::Context;
 use super::batcher::Batcher;
 use crate::audit::{Fact, Kind};
 use crate::job::{
-    Expiry, Failure, FailureCode, ImportParameters, JobSummary, KeyKind, Operation, SourceKeyRef, WrappingAlgorithm,
-    WrappingKeySpec, rfc3339, strongest_wrapping,
+    Expiry, Failure, FailureCode, ImportParameters, JobSummary, KeyKind, Operation, Partition, SourceKeyRef, Wrapping,
+    rfc3339,
 };
 use crate::kms::{CallError, ImportCall, KeyDescription, LeaseGuard, MaterialRole};
 use crate::policy::Verdict;
 use crate::retry::{self, Class};
-use crate::source::{OpenError, SealedKey};
+use crate::source::{KekError, OpenError, PlainKey, SealedKey};
 use crate::store::{
     ClaimedJob, Material, Parameters, Prepared, RetryState, Settlement, SettlementKind, Step, StoreError,
 };
@@ -96,8 +96,8 @@ impl Run {
         }
         let (key, is_new) = self.choose_source_key(kind, &before)?;
         self.source_key = Some(key.clone());
-        let (algorithm, key_spec) = self.choose_wrapping(kind)?;
-        let (parameters, are_new) = self.parameters(algorithm, key_spec).await?;
+        let wrapping = self.choose_wrapping(kind)?;
+        let (parameters, are_new) = self.parameters(wrapping).await?;
         self.commit_step(&key, is_new, &parameters, are_new).await?;
         let wrapped = self.wrap(key, &parameters).await?;
         let imported = self.import(kind, &before, &parameters, wrapped).await?;
@@ -168,7 +168,7 @@ impl Run {
                 format!("the key's origin is {}, imports need a key created with Origin=EXTERNAL", key.origin);
             return self.fail(FailureCode::KeyNotExternal, &message);
         }
-        let Some(kind) = KeyKind::parse(&key.key_spec) else {
+        let Some(kind) = KeyKind::of_key(&key.key_spec, Partition::of(self.job.key.partition())) else {
             let message = format!("this version imports no material into {} keys", key.key_spec);
             return self.fail(FailureCode::KeyKindNotSupported, &message);
         };
@@ -220,8 +220,12 @@ impl Run {
             }
             (None, None) => {
                 let name = format!("keyferry-{}", self.job.id);
-                match SealedKey::generate(&self.attempt.context.keyring, uuid::Uuid::now_v7(), name, kind) {
-                    Ok((key, _material)) => (key, true),
+                let keyring = &self.attempt.context.keyring;
+                let sealed = PlainKey::generate(kind)
+                    .map_err(KekError::from)
+                    .and_then(|plain| SealedKey::seal(keyring, uuid::Uuid::now_v7(), name, &plain));
+                match sealed {
+                    Ok(key) => (key, true),
                     Err(error) => {
                         let message = error.to_string();
                         return self.retry(Class::Transient, "generate", &message, None);
@@ -234,11 +238,11 @@ impl Run {
         }
         if key.kind != kind {
             let message = format!(
-                "the source key {} is of kind {} ({} bytes), the KMS key needs {kind} ({} bytes)",
+                "the source key {} is of kind {} ({}), the KMS key needs {kind} ({})",
                 key.name,
                 key.kind,
-                key.kind.material_bytes(),
-                kind.material_bytes()
+                key.kind.shape(),
+                kind.shape()
             );
             return self.fail(FailureCode::SourceKeyWrongKind, &message);
         }
@@ -255,38 +259,30 @@ impl Run {
         Ok((key, is_new))
     }
 
-    fn choose_wrapping(&mut self, kind: KeyKind) -> Or<(WrappingAlgorithm, WrappingKeySpec)> {
-        let (strongest, strongest_spec) = strongest_wrapping(kind);
-        let algorithm = self.job.request.wrapping_algorithm.unwrap_or(strongest);
-        if !kind.allows(algorithm) {
-            let message = format!(
-                "AWS takes no {} material wrapped by {}; leave wrapping_algorithm out",
-                kind,
-                algorithm.as_str()
-            );
-            return self.fail(FailureCode::WrappingNotAllowed, &message);
-        }
+    fn choose_wrapping(&mut self, kind: KeyKind) -> Or<Wrapping> {
+        let (request, partition) = (&self.job.request, Partition::of(self.job.key.partition()));
+        let chosen = Wrapping::choose(kind, partition, request.wrapping_algorithm, request.wrapping_key_spec);
+        let wrapping = match chosen {
+            Ok(wrapping) => wrapping,
+            Err(none) => return self.fail(FailureCode::WrappingNotAllowed, &none.to_string()),
+        };
         if self.job.request.description.is_some() && !kind.has_material_ids() {
             let message = "AWS keeps a key_material_description for symmetric keys only; leave it out";
             return self.fail(FailureCode::DescriptionNotAllowed, message);
         }
-        Ok((algorithm, self.job.request.wrapping_key_spec.unwrap_or(strongest_spec)))
+        Ok(wrapping)
     }
 
     /// The set kept from an earlier attempt while it is good, else a fresh one, and whether it is fresh.
-    async fn parameters(
-        &mut self,
-        algorithm: WrappingAlgorithm,
-        spec: WrappingKeySpec,
-    ) -> Or<(ImportParameters, bool)> {
+    async fn parameters(&mut self, wrapping: Wrapping) -> Or<(ImportParameters, bool)> {
         if let Some(kept) = &self.job.progress.parameters
             && kept.valid_to - self.job.now > PARAMETERS_MARGIN
-            && (kept.algorithm, kept.key_spec) == (algorithm, spec)
+            && kept.wrapping == wrapping
         {
             return Ok((kept.clone(), false));
         }
         self.not_stopping()?;
-        match self.attempt.context.kms.parameters(&self.job.key, algorithm, spec, &self.attempt.guard).await {
+        match self.attempt.context.kms.parameters(&self.job.key, wrapping, &self.attempt.guard).await {
             Ok(parameters) => Ok((parameters, true)),
             Err(error) => self.read_failed(&error),
         }
@@ -323,8 +319,8 @@ impl Run {
             facts.push(Fact::new(
                 Kind::ParametersObtained,
                 json!({
-                    "wrapping_algorithm": parameters.algorithm.as_str(),
-                    "wrapping_key_spec": parameters.key_spec.as_str(),
+                    "wrapping_algorithm": parameters.wrapping.algorithm.as_str(),
+                    "wrapping_key_spec": parameters.wrapping.key_spec.as_str(),
                     "public_key_sha256": sha256_hex(&parameters.public_key),
                     "valid_to": rfc3339(parameters.valid_to),
                     "aws_request_id": parameters.aws_request_id,
@@ -371,14 +367,14 @@ impl Run {
         let permit = Arc::clone(&self.attempt.wrapping).acquire_owned().await;
         let context = Arc::clone(&self.attempt.context);
         let public_key = parameters.public_key.clone();
-        let (algorithm, spec) = (parameters.algorithm, parameters.key_spec);
+        let wrapping = parameters.wrapping;
         let outcome = tokio::task::spawn_blocking(move || {
             let _permit = permit;
-            let material = match key.open(&context.keyring) {
-                Ok(material) => material,
+            let key = match key.open(&context.keyring) {
+                Ok(key) => key,
                 Err(error) => return Outcome::Sealed(error),
             };
-            match wrap(material.expose(), &public_key, algorithm, spec) {
+            match wrap(key.material().expose(), &public_key, wrapping) {
                 Ok(wrapped) => Outcome::Wrapped(wrapped),
                 Err(error) => Outcome::Unwrapped(error),
             }

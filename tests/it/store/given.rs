@@ -5,7 +5,7 @@ use keyferry::job::{
     Failure, FailureCode, ImportParameters, JobResult, JobSummary, KeyArn, KeyKind, Refusal, RefusalCode, Request,
     RequestId,
 };
-use keyferry::source::{Kek, KeyMaterial, Keyring, SealedKey};
+use keyferry::source::{Kek, Keyring, PlainKey, SealedKey};
 use keyferry::store::{
     Candidate, ClaimedJob, Material, NewJob, NewRefusal, NewSourceKey, RetryState, Settlement, SettlementKind,
     SourceKeyOrigin, Step, Store, Verdict,
@@ -157,8 +157,8 @@ pub fn keyring() -> Keyring {
 
 /// A sealed source key that is not stored yet.
 pub fn sealed(name: &str) -> SealedKey {
-    let material = KeyMaterial::random(32).unwrap();
-    SealedKey::seal(&keyring(), Uuid::now_v7(), name.into(), KeyKind::SymmetricDefault, &material).unwrap()
+    let key = PlainKey::generate(KeyKind::SymmetricDefault).unwrap();
+    SealedKey::seal(&keyring(), Uuid::now_v7(), name.into(), &key).unwrap()
 }
 
 /// Stores a source key; false when its name is taken.
@@ -176,8 +176,10 @@ pub fn step(job: &ClaimedJob, key: &SealedKey) -> Step {
         generated: None,
         effect: format!("import {} never", key.id),
         parameters: Some(ImportParameters {
-            algorithm: keyferry::job::WrappingAlgorithm::OaepSha256,
-            key_spec: keyferry::job::WrappingKeySpec::Rsa2048,
+            wrapping: keyferry::job::Wrapping {
+                algorithm: keyferry::job::WrappingAlgorithm::OaepSha256,
+                key_spec: keyferry::job::WrappingKeySpec::Rsa2048,
+            },
             public_key: vec![1; 294],
             import_token: vec![2; 1_500],
             valid_to: job.now + time::Duration::hours(24),

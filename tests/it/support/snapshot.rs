@@ -207,7 +207,7 @@ async fn source_keys(client: &Client, store: &Store, kek: &str) -> Vec<SourceKey
     for row in rows {
         let (id, name): (Uuid, String) = (row.get(0), row.get(1));
         let sealed = store.sealed_source_key(&name).await.unwrap().unwrap();
-        let material = sealed.open(&keyring).map(|material| material.expose().to_vec()).unwrap_or_default();
+        let material = sealed.open(&keyring).map(|material| material.material().expose().to_vec()).unwrap_or_default();
         keys.push(SourceKey { id, name, origin: row.get(2), material });
     }
     keys
