@@ -23,6 +23,10 @@ pub enum Kind {
     ImportIntended,
     /// AWS said that it took the material.
     MaterialImported,
+    /// Deletions are about to be sent.
+    DeletionIntended,
+    /// AWS said that it deleted a material, or that there was none.
+    MaterialDeleted,
     /// An attempt did not come to an end; another follows.
     AttemptFailed,
     /// The job's outcome.
@@ -47,6 +51,8 @@ impl Kind {
             Self::ParametersObtained => "parameters_obtained",
             Self::ImportIntended => "import_intended",
             Self::MaterialImported => "material_imported",
+            Self::DeletionIntended => "deletion_intended",
+            Self::MaterialDeleted => "material_deleted",
             Self::AttemptFailed => "attempt_failed",
             Self::Succeeded => "succeeded",
             Self::Failed => "failed",

@@ -244,7 +244,7 @@ impl Intake {
             digest: MessageDigest::Request(request.digest()),
             refusal,
             request_id: Some(request.id.as_str().to_owned()),
-            operation: Some(request.operation),
+            operation: Some(request.operation()),
             key,
             ingress: INGRESS,
         })

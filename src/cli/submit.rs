@@ -28,6 +28,8 @@ const WINDOW: usize = 200;
 #[command(after_help = "Examples:\n  \
     keyferry submit --key arn:aws:kms:eu-central-1:111122223333:key/... --source-key payroll --wait\n  \
     keyferry submit --key ... --source-key payroll --valid-to 2027-01-31T12:00:00Z\n  \
+    keyferry submit --key ... --source-key payroll --dry-run --wait\n  \
+    keyferry submit --key ... --operation delete --wait\n  \
     keyferry submit --file requests.jsonl --wait --timeout 10m\n  \
     generate-requests | keyferry submit --file -")]
 pub(super) struct Submit {
@@ -37,7 +39,10 @@ pub(super) struct Submit {
     /// Idempotency key; a random one if absent.
     #[arg(long, requires = "key", value_parser = request_id)]
     id: Option<String>,
-    /// The source key's name or id; absent: a new key is generated.
+    /// What is to be done: import or delete.
+    #[arg(long, value_name = "NAME", requires = "key")]
+    operation: Option<String>,
+    /// The source key's name or id; absent: a new key is generated, or that of --key-material-id is taken.
     #[arg(long, value_name = "NAME", requires = "key")]
     source_key: Option<String>,
     /// The source key's tier.
@@ -55,6 +60,15 @@ pub(super) struct Submit {
     /// Text that AWS keeps with the material of a symmetric key.
     #[arg(long, value_name = "TEXT", requires = "key")]
     description: Option<String>,
+    /// Which of the key's materials is imported again, or deleted; absent: the current one.
+    #[arg(long, value_name = "ID", requires = "key")]
+    key_material_id: Option<String>,
+    /// For a delete: current (default) or all, every material that the key is tied to.
+    #[arg(long, value_name = "SCOPE", requires = "key")]
+    scope: Option<String>,
+    /// Make every check, change nothing, and tell in the result what would happen.
+    #[arg(long, requires = "key")]
+    dry_run: bool,
     /// Fail if AWS holds another current material than this id.
     #[arg(long, value_name = "ID", requires = "key")]
     expect_current_material: Option<String>,
@@ -176,18 +190,24 @@ impl Submit {
         };
         put("id", Some(&id));
         put("key", self.key.as_ref());
+        put("operation", self.operation.as_ref());
         put("source_key_tier", self.tier.as_ref());
         put("source_key_identifier", self.source_key.as_ref());
         put("valid_to", self.valid_to.as_ref());
         put("wrapping_algorithm", self.wrapping_algorithm.as_ref());
         put("wrapping_key_spec", self.wrapping_key_spec.as_ref());
         put("key_material_description", self.description.as_ref());
+        put("key_material_id", self.key_material_id.as_ref());
+        put("scope", self.scope.as_ref());
         put("expect_current_material", self.expect_current_material.as_ref());
         put("not_before", self.not_before.as_ref());
         put("deadline", self.deadline.as_ref());
         put("batch", self.batch.as_ref());
         if self.valid_to.is_some() {
             fields.insert("key_expiration".into(), json!(true));
+        }
+        if self.dry_run {
+            fields.insert("dry_run".into(), json!(true));
         }
         Ok(Message { id, body: serde_json::to_vec(&Value::Object(fields))? })
     }

@@ -64,6 +64,8 @@ codes! {
         UnknownField = "unknown_field",
         /// A field that is required.
         MissingField = "missing_field",
+        /// A field that this operation does not take.
+        FieldNotAllowed = "field_not_allowed",
         /// A field of the wrong JSON type.
         WrongType = "wrong_type",
         /// A field whose value breaks its rule.
@@ -132,6 +134,12 @@ codes! {
         KeyKindNotSupported = "key_kind_not_supported",
         /// The wrapping algorithm is not allowed for the kind.
         WrappingNotAllowed = "wrapping_not_allowed",
+        /// AWS gives ids to materials of symmetric keys only.
+        MaterialIdNotAllowed = "material_id_not_allowed",
+        /// The KMS key has no material with this id.
+        MaterialUnknown = "material_unknown",
+        /// The material waits for its rotation.
+        MaterialPending = "material_pending",
         /// The description is not possible for the kind.
         DescriptionNotAllowed = "description_not_allowed",
         /// `valid_to` passed while the job waited.

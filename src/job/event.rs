@@ -30,6 +30,8 @@ pub struct JobSummary {
     pub request_id: String,
     /// The operation's name.
     pub operation: &'static str,
+    /// Nothing was changed, whatever the outcome says.
+    pub dry_run: bool,
     /// The batch it belongs to.
     pub batch: Option<String>,
     /// Place in the line.
@@ -63,6 +65,7 @@ impl Event {
                     "request_id": job.request_id,
                     "principal": job.principal,
                     "operation": job.operation,
+                    "dry_run": job.dry_run,
                     "key": job.key.to_string(),
                     "batch": job.batch,
                     "state": word,
@@ -149,6 +152,7 @@ mod tests {
             principal: "anonymous".into(),
             request_id: "order-1".into(),
             operation: "import",
+            dry_run: false,
             batch: None,
             sequence: 3,
             accepted_at: datetime!(2026-01-01 0:00 UTC),

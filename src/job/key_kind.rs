@@ -149,6 +149,20 @@ impl KeyKind {
         }
     }
 
+    /// The longest that material of this kind is, as Keyferry writes it.
+    pub fn most_material_bytes(self) -> usize {
+        match self.shape() {
+            Shape::Bytes(length) => length,
+            Shape::Rsa(bits) if bits <= 2048 => 1218,
+            Shape::Rsa(bits) if bits <= 3072 => 1794,
+            Shape::Rsa(_) => 2375,
+            Shape::Ecc(Curve::K256) => 135,
+            Shape::Ecc(Curve::P256) => 138,
+            Shape::Ecc(Curve::P384) => 185,
+            Shape::Ecc(Curve::P521) => 241,
+        }
+    }
+
     /// Whether AWS gives materials of this key an id, keeps a description of each and lets a key have several.
     pub fn has_material_ids(self) -> bool {
         matches!(self, Self::SymmetricDefault | Self::Sm4)

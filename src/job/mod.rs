@@ -14,7 +14,7 @@ pub use event::{Event, JobSummary, failure_json, rfc3339};
 pub use key_kind::{Curve, KeyKind, Partition, Shape};
 pub use parameters::ImportParameters;
 pub use request::{
-    CONTENT_TYPE_CLOUDEVENTS, Envelope, Expiry, KeyRef, MAX_BODY_BYTES, Operation, Rejected, Request, RequestId,
-    SourceKeyRef, id_hash,
+    CONTENT_TYPE_CLOUDEVENTS, DeleteTarget, Envelope, Expiry, Import, KeyRef, MAX_BODY_BYTES, Operation, Rejected,
+    Request, RequestId, ScarceCall, SourceKeyRef, Work, id_hash,
 };
 pub use wrapping::{NoWrapping, Wrapping, WrappingAlgorithm, WrappingKeySpec};

@@ -46,6 +46,17 @@ const FIELDS: &[&str] = &[
     "dry_run",
 ];
 
+/// What only an import takes.
+const IMPORT_ONLY: &[&str] = &[
+    "source_key_tier",
+    "source_key_identifier",
+    "key_expiration",
+    "valid_to",
+    "wrapping_algorithm",
+    "wrapping_key_spec",
+    "key_material_description",
+];
+
 /// What the transport delivered.
 #[derive(Clone, Copy, Debug)]
 pub struct Envelope<'a> {
@@ -92,11 +103,13 @@ impl fmt::Debug for RequestId {
     }
 }
 
-/// What is to be done.
+/// The name of what is to be done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Operation {
     /// First import, or reimport of the same material.
     Import,
+    /// Deletion of imported material; the source key stays.
+    Delete,
 }
 
 impl Operation {
@@ -104,6 +117,73 @@ impl Operation {
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Import => "import",
+            Self::Delete => "delete",
+        }
+    }
+}
+
+/// What is to be done, with all that it needs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Work {
+    /// First import, or reimport of the same material.
+    Import(Import),
+    /// Deletion of imported material.
+    Delete(DeleteTarget),
+}
+
+/// An import as it was asked for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Import {
+    /// The source key.
+    pub source_key: SourceKeyRef,
+    /// Which of the key's materials is imported again; `None`: the current one, or the first.
+    pub key_material_id: Option<String>,
+    /// The material's end of life.
+    pub expiry: Expiry,
+    /// `None`: the strongest for the key.
+    pub wrapping_algorithm: Option<WrappingAlgorithm>,
+    /// `None`: the strongest.
+    pub wrapping_key_spec: Option<WrappingKeySpec>,
+    /// Text kept by AWS with the material.
+    pub description: Option<String>,
+}
+
+/// Which of a key's materials a delete means, in the one Region that the request names.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum DeleteTarget {
+    /// The one in force.
+    Current,
+    /// One by AWS's id.
+    Material(String),
+    /// The current one and all before it. One that waits for its rotation is not among them.
+    All,
+}
+
+/// The AWS operation with a scarce quota that a job needs next: the third part of a lane.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum ScarceCall {
+    /// 1/s by default.
+    GetParametersForImport,
+    /// 15/s by default.
+    ImportKeyMaterial,
+    /// 15/s by default.
+    DeleteImportedKeyMaterial,
+    /// None: only calls with wide quotas.
+    Nothing,
+}
+
+impl ScarceCall {
+    /// Every one.
+    pub const ALL: [Self; 4] =
+        [Self::GetParametersForImport, Self::ImportKeyMaterial, Self::DeleteImportedKeyMaterial, Self::Nothing];
+
+    /// The word in the lane.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::GetParametersForImport => "GetParametersForImport",
+            Self::ImportKeyMaterial => "ImportKeyMaterial",
+            Self::DeleteImportedKeyMaterial => "DeleteImportedKeyMaterial",
+            Self::Nothing => "nothing",
         }
     }
 }
@@ -133,27 +213,19 @@ pub enum Expiry {
     At(OffsetDateTime),
 }
 
-/// A valid request to import material.
+/// A valid request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Request {
     /// The idempotency key.
     pub id: RequestId,
     /// The CloudEvents source, else empty; a namespace of ids.
     pub source: String,
-    /// What is to be done.
-    pub operation: Operation,
     /// The KMS key.
     pub key: KeyRef,
-    /// The material.
-    pub source_key: SourceKeyRef,
-    /// The material's end of life.
-    pub expiry: Expiry,
-    /// `None`: the strongest for the key.
-    pub wrapping_algorithm: Option<WrappingAlgorithm>,
-    /// `None`: the strongest.
-    pub wrapping_key_spec: Option<WrappingKeySpec>,
-    /// Text kept by AWS with the material.
-    pub description: Option<String>,
+    /// What is to be done.
+    pub work: Work,
+    /// Every check and no change.
+    pub dry_run: bool,
     /// The material id that AWS must hold as current.
     pub expect_current_material: Option<String>,
     /// When the job joins its line.
@@ -203,6 +275,23 @@ impl Request {
         id_hash(&self.source, &self.id)
     }
 
+    /// The name of what is to be done.
+    pub fn operation(&self) -> Operation {
+        match self.work {
+            Work::Import(_) => Operation::Import,
+            Work::Delete(_) => Operation::Delete,
+        }
+    }
+
+    /// The scarce call that the job needs first.
+    pub fn first_call(&self) -> ScarceCall {
+        match self.work {
+            _ if self.dry_run => ScarceCall::Nothing,
+            Work::Import(_) => ScarceCall::GetParametersForImport,
+            Work::Delete(_) => ScarceCall::DeleteImportedKeyMaterial,
+        }
+    }
+
     /// When the job gives up.
     pub fn deadline_from(&self, accepted_at: OffsetDateTime) -> OffsetDateTime {
         let start = self.not_before.map_or(accepted_at, |not_before| not_before.max(accepted_at));
@@ -230,7 +319,7 @@ impl Request {
                 "deadline: expected a time after now and after not_before",
             ));
         }
-        if let Expiry::At(valid_to) = self.expiry {
+        if let Work::Import(Import { expiry: Expiry::At(valid_to), .. }) = self.work {
             if valid_to <= start {
                 let message = "valid_to: expected a time in the future, after not_before";
                 return Err(Refusal::of("valid_to", RefusalCode::ValidToPast, message));
@@ -279,49 +368,11 @@ impl Request {
         })?;
         given.insert("key".into(), json!(key.to_string()));
 
-        let tier = fields.optional_string("source_key_tier")?;
-        if let Some(tier) = &tier {
-            given.insert("source_key_tier".into(), json!(tier));
-        }
-        let identifier = fields.optional_string("source_key_identifier")?;
-        if let Some(name) = &identifier {
-            check("source_key_identifier", is_token(name), "1 to 128 of A-Z a-z 0-9 . _ : -")?;
-            given.insert("source_key_identifier".into(), json!(name));
-        }
-        let source_key = match tier.as_deref() {
-            None | Some("local") => SourceKeyRef::Local(identifier),
-            Some("dsm") => {
-                return Err(Refusal::of(
-                    "source_key_tier",
-                    RefusalCode::TierNotConfigured,
-                    "source_key_tier: dsm is not configured here; use local",
-                ));
-            }
-            Some(_) => {
-                let expected = "source_key_tier: expected local or dsm";
-                return Err(Refusal::of("source_key_tier", RefusalCode::UnknownTier, expected));
-            }
+        let work = match operation {
+            Operation::Import => Work::Import(read_import(fields, &mut given)?),
+            Operation::Delete => Work::Delete(read_delete_target(fields, &mut given)?),
         };
-
-        let expiry = read_expiry(fields, &mut given)?;
-        let wrapping_algorithm = named(fields, &mut given, "wrapping_algorithm", WrappingAlgorithm::parse, ALGORITHMS)?;
-        let wrapping_key_spec = named(fields, &mut given, "wrapping_key_spec", WrappingKeySpec::parse, SPECS)?;
-
-        let description = fields.optional_string("key_material_description")?;
-        if let Some(text) = &description {
-            check(
-                "key_material_description",
-                is_description(text),
-                "1 to 200 of A-Z a-z 0-9 : / _ . - and white space",
-            )?;
-            given.insert("key_material_description".into(), json!(text));
-        }
-        let expect_current_material = fields.optional_string("expect_current_material")?;
-        if let Some(id) = &expect_current_material {
-            let is_material_id = id.len() == 64 && id.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b));
-            check("expect_current_material", is_material_id, "64 of 0-9 a-f, as AWS shows CurrentKeyMaterialId")?;
-            given.insert("expect_current_material".into(), json!(id));
-        }
+        let expect_current_material = read_material_id(fields, &mut given, "expect_current_material")?;
         let not_before = read_time(fields, &mut given, "not_before")?;
         let deadline = read_time(fields, &mut given, "deadline")?;
         let batch = fields.optional_string("batch")?;
@@ -329,35 +380,16 @@ impl Request {
             check("batch", is_token(name), "1 to 128 of A-Z a-z 0-9 . _ : -")?;
             given.insert("batch".into(), json!(name));
         }
-        for name in ["key_material_id", "scope"] {
-            if fields.optional_string(name)?.is_some() {
-                return Err(not_supported(name, "this version imports a key's only material"));
-            }
-        }
         if fields.optional_bool("urgent")? == Some(true) {
-            return Err(not_supported("urgent", "only a delete may overtake its line"));
+            return Err(not_supported("urgent", "this version lets no job overtake its line"));
         }
-        if fields.optional_bool("dry_run")? == Some(true) {
-            return Err(not_supported("dry_run", "this version has no dry run"));
+        let dry_run = fields.optional_bool("dry_run")?.unwrap_or(false);
+        if dry_run {
+            given.insert("dry_run".into(), json!(true));
         }
         // A map of serde_json is sorted by name.
         let canonical = Value::Object(given).to_string();
-        Ok(Self {
-            id,
-            source,
-            operation,
-            key,
-            source_key,
-            expiry,
-            wrapping_algorithm,
-            wrapping_key_spec,
-            description,
-            expect_current_material,
-            not_before,
-            deadline,
-            batch,
-            canonical,
-        })
+        Ok(Self { id, source, key, work, dry_run, expect_current_material, not_before, deadline, batch, canonical })
     }
 }
 
@@ -426,12 +458,94 @@ fn read_operation(fields: &mut Fields, given: &mut Map<String, Value>) -> Result
             given.insert("operation".into(), json!("import"));
             Ok(Operation::Import)
         }
-        Some("rotate" | "delete") => Err(not_supported("operation", "this version carries out import only")),
+        Some("delete") => {
+            given.insert("operation".into(), json!("delete"));
+            Ok(Operation::Delete)
+        }
+        Some("rotate") => Err(not_supported("operation", "this version carries out import and delete only")),
         Some(_) => {
-            let expected = "operation: expected import";
+            let expected = "operation: expected import or delete";
             Err(Refusal::of("operation", RefusalCode::UnknownOperation, expected))
         }
     }
+}
+
+fn read_import(fields: &mut Fields, given: &mut Map<String, Value>) -> Result<Import, Refusal> {
+    if fields.has("scope") {
+        let advice = "scope: an import brings one material; name another than the current one by key_material_id";
+        return Err(Refusal::of("scope", RefusalCode::FieldNotAllowed, advice));
+    }
+    let source_key = read_source_key(fields, given)?;
+    let key_material_id = read_material_id(fields, given, "key_material_id")?;
+    let expiry = read_expiry(fields, given)?;
+    let wrapping_algorithm = named(fields, given, "wrapping_algorithm", WrappingAlgorithm::parse, ALGORITHMS)?;
+    let wrapping_key_spec = named(fields, given, "wrapping_key_spec", WrappingKeySpec::parse, SPECS)?;
+    let description = fields.optional_string("key_material_description")?;
+    if let Some(text) = &description {
+        let expected = "1 to 200 of A-Z a-z 0-9 : / _ . - and white space";
+        check("key_material_description", is_description(text), expected)?;
+        given.insert("key_material_description".into(), json!(text));
+    }
+    Ok(Import { source_key, key_material_id, expiry, wrapping_algorithm, wrapping_key_spec, description })
+}
+
+fn read_source_key(fields: &mut Fields, given: &mut Map<String, Value>) -> Result<SourceKeyRef, Refusal> {
+    let tier = fields.optional_string("source_key_tier")?;
+    if let Some(tier) = &tier {
+        given.insert("source_key_tier".into(), json!(tier));
+    }
+    let identifier = fields.optional_string("source_key_identifier")?;
+    if let Some(name) = &identifier {
+        check("source_key_identifier", is_token(name), "1 to 128 of A-Z a-z 0-9 . _ : -")?;
+        given.insert("source_key_identifier".into(), json!(name));
+    }
+    match tier.as_deref() {
+        None | Some("local") => Ok(SourceKeyRef::Local(identifier)),
+        Some("dsm") => {
+            let message = "source_key_tier: dsm is not configured here; use local";
+            Err(Refusal::of("source_key_tier", RefusalCode::TierNotConfigured, message))
+        }
+        Some(_) => {
+            let expected = "source_key_tier: expected local or dsm";
+            Err(Refusal::of("source_key_tier", RefusalCode::UnknownTier, expected))
+        }
+    }
+}
+
+/// A delete takes nothing that is about the material's source or its way to AWS.
+fn read_delete_target(fields: &mut Fields, given: &mut Map<String, Value>) -> Result<DeleteTarget, Refusal> {
+    if let Some(name) = IMPORT_ONLY.iter().find(|name| fields.has(name)) {
+        let message = format!("{name}: a delete takes no such field; leave it out");
+        return Err(Refusal::of(name, RefusalCode::FieldNotAllowed, message));
+    }
+    let material = read_material_id(fields, given, "key_material_id")?;
+    let scope = fields.optional_string("scope")?;
+    if let Some(scope) = &scope {
+        check("scope", matches!(scope.as_str(), "current" | "all"), "current or all")?;
+        given.insert("scope".into(), json!(scope));
+    }
+    match (material, scope.as_deref()) {
+        (Some(_), Some(_)) => {
+            let message = "scope: key_material_id says already which material is meant; leave one of the two out";
+            Err(Refusal::of("scope", RefusalCode::FieldNotAllowed, message))
+        }
+        (Some(id), None) => Ok(DeleteTarget::Material(id)),
+        (None, Some("all")) => Ok(DeleteTarget::All),
+        (None, _) => Ok(DeleteTarget::Current),
+    }
+}
+
+/// AWS's `KeyMaterialId` is 64 of `a-f 0-9`.
+fn read_material_id(
+    fields: &mut Fields,
+    given: &mut Map<String, Value>,
+    name: &str,
+) -> Result<Option<String>, Refusal> {
+    let Some(id) = fields.optional_string(name)? else { return Ok(None) };
+    let is_material_id = id.len() == 64 && id.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b));
+    check(name, is_material_id, "64 of 0-9 a-f, as AWS shows KeyMaterialId")?;
+    given.insert(name.to_owned(), json!(id));
+    Ok(Some(id))
 }
 
 fn read_expiry(fields: &mut Fields, given: &mut Map<String, Value>) -> Result<Expiry, Refusal> {

@@ -2,9 +2,20 @@
 
 use crate::job::{Expiry, rfc3339};
 use aws_sdk_kms::primitives::DateTime;
-use aws_sdk_kms::types::{ExpirationModelType, KeyManagerType, KeyMetadata, OriginType};
+use aws_sdk_kms::types::{ExpirationModelType, KeyManagerType, KeyMetadata, MultiRegionKeyType, OriginType};
 use serde_json::{Map, Value, json};
 use time::OffsetDateTime;
+
+/// What a key is among the Regions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RegionRole {
+    /// It lives in one Region.
+    Single,
+    /// The primary of a multi-Region key: new material comes in here.
+    Primary,
+    /// A replica: it takes only material that its primary was given (`ImportKeyMaterial`).
+    Replica,
+}
 
 /// A KMS key as AWS shows it.
 #[derive(Clone, Debug)]
@@ -19,6 +30,8 @@ pub struct KeyDescription {
     pub key_spec: String,
     /// AWS's `KeyState`.
     pub state: String,
+    /// Its place among the Regions.
+    pub role: RegionRole,
     /// The current material's id; symmetric keys that have or had material.
     pub current_material: Option<String>,
     /// `None`: the key holds no material now.
@@ -36,6 +49,11 @@ impl KeyDescription {
             is_customer_managed: metadata.key_manager == Some(KeyManagerType::Customer),
             key_spec: text(metadata.key_spec.as_ref().map(aws_sdk_kms::types::KeySpec::as_str)),
             state: text(metadata.key_state.as_ref().map(aws_sdk_kms::types::KeyState::as_str)),
+            role: match metadata.multi_region_configuration().and_then(|regions| regions.multi_region_key_type()) {
+                Some(MultiRegionKeyType::Primary) => RegionRole::Primary,
+                Some(MultiRegionKeyType::Replica) => RegionRole::Replica,
+                _ => RegionRole::Single,
+            },
             current_material: metadata.current_key_material_id.clone(),
             expiry: expiry(metadata.expiration_model.as_ref(), metadata.valid_to),
             aws_param: aws_param(metadata),
@@ -95,6 +113,24 @@ fn aws_param(metadata: &KeyMetadata) -> Value {
     put("ValidTo", metadata.valid_to.and_then(to_time).map(|at| json!(rfc3339(at))));
     put("ExpirationModel", metadata.expiration_model.as_ref().map(|model| json!(model.as_str())));
     put("CurrentKeyMaterialId", metadata.current_key_material_id.as_deref().map(Value::from));
+    put(
+        "SigningAlgorithms",
+        algorithms(
+            metadata.signing_algorithms().iter().map(aws_sdk_kms::types::SigningAlgorithmSpec::as_str).collect(),
+        ),
+    );
+    put(
+        "KeyAgreementAlgorithms",
+        algorithms(
+            metadata
+                .key_agreement_algorithms()
+                .iter()
+                .map(aws_sdk_kms::types::KeyAgreementAlgorithmSpec::as_str)
+                .collect(),
+        ),
+    );
     put("MultiRegion", metadata.multi_region.map(Value::from));
+    let regions = metadata.multi_region_configuration();
+    put("MultiRegionKeyType", regions.and_then(|of| of.multi_region_key_type()).map(|of| json!(of.as_str())));
     Value::Object(fields)
 }

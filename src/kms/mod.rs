@@ -6,10 +6,12 @@
 mod call_error;
 mod description;
 mod guard;
+mod held;
 
 pub use call_error::{CallError, ErrorKind};
-pub use description::KeyDescription;
+pub use description::{KeyDescription, RegionRole};
 pub use guard::LeaseGuard;
+pub use held::{HeldMaterial, MaterialState};
 
 use crate::job::{Expiry, ImportParameters, KeyArn, Wrapping};
 use crate::telemetry::Metrics;
@@ -20,9 +22,7 @@ use aws_sdk_kms::config::timeout::TimeoutConfig;
 use aws_sdk_kms::config::{Config, Region};
 use aws_sdk_kms::operation::RequestId as _;
 use aws_sdk_kms::primitives::{Blob, DateTime};
-use aws_sdk_kms::types::{
-    AlgorithmSpec, ExpirationModelType, ImportState, ImportType, IncludeKeyMaterial, WrappingKeySpec,
-};
+use aws_sdk_kms::types::{AlgorithmSpec, ExpirationModelType, ImportType, IncludeKeyMaterial, WrappingKeySpec};
 use guard::{Departure, Gate};
 use std::collections::HashMap;
 use std::time::Duration;
@@ -34,8 +34,9 @@ pub enum MaterialRole {
     /// The key's first material, or a key whose materials have no ids. AWS decides by what the key holds
     /// and never opens a pending rotation by surprise.
     First,
-    /// The material that AWS knows by this id: AWS compares and refuses any other.
-    Existing(String),
+    /// Material that the key is tied to. With an id AWS compares and refuses any other; without one, on a replica
+    /// that has not been told its primary's, AWS compares with all of them.
+    Existing(Option<String>),
 }
 
 /// One `ImportKeyMaterial`. Not `Debug`: it holds the token.
@@ -55,6 +56,15 @@ pub struct ImportCall<'a> {
 /// What AWS said to an import.
 #[derive(Clone, Debug)]
 pub struct Imported {
+    /// Symmetric keys only.
+    pub key_material_id: Option<String>,
+    /// AWS's id of the call.
+    pub aws_request_id: Option<String>,
+}
+
+/// What AWS said to a deletion.
+#[derive(Clone, Debug)]
+pub struct Deleted {
     /// Symmetric keys only.
     pub key_material_id: Option<String>,
     /// AWS's id of the call.
@@ -170,7 +180,7 @@ impl Kms {
         };
         let request = match call.role {
             MaterialRole::First => request,
-            MaterialRole::Existing(id) => request.import_type(ImportType::ExistingKeyMaterial).key_material_id(id),
+            MaterialRole::Existing(id) => request.import_type(ImportType::ExistingKeyMaterial).set_key_material_id(id),
         };
         let answer = request.set_key_material_description(call.description).customize().interceptor(gate).send().await;
         self.counted(
@@ -182,18 +192,63 @@ impl Kms {
         )
     }
 
-    /// `ListKeyRotations`: the expiry of one material of a symmetric key; `None` when the key does not hold it.
-    /// Read-only.
-    pub async fn material(
+    /// `DeleteImportedKeyMaterial`. An error whose [`ErrorKind::may_have_taken_effect`] holds leaves the outcome open.
+    ///
+    /// AWS documents no effect where there is no material; for one that is named by id that is UNVERIFIED.
+    pub async fn delete(
         &self,
         key: &KeyArn,
-        material_id: &str,
+        material_id: Option<&str>,
         guard: &LeaseGuard,
-    ) -> Result<Option<Expiry>, CallError> {
+    ) -> Result<Deleted, CallError> {
+        const OPERATION: &str = "DeleteImportedKeyMaterial";
+        let (gate, departure) = self.gate(guard);
+        let answer = self
+            .client(key, OPERATION)?
+            .delete_imported_key_material()
+            .key_id(key.to_string())
+            .set_key_material_id(material_id.map(str::to_owned))
+            .customize()
+            .interceptor(gate)
+            .send()
+            .await;
+        self.counted(
+            OPERATION,
+            answer.map_err(|error| CallError::of(OPERATION, &error, &departure)).map(|answer| Deleted {
+                aws_request_id: answer.request_id().map(str::to_owned),
+                key_material_id: answer.key_material_id,
+            }),
+        )
+    }
+
+    /// `GetPublicKey`: the DER `SubjectPublicKeyInfo` of a pair. Read-only.
+    pub async fn public_key(&self, key: &KeyArn, guard: &LeaseGuard) -> Result<Vec<u8>, CallError> {
+        const OPERATION: &str = "GetPublicKey";
+        let (gate, departure) = self.gate(guard);
+        let answer = self
+            .client(key, OPERATION)?
+            .get_public_key()
+            .key_id(key.to_string())
+            .customize()
+            .interceptor(gate)
+            .send()
+            .await;
+        self.counted(
+            OPERATION,
+            answer.map_err(|error| CallError::of(OPERATION, &error, &departure)).and_then(|answer| {
+                Ok(answer.public_key.ok_or_else(|| CallError::incomplete(OPERATION, "PublicKey"))?.into_inner())
+            }),
+        )
+    }
+
+    /// `ListKeyRotations`: every material that a symmetric key is tied to, there or missing, and the one that waits
+    /// for its rotation. Read-only.
+    pub async fn materials(&self, key: &KeyArn, guard: &LeaseGuard) -> Result<Vec<HeldMaterial>, CallError> {
         const OPERATION: &str = "ListKeyRotations";
+        // A key has at most 27: the first, 25 rotations, one that waits.
         const MOST_PAGES: usize = 10;
         let client = self.client(key, OPERATION)?;
-        let mut marker = None;
+        let (mut found, mut marker) = (Vec::new(), None);
         for _ in 0..MOST_PAGES {
             let (gate, departure) = self.gate(guard);
             let answer = client
@@ -206,19 +261,13 @@ impl Kms {
                 .send()
                 .await;
             let page = self.counted(OPERATION, answer.map_err(|error| CallError::of(OPERATION, &error, &departure)))?;
-            let held = page.rotations().iter().find(|entry| entry.key_material_id() == Some(material_id));
-            if let Some(entry) = held {
-                let is_imported = entry.import_state() == Some(&ImportState::Imported);
-                return Ok(
-                    description::expiry(entry.expiration_model(), entry.valid_to().copied()).filter(|_| is_imported)
-                );
-            }
+            found.extend(page.rotations().iter().filter_map(HeldMaterial::of));
             marker = page.next_marker;
             if marker.is_none() {
-                break;
+                return Ok(found);
             }
         }
-        Ok(None)
+        Err(CallError::incomplete(OPERATION, "end of the list"))
     }
 
     fn client(&self, key: &KeyArn, operation: &'static str) -> Result<&Client, CallError> {

@@ -35,6 +35,11 @@ pub enum OpenError {
 }
 
 impl SealedKey {
+    /// Generates and seals a key. Takes seconds for RSA: not for an async thread.
+    pub fn generate(keyring: &Keyring, id: Uuid, name: String, kind: KeyKind) -> Result<Self, KekError> {
+        Self::seal(keyring, id, name, &PlainKey::generate(kind)?)
+    }
+
     /// Seals a key under a row's id and name.
     pub fn seal(keyring: &Keyring, id: Uuid, name: String, key: &PlainKey) -> Result<Self, KekError> {
         let (sealed_material, sealed_data_key) = keyring.seal_row(id, key.kind().as_str(), key.material())?;

@@ -2,7 +2,7 @@
 
 use super::{Store, StoreError, together};
 use crate::audit::{Fact, Kind};
-use crate::job::{Event, KeyArn, Operation, Refusal, RefusalCode, Request};
+use crate::job::{Event, KeyArn, Operation, Refusal, RefusalCode, Request, ScarceCall};
 use deadpool_postgres::Transaction;
 use futures_util::{FutureExt as _, try_join};
 use serde_json::json;
@@ -16,6 +16,7 @@ const DIGEST_VERSION: i16 = 1;
 
 /// A message, judged without the store.
 #[derive(Clone, Debug)]
+#[expect(clippy::large_enum_variant, reason = "nearly all of a slice are jobs")]
 pub enum Candidate {
     /// May become a job.
     Job(NewJob),
@@ -255,7 +256,7 @@ async fn insert_jobs(transaction: &Transaction<'_>, jobs: &[&NewJob], now: Offse
 async fn write_jobs(
     transaction: &Transaction<'_>,
     jobs: &[&NewJob],
-    keys: &HashMap<KeyArn, KnownKey>,
+    keys: &HashMap<Wanted<'_>, KnownKey>,
     places: &[Option<i64>],
     now: OffsetDateTime,
 ) -> Result<(), StoreError> {
@@ -267,7 +268,7 @@ async fn write_jobs(
                     $8::text[], $9::text[], $10::text[], $11::timestamptz[])
              as new(id, line_id, seq, lane_id, key_id, principal, source, request_id, request, trace, deadline)";
     let ids: Vec<Uuid> = jobs.iter().map(|job| job.id).collect();
-    let known: Vec<KnownKey> = jobs.iter().map(|job| keys[&job.key]).collect();
+    let known: Vec<KnownKey> = jobs.iter().map(|job| keys[&wanted(job)]).collect();
     let lines: Vec<i64> = known.iter().map(|key| key.line_id).collect();
     let lanes: Vec<i64> = known.iter().map(|key| key.lane_id).collect();
     let key_ids: Vec<Uuid> = known.iter().map(|key| key.id).collect();
@@ -316,7 +317,7 @@ fn accepted(job: &NewJob) -> Fact {
             "request_source": job.request.source,
             "request_id": job.request.id.as_str(),
             "request_digest": hex::encode(job.request.digest()),
-            "operation": job.request.operation.as_str(),
+            "operation": job.request.operation().as_str(),
             "key": job.key.to_string(),
         }),
     )
@@ -331,16 +332,11 @@ struct KnownKey {
 
 /// The first accepted job on an ARN registers it. Everything is inserted in sorted order and read again
 /// in a new statement, which sees what a rival registered first.
-async fn register_keys(
+async fn register_keys<'a>(
     transaction: &Transaction<'_>,
-    jobs: &[&NewJob],
+    jobs: &[&'a NewJob],
     now: OffsetDateTime,
-) -> Result<HashMap<KeyArn, KnownKey>, StoreError> {
-    const READ: &str = "
-        select kms_key.arn, kms_key.id, kms_key.line_id, lane.id
-        from unnest($1::text[], $2::text[], $3::text[], $4::text[]) as asked(arn, account, region, operation)
-        join kms_key using (arn)
-        join lane using (account, region, operation)";
+) -> Result<HashMap<Wanted<'a>, KnownKey>, StoreError> {
     const LANES: &str = "
         insert into lane (account, region, operation)
         select new.account, new.region, wanted.operation
@@ -370,17 +366,17 @@ async fn register_keys(
     let mut arns: Vec<&KeyArn> = jobs.iter().map(|job| &job.key).collect();
     arns.sort_unstable();
     arns.dedup();
-    let names: Vec<String> = arns.iter().map(ToString::to_string).collect();
-    let accounts: Vec<&str> = arns.iter().map(|arn| arn.account()).collect();
-    let regions: Vec<&str> = arns.iter().map(|arn| arn.region()).collect();
-    let first_operation = vec![FIRST_OPERATION; arns.len()];
-    let read = transaction.prepare_cached(READ).await?;
-    let mut rows = transaction.query(&read, &[&names, &accounts, &regions, &first_operation]).await?;
-    if rows.len() < arns.len() {
+    let asked: Vec<Wanted<'a>> = jobs.iter().map(|job| wanted(job)).collect::<HashSet<_>>().into_iter().collect();
+    let mut known = read_keys(transaction, &asked).await?;
+    if known.len() < asked.len() {
+        let names: Vec<String> = arns.iter().map(ToString::to_string).collect();
+        let accounts: Vec<&str> = arns.iter().map(|arn| arn.account()).collect();
+        let regions: Vec<&str> = arns.iter().map(|arn| arn.region()).collect();
         let order_keys: Vec<String> = arns.iter().map(|arn| arn.order_key()).collect();
         let ids: Vec<Uuid> = arns.iter().map(|_| Uuid::new_v4()).collect();
         let lanes = transaction.prepare_cached(LANES).await?;
-        transaction.execute(&lanes, &[&accounts, &regions, &OPERATIONS.as_slice()]).await?;
+        let operations = ScarceCall::ALL.map(ScarceCall::as_str);
+        transaction.execute(&lanes, &[&accounts, &regions, &operations.as_slice()]).await?;
         let names_of_lines = transaction.prepare_cached(NAMES).await?;
         let named = transaction.query(&names_of_lines, &[&order_keys]).await?;
         let place: HashMap<&str, usize> = order_keys.iter().map(String::as_str).zip(0..).collect();
@@ -390,37 +386,56 @@ async fn register_keys(
         let line_accounts: Vec<&str> = new.iter().map(|(_, at)| accounts[*at]).collect();
         let line_regions: Vec<&str> = new.iter().map(|(_, at)| regions[*at]).collect();
         let lines = transaction.prepare_cached(LINES).await?;
-        transaction.execute(&lines, &[&line_ids, &line_accounts, &line_regions, &FIRST_OPERATION]).await?;
+        // An empty line takes the lane of the job that opens it.
+        let any = ScarceCall::Nothing.as_str();
+        transaction.execute(&lines, &[&line_ids, &line_accounts, &line_regions, &any]).await?;
         let keys = transaction.prepare_cached(KEYS).await?;
         transaction.execute(&keys, &[&ids, &names, &order_keys, &now]).await?;
-        rows = transaction.query(&read, &[&names, &accounts, &regions, &first_operation]).await?;
+        known = read_keys(transaction, &asked).await?;
     }
-    let by_name: HashMap<&str, KnownKey> = rows
-        .iter()
-        .map(|row| (row.get(0), KnownKey { id: row.get(1), line_id: row.get(2), lane_id: row.get(3) }))
-        .collect();
-    let found: HashMap<KeyArn, KnownKey> = arns
-        .iter()
-        .zip(&names)
-        .filter_map(|(arn, name)| Some(((*arn).clone(), *by_name.get(name.as_str())?)))
-        .collect();
-    if found.len() == arns.len() {
-        Ok(found)
+    if known.len() == asked.len() {
+        Ok(known)
     } else {
         Err(StoreError::Conflict("a KMS key is being registered by another worker".into()))
     }
 }
 
-/// The scarce operation that a new job needs first, and those that a line can wait for.
-pub(super) const FIRST_OPERATION: &str = "GetParametersForImport";
-pub(super) const IMPORT: &str = "ImportKeyMaterial";
-const OPERATIONS: [&str; 2] = [FIRST_OPERATION, IMPORT];
+/// A key and the scarce call that a job on it needs first.
+type Wanted<'a> = (&'a KeyArn, ScarceCall);
+
+fn wanted(job: &NewJob) -> Wanted<'_> {
+    (&job.key, job.request.first_call())
+}
+
+async fn read_keys<'a>(
+    transaction: &Transaction<'_>,
+    asked: &[Wanted<'a>],
+) -> Result<HashMap<Wanted<'a>, KnownKey>, StoreError> {
+    const READ: &str = "
+        select asked.place, kms_key.id, kms_key.line_id, lane.id
+        from unnest($1::text[], $2::text[], $3::text[], $4::text[]) with ordinality
+             as asked(arn, account, region, operation, place)
+        join kms_key using (arn)
+        join lane using (account, region, operation)";
+    let names: Vec<String> = asked.iter().map(|(arn, _)| arn.to_string()).collect();
+    let accounts: Vec<&str> = asked.iter().map(|(arn, _)| arn.account()).collect();
+    let regions: Vec<&str> = asked.iter().map(|(arn, _)| arn.region()).collect();
+    let operations: Vec<&str> = asked.iter().map(|(_, call)| call.as_str()).collect();
+    let read = transaction.prepare_cached(READ).await?;
+    let rows = transaction.query(&read, &[&names, &accounts, &regions, &operations]).await?;
+    let known = rows.iter().filter_map(|row| {
+        // Postgres counts from one.
+        let at = usize::try_from(row.get::<_, i64>(0)).ok()?.checked_sub(1)?;
+        Some((*asked.get(at)?, KnownKey { id: row.get(1), line_id: row.get(2), lane_id: row.get(3) }))
+    });
+    Ok(known.collect())
+}
 
 /// Places in the lines, in the slice's order; `None` for a job that joins later.
 async fn take_places(
     transaction: &Transaction<'_>,
     jobs: &[&NewJob],
-    keys: &HashMap<KeyArn, KnownKey>,
+    keys: &HashMap<Wanted<'_>, KnownKey>,
     now: OffsetDateTime,
 ) -> Result<Vec<Option<i64>>, StoreError> {
     const LOCK: &str = "select id from line where id = any($1) order by id for no key update";
@@ -434,7 +449,7 @@ async fn take_places(
         returning line.id, line.tail_seq";
     let mut joining: BTreeMap<i64, (i64, i64)> = BTreeMap::new();
     for job in jobs.iter().filter(|job| waits_until(job, now).is_none()) {
-        let key = &keys[&job.key];
+        let key = &keys[&wanted(job)];
         joining.entry(key.line_id).or_insert((0, key.lane_id)).0 += 1;
     }
     let lines: Vec<i64> = joining.keys().copied().collect();
@@ -453,7 +468,7 @@ async fn take_places(
         })
         .collect();
     let mut place = |job: &NewJob| {
-        let next = next.get_mut(&keys[&job.key].line_id)?;
+        let next = next.get_mut(&keys[&wanted(job)].line_id)?;
         *next += 1;
         Some(*next - 1)
     };
@@ -476,7 +491,7 @@ fn id_conflict(job: &NewJob) -> NewRefusal {
             "id: a job with this id and other content was accepted before, and stands; use a new id",
         ),
         request_id: Some(job.request.id.as_str().to_owned()),
-        operation: Some(job.request.operation),
+        operation: Some(job.request.operation()),
         key: Some(job.key.clone()),
         ingress: job.ingress,
     }

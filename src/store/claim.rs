@@ -71,8 +71,8 @@ pub struct ClaimedJob {
     pub progress: Progress,
     /// The source key that was chosen, or that the request names; `None`: unknown, or none named.
     pub source_key: Option<SealedKey>,
-    /// The material that was last put on the key.
-    pub last_material: Option<KnownMaterial>,
+    /// The materials that jobs have put on the key, or on another Region's key of the same line; the oldest first.
+    pub materials: Vec<KnownMaterial>,
     /// A call of an earlier job that may still take effect: what it does, until when.
     pub late: Option<(String, OffsetDateTime)>,
 }
@@ -86,10 +86,12 @@ pub struct Progress {
     pub effect: Option<String>,
     /// A mutating call may have taken effect.
     pub in_doubt: bool,
-    /// AWS answered that it took the material.
-    pub imported: bool,
+    /// AWS answered every mutating call; what is left is to see it.
+    pub answered: bool,
     /// The id that AWS gave the material.
     pub key_material_id: Option<String>,
+    /// Which materials a delete means, once that is committed.
+    pub delete_ids: Option<Vec<String>>,
     /// Sets of import parameters thrown away.
     pub refreshes: u32,
     /// Kept for retries.
@@ -98,13 +100,17 @@ pub struct Progress {
     pub last_error: Option<serde_json::Value>,
 }
 
-/// A material that Keyferry has, or may have, put on a key.
+/// A material that a job has put on a key. The key is tied to it for good.
 #[derive(Clone, Debug)]
 pub struct KnownMaterial {
+    /// Whether it was put on this very key, not on another Region's.
+    pub is_own: bool,
     /// Keyed hash.
     pub fingerprint: Fingerprint,
     /// The source key's name.
     pub source_key_name: String,
+    /// AWS's id of it; symmetric keys only.
+    pub key_material_id: Option<String>,
 }
 
 /// Takes up to `$1` due lines: lanes that have any, the longest unserved first, an equal share each.
@@ -188,29 +194,46 @@ pub const READ: &str = "
            progress.parameters_valid_to, progress.last_error, progress.source_key_id,
            source.id, source.name, source.kind, source.fingerprint, source.fingerprint_version, source.kek_id,
            source.sealed_material, source.sealed_data_key,
-           last.fingerprint, last.fingerprint_version, last.source_key_name
+           known.own, known.fingerprints, known.versions, known.names, known.ids, progress.delete_ids
     from unnest($1::bigint[], $2::bigint[]) as head(line_id, seq)
     join job on job.line_id = head.line_id and job.seq = head.seq
     join kms_key on kms_key.id = job.kms_key_id
     left join progress on progress.job_id = job.id
+    -- An import names its source key, or the material whose source key is on record; a delete has none. Parsed once.
+    cross join lateral (
+        select request ->> 'source_key_identifier' as name,
+               case when request ->> 'source_key_identifier' is null and request ->> 'operation' is distinct from 'delete'
+                    then request ->> 'key_material_id' end as material_id
+        from (select job.request::jsonb as request offset 0) as parsed
+        where progress.source_key_id is null
+        union all select null, null where progress.source_key_id is not null
+    ) as asked
     left join lateral (
         select * from (
             select * from source_key where id = progress.source_key_id
             union all
-            select * from source_key
-            where progress.source_key_id is null and name = job.request::jsonb ->> 'source_key_identifier'
+            select * from source_key where name = asked.name
             union all
-            select * from source_key
-            where progress.source_key_id is null and id = case
-                when job.request::jsonb ->> 'source_key_identifier' ~
-                     '^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$'
-                then (job.request::jsonb ->> 'source_key_identifier')::uuid end
+            select * from source_key where id = case
+                when asked.name ~ '^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$'
+                then asked.name::uuid end
+            union all
+            select source_key.* from kms_key as other
+            join kms_material as held on held.kms_key_id = other.id
+            join source_key on source_key.id = case when held.source_tier = 'local' then held.source_key_id::uuid end
+            where other.line_id = job.line_id and held.key_material_id = asked.material_id
         ) as found limit 1
     ) as source on true
     left join lateral (
-        select * from kms_material where kms_key_id = kms_key.id and imported_at is not null
-        order by imported_at desc limit 1
-    ) as last on true";
+        select array_agg(held.kms_key_id = kms_key.id order by held.imported_at) as own,
+               array_agg(held.fingerprint order by held.imported_at) as fingerprints,
+               array_agg(held.fingerprint_version order by held.imported_at) as versions,
+               array_agg(held.source_key_name order by held.imported_at) as names,
+               array_agg(held.key_material_id order by held.imported_at) as ids
+        from kms_key as other join kms_material as held on held.kms_key_id = other.id
+        -- What is uncertain proves nothing.
+        where other.line_id = job.line_id and held.imported_at is not null
+    ) as known on true";
 
 /// A takeover leaves a call behind that may still take effect, if its job was about to make one.
 const MARK_LATE: &str = "
@@ -411,17 +434,15 @@ fn claimed_job(row: &Row, heads: &HashMap<i64, Head>) -> Result<ClaimedJob, Stor
             is_chosen: row.get::<_, Option<Uuid>>(24).is_some(),
             effect: row.get(13),
             in_doubt: row.get(14),
-            imported: row.get(15),
+            answered: row.get(15),
             key_material_id: row.get(16),
             refreshes: u32::try_from(row.get::<_, i32>(17)).unwrap_or(0),
             parameters: parameters(row),
             last_error: row.get(23),
+            delete_ids: row.get(38),
         },
         source_key: source_key(row).map_err(broken)?,
-        last_material: row.get::<_, Option<Vec<u8>>>(33).map(|hash| KnownMaterial {
-            fingerprint: Fingerprint { version: row.get(34), hash },
-            source_key_name: row.get(35),
-        }),
+        materials: known_materials(row),
         late: head.late.clone(),
     })
 }
@@ -450,6 +471,21 @@ fn source_key(row: &Row) -> Result<Option<SealedKey>, &'static str> {
         sealed_material: row.get(31),
         sealed_data_key: row.get(32),
     }))
+}
+
+fn known_materials(row: &Row) -> Vec<KnownMaterial> {
+    let Some(own) = row.get::<_, Option<Vec<bool>>>(33) else { return Vec::new() };
+    let (hashes, versions): (Vec<Vec<u8>>, Vec<i32>) = (row.get(34), row.get(35));
+    let (names, ids): (Vec<String>, Vec<Option<String>>) = (row.get(36), row.get(37));
+    let columns = own.into_iter().zip(hashes).zip(versions).zip(names).zip(ids);
+    columns
+        .map(|((((is_own, hash), version), source_key_name), key_material_id)| KnownMaterial {
+            is_own,
+            fingerprint: Fingerprint { version, hash },
+            source_key_name,
+            key_material_id,
+        })
+        .collect()
 }
 
 async fn mark_late(

@@ -18,16 +18,63 @@ pub struct Step {
     pub lease: Lease,
     /// The job.
     pub job_id: Uuid,
-    /// The source key that will be imported.
-    pub source_key_id: Uuid,
-    /// A source key that was generated for this job and is stored with the choice.
-    pub generated: Option<SealedKey>,
-    /// What the mutating call does: source key and expiry.
+    /// What it commits itself to.
+    pub intent: Intent,
+    /// What the mutating calls do: equal texts mean that repeating them changes nothing.
     pub effect: String,
-    /// Parameters to keep; `None`: those kept before are still in use.
-    pub parameters: Option<ImportParameters>,
     /// What the audit trail says of it.
     pub facts: Vec<Fact>,
+}
+
+/// What a job commits itself to before AWS is changed.
+#[derive(Debug)]
+pub enum Intent {
+    /// To import one source key and no other.
+    Import {
+        /// The source key.
+        source_key_id: Uuid,
+        /// The same, if it was generated for this job and is stored with the choice.
+        generated: Option<Box<SealedKey>>,
+        /// Parameters to keep; `None`: those kept before are still in use.
+        parameters: Option<Box<ImportParameters>>,
+    },
+    /// To delete these materials and no others; none: the one of a key without material ids.
+    Delete {
+        /// AWS's ids.
+        material_ids: Vec<String>,
+    },
+}
+
+impl Step {
+    fn source_key_id(&self) -> Option<Uuid> {
+        match &self.intent {
+            Intent::Import { source_key_id, .. } => Some(*source_key_id),
+            Intent::Delete { .. } => None,
+        }
+    }
+
+    fn generated(&self) -> Option<&SealedKey> {
+        match &self.intent {
+            Intent::Import { generated, .. } => generated.as_deref(),
+            Intent::Delete { .. } => None,
+        }
+    }
+
+    fn parameters(&self) -> Option<&ImportParameters> {
+        match &self.intent {
+            Intent::Import { parameters, .. } => parameters.as_deref(),
+            Intent::Delete { .. } => None,
+        }
+    }
+
+    fn delete_ids(&self) -> Option<String> {
+        match &self.intent {
+            Intent::Import { .. } => None,
+            // Ids are hex: a list of them needs no escaping. An array of arrays cannot be sent, since all of its
+            // arrays must be of one length.
+            Intent::Delete { material_ids } => Some(material_ids.join(",")),
+        }
+    }
 }
 
 /// What became of a step.
@@ -57,13 +104,10 @@ impl Store {
             return Ok(vec![Prepared::LeaseLost; steps.len()]);
         };
 
-        let generated: Vec<&SealedKey> = steps
-            .iter()
-            .filter(|step| held.contains_key(&step.lease))
-            .filter_map(|step| step.generated.as_ref())
-            .collect();
+        let generated: Vec<&SealedKey> =
+            steps.iter().filter(|step| held.contains_key(&step.lease)).filter_map(|step| step.generated()).collect();
         super::keys::insert_source_keys(&transaction, &generated, super::SourceKeyOrigin::Generated, now).await?;
-        let sources: Vec<Uuid> = steps.iter().map(|step| step.source_key_id).collect();
+        let sources: Vec<Uuid> = steps.iter().filter_map(|step| step.source_key_id()).collect();
         let pin = transaction.prepare_cached(PIN).await?;
         let alive: HashSet<Uuid> = transaction.query(&pin, &[&sources]).await?.iter().map(|row| row.get(0)).collect();
 
@@ -71,7 +115,7 @@ impl Store {
             .iter()
             .map(|step| match held.contains_key(&step.lease) {
                 false => Prepared::LeaseLost,
-                true if alive.contains(&step.source_key_id) => Prepared::Ready,
+                true if step.source_key_id().is_none_or(|key| alive.contains(&key)) => Prepared::Ready,
                 true => Prepared::SourceKeyDeleted,
             })
             .collect();
@@ -105,13 +149,16 @@ async fn write_progress(
     // A choice that was committed before stays: the caller has read it and brings the same.
     const WRITE: &str = "
         insert into progress (job_id, source_key_id, effect, in_doubt, audit_n, wrapping_algorithm, wrapping_key_spec,
-                              public_key, import_token, parameters_valid_to)
-        select job_id, source_key_id, effect, true, audit_n, algorithm, key_spec, public_key, import_token, valid_to
+                              public_key, import_token, parameters_valid_to, delete_ids)
+        select job_id, source_key_id, effect, true, audit_n, algorithm, key_spec, public_key, import_token, valid_to,
+               string_to_array(delete_ids, ',')
         from unnest($1::uuid[], $2::uuid[], $3::text[], $4::integer[], $5::text[], $6::text[], $7::bytea[], $8::bytea[],
-                    $9::timestamptz[])
-             as new(job_id, source_key_id, effect, audit_n, algorithm, key_spec, public_key, import_token, valid_to)
+                    $9::timestamptz[], $10::text[])
+             as new(job_id, source_key_id, effect, audit_n, algorithm, key_spec, public_key, import_token, valid_to,
+                    delete_ids)
         on conflict (job_id) do update set
             source_key_id = coalesce(progress.source_key_id, excluded.source_key_id),
+            delete_ids = coalesce(progress.delete_ids, excluded.delete_ids),
             effect = excluded.effect,
             in_doubt = true,
             audit_n = excluded.audit_n,
@@ -124,23 +171,27 @@ async fn write_progress(
         return Ok(());
     }
     let jobs: Vec<Uuid> = steps.iter().map(|step| step.job_id).collect();
-    let sources: Vec<Uuid> = steps.iter().map(|step| step.source_key_id).collect();
+    let sources: Vec<Option<Uuid>> = steps.iter().map(|step| step.source_key_id()).collect();
     let effects: Vec<&str> = steps.iter().map(|step| step.effect.as_str()).collect();
     let counts: Vec<i32> =
         steps.iter().map(|step| held[&step.lease].audit_n + i32::try_from(step.facts.len()).unwrap_or(0)).collect();
-    let of = |step: &&Step| step.parameters.as_ref().map(|set| set.wrapping.algorithm.as_str());
+    let of = |step: &&Step| step.parameters().map(|set| set.wrapping.algorithm.as_str());
     let algorithms: Vec<Option<&str>> = steps.iter().map(of).collect();
     let specs: Vec<Option<&str>> =
-        steps.iter().map(|step| step.parameters.as_ref().map(|set| set.wrapping.key_spec.as_str())).collect();
+        steps.iter().map(|step| step.parameters().map(|set| set.wrapping.key_spec.as_str())).collect();
     let public_keys: Vec<Option<&[u8]>> =
-        steps.iter().map(|step| step.parameters.as_ref().map(|set| set.public_key.as_slice())).collect();
+        steps.iter().map(|step| step.parameters().map(|set| set.public_key.as_slice())).collect();
     let tokens: Vec<Option<&[u8]>> =
-        steps.iter().map(|step| step.parameters.as_ref().map(|set| set.import_token.as_slice())).collect();
+        steps.iter().map(|step| step.parameters().map(|set| set.import_token.as_slice())).collect();
     let ends: Vec<Option<time::OffsetDateTime>> =
-        steps.iter().map(|step| step.parameters.as_ref().map(|set| set.valid_to)).collect();
+        steps.iter().map(|step| step.parameters().map(|set| set.valid_to)).collect();
+    let delete_ids: Vec<Option<String>> = steps.iter().map(|step| step.delete_ids()).collect();
     let write = transaction.prepare_cached(WRITE).await?;
     transaction
-        .execute(&write, &[&jobs, &sources, &effects, &counts, &algorithms, &specs, &public_keys, &tokens, &ends])
+        .execute(
+            &write,
+            &[&jobs, &sources, &effects, &counts, &algorithms, &specs, &public_keys, &tokens, &ends, &delete_ids],
+        )
         .await?;
     Ok(())
 }

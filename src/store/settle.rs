@@ -1,11 +1,11 @@
 //! Ends of attempts: outcome, audit entries, event, and the line's next head in one transaction.
 
-use super::accept::{FIRST_OPERATION, IMPORT, insert_audit, insert_events};
+use super::accept::{insert_audit, insert_events};
 use super::claim::millis;
 use super::lock::{Held, lock};
 use super::{Lease, Store, StoreError, together};
 use crate::audit::{Fact, Kind};
-use crate::job::{Event, Failure, JobResult, JobSummary, failure_json};
+use crate::job::{Event, Failure, JobResult, JobSummary, ScarceCall, failure_json};
 use crate::source::Fingerprint;
 use deadpool_postgres::Transaction;
 use futures_util::FutureExt as _;
@@ -27,6 +27,8 @@ pub struct Settlement {
     pub facts: Vec<Fact>,
     /// What a mutating call of this attempt does that may still take effect.
     pub late_effect: Option<String>,
+    /// What AWS said that it deleted in this attempt.
+    pub removed: Removed,
     /// What follows.
     pub kind: SettlementKind,
 }
@@ -53,6 +55,8 @@ pub enum SettlementKind {
         reason: Value,
         /// What the next attempt must know.
         state: RetryState,
+        /// The scarce call that it makes first.
+        next: ScarceCall,
     },
     /// The attempt did not begin; it does not count.
     PutBack {
@@ -63,6 +67,25 @@ pub enum SettlementKind {
     },
 }
 
+/// What AWS answered to the mutating calls of a job.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Answered {
+    /// The imported material's id; symmetric keys only.
+    pub key_material_id: Option<String>,
+}
+
+/// Materials of a KMS key that were deleted from it. The key stays tied to them.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Removed {
+    /// None.
+    #[default]
+    Nothing,
+    /// Those of a symmetric key, by AWS's ids.
+    Materials(Vec<String>),
+    /// The only one of a key without material ids.
+    Only,
+}
+
 /// What the next attempt must know.
 #[derive(Clone, Debug, Default)]
 pub struct RetryState {
@@ -70,8 +93,8 @@ pub struct RetryState {
     pub in_doubt: bool,
     /// What becomes of the import parameters.
     pub parameters: Parameters,
-    /// AWS answered that it took the material, with this id if it gives ids.
-    pub imported: Option<Option<String>>,
+    /// AWS answered every mutating call; what is left is to see it.
+    pub answered: Option<Answered>,
     /// Start counting refused parameters anew.
     pub reset_refreshes: bool,
 }
@@ -167,6 +190,7 @@ impl Store {
             ended.write_materials(&transaction).boxed(),
             insert_events(&transaction, &ended.events).boxed(),
             keep_progress(&transaction, &valid).boxed(),
+            mark_removed(&transaction, &valid, now).boxed(),
             release(&transaction, &valid, now, signature_life).boxed(),
         ])
         .await?;
@@ -195,8 +219,13 @@ impl Settlement {
     fn own_fact(&self) -> Option<Fact> {
         match &self.kind {
             SettlementKind::Ended { outcome: Ok(result), .. } => {
-                let material = result.0.pointer("/aws_param/CurrentKeyMaterialId");
-                Some(Fact::new(Kind::Succeeded, json!({"key": self.job.key.to_string(), "key_material_id": material})))
+                let mut details = json!({"key": self.job.key.to_string()});
+                for name in ["key_material_id", "key_material_ids", "dry_run"] {
+                    if let Some(value) = result.0.get(name) {
+                        details[name] = value.clone();
+                    }
+                }
+                Some(Fact::new(Kind::Succeeded, details))
             }
             SettlementKind::Ended { outcome: Err(failure), .. } => Some(Fact::new(Kind::Failed, failure_json(failure))),
             SettlementKind::Retry { reason, .. } => Some(Fact::new(Kind::AttemptFailed, reason.clone())),
@@ -286,8 +315,11 @@ impl Ended {
                 source_key_id = excluded.source_key_id,
                 source_key_name = excluded.source_key_name,
                 key_material_id = coalesce(excluded.key_material_id, kms_material.key_material_id),
-                valid_to = excluded.valid_to,
+                valid_to = case when excluded.imported_at is null and kms_material.imported_at is not null
+                                then kms_material.valid_to else excluded.valid_to end,
                 imported_at = coalesce(excluded.imported_at, kms_material.imported_at),
+                -- It is there, or may be.
+                removed_at = null,
                 job_id = excluded.job_id";
         let m = &self.materials;
         if !m.keys.is_empty() {
@@ -390,13 +422,14 @@ async fn keep_progress(transaction: &Transaction<'_>, ends: &[(&Settlement, &Hel
     let jobs: Vec<Uuid> = retries.iter().map(|(end, ..)| end.job.id).collect();
     let counts: Vec<i32> = retries.iter().map(|(end, held, ..)| held.audit_n + end.fact_count()).collect();
     let doubts: Vec<bool> = retries.iter().map(|(.., state)| state.in_doubt).collect();
-    let imported: Vec<bool> = retries.iter().map(|(.., state)| state.imported.is_some()).collect();
-    let ids: Vec<Option<String>> = retries.iter().map(|(.., state)| state.imported.clone().flatten()).collect();
+    let answered: Vec<bool> = retries.iter().map(|(.., state)| state.answered.is_some()).collect();
+    let ids: Vec<Option<String>> =
+        retries.iter().map(|(.., state)| state.answered.as_ref()?.key_material_id.clone()).collect();
     let refresh: Vec<bool> = retries.iter().map(|(.., state)| state.parameters == Parameters::Refused).collect();
     let reset: Vec<bool> = retries.iter().map(|(.., state)| state.reset_refreshes).collect();
     let reasons: Vec<&Value> = retries.iter().map(|(_, _, reason, _)| *reason).collect();
     let write = transaction.prepare_cached(WRITE).await?;
-    transaction.execute(&write, &[&jobs, &counts, &doubts, &imported, &ids, &refresh, &reset, &reasons]).await?;
+    transaction.execute(&write, &[&jobs, &counts, &doubts, &answered, &ids, &refresh, &reset, &reasons]).await?;
     let chosen = |wanted: &[bool]| -> Vec<Uuid> {
         jobs.iter().zip(wanted).filter(|(_, wanted)| **wanted).map(|(job, _)| *job).collect()
     };
@@ -405,6 +438,39 @@ async fn keep_progress(transaction: &Transaction<'_>, ends: &[(&Settlement, &Hel
             let statement = transaction.prepare_cached(statement).await?;
             transaction.execute(&statement, &[&which]).await?;
         }
+    }
+    Ok(())
+}
+
+/// What was deleted is remembered: the key takes it again, and needs it to be usable.
+async fn mark_removed(
+    transaction: &Transaction<'_>,
+    ends: &[(&Settlement, &Held)],
+    now: OffsetDateTime,
+) -> Result<(), StoreError> {
+    const MARK: &str = "
+        update kms_material set removed_at = $3
+        from unnest($1::uuid[], $2::text[]) as gone(key_id, material_id)
+        where kms_material.kms_key_id = gone.key_id
+          and (gone.material_id is null or kms_material.key_material_id = gone.material_id)";
+    let mut keys: Vec<Uuid> = Vec::new();
+    let mut materials: Vec<Option<&str>> = Vec::new();
+    for (end, _) in ends {
+        match &end.removed {
+            Removed::Nothing => {}
+            Removed::Only => {
+                keys.push(end.key_id);
+                materials.push(None);
+            }
+            Removed::Materials(ids) => {
+                keys.extend(ids.iter().map(|_| end.key_id));
+                materials.extend(ids.iter().map(|id| Some(id.as_str())));
+            }
+        }
+    }
+    if !keys.is_empty() {
+        let mark = transaction.prepare_cached(MARK).await?;
+        transaction.execute(&mark, &[&keys, &materials, &now]).await?;
     }
     Ok(())
 }
@@ -423,9 +489,8 @@ async fn release(
     for (end, _) in ends {
         let (is_end, counts, at, deadline, operation) = match &end.kind {
             SettlementKind::Ended { .. } => (true, true, now, now, None),
-            SettlementKind::Retry { delay, deadline, state, .. } => {
-                let next = if state.parameters == Parameters::Kept { IMPORT } else { FIRST_OPERATION };
-                (false, true, now + *delay, *deadline, Some(next))
+            SettlementKind::Retry { delay, deadline, next, .. } => {
+                (false, true, now + *delay, *deadline, Some(next.as_str()))
             }
             SettlementKind::PutBack { until, deadline } => (false, false, *until, *deadline, None),
         };

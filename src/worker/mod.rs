@@ -95,7 +95,7 @@ pub async fn run(context: Arc<Context>, stop: CancellationToken) {
     let pool = Pool {
         context: Arc::clone(&context),
         permits: Arc::new(Semaphore::new(settings.concurrency)),
-        wrapping: Arc::new(Semaphore::new(std::thread::available_parallelism().map_or(1, usize::from))),
+        computing: Arc::new(Semaphore::new(std::thread::available_parallelism().map_or(1, usize::from))),
         leases,
         steps,
         settler,
@@ -123,7 +123,7 @@ pub async fn run(context: Arc<Context>, stop: CancellationToken) {
 struct Pool {
     context: Arc<Context>,
     permits: Arc<Semaphore>,
-    wrapping: Arc<Semaphore>,
+    computing: Arc<Semaphore>,
     leases: Leases,
     steps: Batcher<Step, Result<Prepared, StoreError>>,
     settler: Batcher<Settlement, bool>,
@@ -201,7 +201,7 @@ impl Pool {
         let attempt = Attempt {
             context: Arc::clone(&self.context),
             steps: self.steps.clone(),
-            wrapping: Arc::clone(&self.wrapping),
+            computing: Arc::clone(&self.computing),
             give_back: self.give_back.clone(),
             guard,
         };

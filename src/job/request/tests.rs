@@ -4,6 +4,7 @@ use time::macros::datetime;
 
 const NOW: OffsetDateTime = datetime!(2026-11-24 12:00 UTC);
 const ARN: &str = "arn:aws:kms:eu-central-1:111122223333:key/031c5703-aaf7-425e-a141-7e0c6f5886ab";
+const MATERIAL: &str = "00112233445566778899aabbccddeeff00112233445566778899aabbccddeeff";
 
 fn parse(body: &str) -> Result<Request, Box<Rejected>> {
     let request = Request::parse(Envelope { body: body.as_bytes(), content_type: None, message_id: None })?;
@@ -30,8 +31,9 @@ fn the_original_calls_fields_are_read() {
         r#","source_key_tier":"local","source_key_identifier":"test-key","key_expiration":true,"valid_to":"2026-12-04T06:51:18.505860192Z""#,
     ))
     .unwrap();
-    assert_eq!(request.source_key, SourceKeyRef::Local(Some("test-key".into())));
-    assert_eq!(request.expiry, Expiry::At(datetime!(2026-12-04 06:51:18 UTC)));
+    let Work::Import(import) = &request.work else { panic!("{request:?}") };
+    assert_eq!(import.source_key, SourceKeyRef::Local(Some("test-key".into())));
+    assert_eq!(import.expiry, Expiry::At(datetime!(2026-12-04 06:51:18 UTC)));
     assert_eq!(request.deadline_from(NOW), datetime!(2026-11-27 12:00 UTC));
 }
 
@@ -73,8 +75,25 @@ fn every_rule_has_its_code() {
         (&with(r#","not_before":"2027-01-24T11:59:59Z""#), "invalid_value"),
         (&with(r#","deadline":"2026-11-24T11:59:59Z""#), "invalid_value"),
         (&with(r#","batch":"a b""#), "invalid_value"),
-        (&with(r#","dry_run":true"#), "not_supported"),
+        (&with(r#","dry_run":true"#), "accepted"),
+        (&with(r#","dry_run":"yes""#), "wrong_type"),
         (&with(r#","urgent":true"#), "not_supported"),
+        (&with(r#","key_material_id":"abc""#), "invalid_value"),
+        (&with(r#","scope":"all""#), "field_not_allowed"),
+        (&with(r#","operation":"delete","scope":"all""#), "accepted"),
+        (&with(r#","operation":"delete","scope":"some""#), "invalid_value"),
+        (&with(&format!(r#","operation":"delete","key_material_id":"{MATERIAL}""#)), "accepted"),
+        (
+            &with(&format!(r#","operation":"delete","key_material_id":"{MATERIAL}","scope":"current""#)),
+            "field_not_allowed",
+        ),
+        (&with(r#","operation":"delete","source_key_tier":"local""#), "field_not_allowed"),
+        (&with(r#","operation":"delete","source_key_identifier":"k""#), "field_not_allowed"),
+        (&with(r#","operation":"delete","key_expiration":false"#), "field_not_allowed"),
+        (&with(r#","operation":"delete","valid_to":"2026-12-04T06:51:18Z""#), "field_not_allowed"),
+        (&with(r#","operation":"delete","wrapping_algorithm":"RSAES_OAEP_SHA_256""#), "field_not_allowed"),
+        (&with(r#","operation":"delete","wrapping_key_spec":"RSA_4096""#), "field_not_allowed"),
+        (&with(r#","operation":"delete","key_material_description":"d""#), "field_not_allowed"),
         (&with(r#","dry_run":false,"urgent":false"#), "accepted"),
     ] {
         assert_eq!(code(body), expected, "{body}");
@@ -122,6 +141,26 @@ fn equality_is_that_of_the_parsed_fields_that_were_given() {
         digest(r#","key_expiration":true,"valid_to":"2026-12-04T06:51:18Z""#),
         digest(r#","valid_to":"2026-12-04T07:51:18.000+01:00","key_expiration":true"#),
     );
+}
+
+#[test]
+fn a_delete_names_what_it_deletes() {
+    let work = |extra: &str| parse(&with(&format!(r#","operation":"delete"{extra}"#))).unwrap().work;
+    assert_eq!(work(""), Work::Delete(DeleteTarget::Current));
+    assert_eq!(work(r#","scope":"current""#), Work::Delete(DeleteTarget::Current));
+    assert_eq!(work(r#","scope":"all""#), Work::Delete(DeleteTarget::All));
+    let one = format!(r#","key_material_id":"{MATERIAL}""#);
+    assert_eq!(work(&one), Work::Delete(DeleteTarget::Material(MATERIAL.into())));
+}
+
+#[test]
+fn a_dry_run_is_another_request_than_the_real_one_and_stays_one_when_it_is_read_again() {
+    let (real, dry) = (parse(&with(r#","dry_run":false"#)).unwrap(), parse(&with(r#","dry_run":true"#)).unwrap());
+    assert_ne!(real.digest(), dry.digest());
+    assert_eq!(real.digest(), parse(&with("")).unwrap().digest(), "as it was before there were dry runs");
+    let again = Request::from_canonical(dry.canonical(), dry.id.clone(), String::new()).unwrap();
+    assert!(again.dry_run);
+    assert_eq!(again.first_call(), ScarceCall::Nothing);
 }
 
 #[test]

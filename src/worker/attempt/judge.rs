@@ -40,12 +40,11 @@ pub(super) fn judge(error: &CallError) -> Verdict {
             FailureCode::OtherMaterial,
             "the key holds or held other material and takes only the same again; name that source key",
         ),
-        ErrorKind::Unsupported => {
-            Verdict::Fail(FailureCode::AwsRefused, "the key's origin or kind does not allow an import")
-        }
+        ErrorKind::Unsupported => Verdict::Fail(FailureCode::AwsRefused, "the key's origin or kind does not allow it"),
         ErrorKind::AccessDenied => Verdict::Fail(
             FailureCode::AccessDenied,
-            "allow the worker kms:DescribeKey, kms:GetParametersForImport, kms:ImportKeyMaterial and kms:ListKeyRotations",
+            "allow the worker kms:DescribeKey, kms:GetParametersForImport, kms:ImportKeyMaterial, kms:ListKeyRotations, \
+             kms:GetPublicKey and, for deletes, kms:DeleteImportedKeyMaterial",
         ),
         ErrorKind::NoTarget => {
             Verdict::Fail(FailureCode::TargetRemoved, "configure the target, or ask for another key")

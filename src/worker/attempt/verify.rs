@@ -1,83 +1,73 @@
 //! Proof, as far as AWS lets one have it, that the key holds what was imported; and the result.
 
-use super::{End, Or, Run, expiry_text};
-use crate::job::{Expiry, FailureCode, JobResult, KeyKind, rfc3339};
-use crate::kms::KeyDescription;
-use crate::store::{RetryState, Settlement, SettlementKind};
+use super::import::expiry_text;
+use super::{Or, Run};
+use crate::job::{Expiry, FailureCode, Import, JobResult, KeyKind, rfc3339};
+use crate::kms::{ErrorKind, HeldMaterial, KeyDescription};
+use crate::store::{Settlement, SettlementKind};
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use serde_json::{Value, json};
 
 impl Run {
     /// Looks until AWS shows the material as it was imported.
-    pub(super) async fn verify(&mut self, mut key: KeyDescription, material_id: Option<String>) -> Or<Settlement> {
-        let is_shown = self.shows(&key, material_id.as_deref())
-            || self
-                .lists(&key, material_id.as_deref())
-                .await
-                .map_err(|end| self.after_import(end, material_id.clone()))?;
-        if !is_shown {
-            let message = format!(
-                "AWS took the material but does not show it yet: state {}, expiry {}",
-                key.state,
-                key.expiry.map_or("none".to_owned(), expiry_text)
-            );
-            let end = self.wait_for_aws::<()>("verify", &message, None, FailureCode::UnexpectedAnswer).err().flatten();
-            return Err(self.after_import(end, material_id));
-        }
-        if let (Some(id), Some(fields)) = (&material_id, key.aws_param.as_object_mut()) {
-            fields.insert("KeyMaterialId".into(), json!(id));
-        }
-        let result = JobResult(self.result(&key));
-        let source = self.source_key.clone();
-        let material = source.as_ref().map(|source| self.material(source, material_id, true));
-        let kind = SettlementKind::Ended { outcome: Ok(result), source_key_id: source.map(|key| key.id), material };
-        Ok(self.settlement(kind))
-    }
-
-    /// The import was answered; whatever ends this attempt, the next one only has to see it.
-    pub(super) fn after_import(&self, mut end: End, material_id: Option<String>) -> End {
-        if let Some(settlement) = &mut end {
-            let learnt = RetryState {
-                imported: Some(material_id.clone()),
-                parameters: self.parameters,
-                ..RetryState::default()
+    pub(super) async fn verify_import(&mut self, asked: &Import, kind: KeyKind, key: KeyDescription) -> Or<Settlement> {
+        let material_id = self.answered.clone().and_then(|answer| answer.key_material_id);
+        let mut result = self.result(&key, kind);
+        if !shows(&key, asked.expiry, material_id.as_deref()) {
+            let missing = match &material_id {
+                Some(id) if kind.has_material_ids() => missing_beside(&self.materials().await?, id, asked.expiry, &key),
+                _ => None,
             };
-            match &mut settlement.kind {
-                SettlementKind::Retry { state, reason, .. } => {
-                    *state = learnt;
-                    reason["aws_changed"] = json!(true);
-                }
-                SettlementKind::Ended { outcome: Err(failure), material, .. } => {
-                    failure.aws_changed = true;
-                    *material = self.source_key.as_ref().map(|key| self.material(key, material_id, true));
-                }
-                SettlementKind::PutBack { .. } => settlement.kind = self.given_back(learnt),
-                SettlementKind::Ended { .. } => {}
+            let Some(missing) = missing else {
+                let message = format!(
+                    "AWS took the material but does not show it yet: state {}, expiry {}",
+                    key.state,
+                    key.expiry.map_or("none".to_owned(), expiry_text)
+                );
+                return self.wait_for_aws("verify", &message, None, FailureCode::UnexpectedAnswer);
+            };
+            if !missing.is_empty() {
+                result["missing_key_materials"] = self.with_sources(missing);
             }
         }
-        end
-    }
-
-    /// `DescribeKey` is enough when the key has one material.
-    fn shows(&self, key: &KeyDescription, material_id: Option<&str>) -> bool {
-        let is_current = material_id.is_none() || key.current_material.as_deref() == material_id;
-        key.state == "Enabled" && key.expiry == Some(self.job.request.expiry) && is_current
-    }
-
-    /// A key with several materials shows the earliest expiry of all, and is pending import while any of them
-    /// is missing. `ListKeyRotations` shows each.
-    async fn lists(&mut self, key: &KeyDescription, material_id: Option<&str>) -> Or<bool> {
-        let has_ids = KeyKind::parse(&key.key_spec).is_some_and(KeyKind::has_material_ids);
-        let Some(id) = material_id.filter(|_| has_ids) else { return Ok(false) };
-        self.not_stopping()?;
-        match self.attempt.context.kms.material(&self.job.key, id, &self.attempt.guard).await {
-            Ok(found) => Ok(found == Some(self.job.request.expiry)),
-            Err(error) => self.read_failed(&error),
+        if kind.is_pair() {
+            let public_key = self.verify_public_key().await?;
+            result["public_key"] = json!(STANDARD.encode(public_key));
         }
+        let source = self.source_key.clone();
+        result["local_key_id"] = json!(source.as_ref().map(|key| key.id));
+        result["local_key_name"] = json!(source.as_ref().map(|key| &key.name));
+        result["key_expiration"] = json!(asked.expiry != Expiry::Never);
+        if let Some(id) = &material_id {
+            result["key_material_id"] = json!(id);
+            result["aws_param"]["KeyMaterialId"] = json!(id);
+        }
+        let material = source.as_ref().map(|source| self.material(source, material_id, true));
+        let source_key_id = source.map(|key| key.id);
+        Ok(self.settlement(SettlementKind::Ended { outcome: Ok(JobResult(result)), source_key_id, material }))
     }
 
-    /// The flat shape of the original call's answer.
-    fn result(&self, key: &KeyDescription) -> Value {
-        let source = self.source_key.as_ref();
+    /// After an import `GetPublicKey` gives exactly the public key of the imported pair.
+    async fn verify_public_key(&mut self) -> Or<Vec<u8>> {
+        self.not_stopping()?;
+        let theirs = match self.attempt.context.kms.public_key(&self.job.key, &self.attempt.guard).await {
+            Ok(theirs) => theirs,
+            Err(error) if error.kind == ErrorKind::InvalidState => {
+                let (text, id) = (error.to_string(), error.aws_request_id.as_deref());
+                return self.wait_for_aws(error.operation, &text, id, FailureCode::UnexpectedAnswer);
+            }
+            Err(error) => return self.read_failed(&error),
+        };
+        if self.own_public_key().await?.as_ref() == Some(&theirs) {
+            return Ok(theirs);
+        }
+        let message = "AWS answered that it took the pair, and GetPublicKey shows another; do not use the key";
+        self.fail(FailureCode::UnexpectedAnswer, message)
+    }
+
+    /// The flat shape of the original call's answer, without what only an import tells.
+    pub(super) fn result(&self, key: &KeyDescription, kind: KeyKind) -> Value {
         json!({
             "id": self.job.key_id,
             "createdAt": rfc3339(self.job.key_created_at),
@@ -85,14 +75,42 @@ impl Run {
             "synced_at": rfc3339(self.job.now),
             "region": self.job.key.region(),
             "cloud_name": "aws",
-            "local_key_id": source.map(|key| key.id.to_string()),
-            "local_key_name": source.map(|key| key.name.clone()),
-            "key_type": KeyKind::parse(&key.key_spec).map(KeyKind::key_type),
+            "key_type": kind.key_type(),
             "key_material_origin": "keyferry",
-            "key_expiration": self.job.request.expiry != Expiry::Never,
             "rotation_status": "",
             "gone": false,
             "aws_param": key.aws_param,
         })
     }
+
+    /// Each material with the source key that it came from, as far as that is on record.
+    pub(super) fn with_sources(&self, ids: Vec<String>) -> Value {
+        let source = |id: &str| {
+            self.job
+                .materials
+                .iter()
+                .find(|held| held.key_material_id.as_deref() == Some(id))
+                .map(|held| &held.source_key_name)
+        };
+        ids.into_iter().map(|id| json!({"local_key_name": source(&id), "key_material_id": id})).collect()
+    }
+}
+
+/// `DescribeKey` is enough when the key has one material.
+fn shows(key: &KeyDescription, expiry: Expiry, material_id: Option<&str>) -> bool {
+    let is_current = material_id.is_none() || key.current_material.as_deref() == material_id;
+    key.state == "Enabled" && key.expiry == Some(expiry) && is_current
+}
+
+/// A key with several materials shows the earliest expiry of all, and is pending import while any of them
+/// is missing; `ListKeyRotations` shows each. The others that are missing, once this one is there: `None`, not yet.
+fn missing_beside(materials: &[HeldMaterial], id: &str, expiry: Expiry, key: &KeyDescription) -> Option<Vec<String>> {
+    let is_there = materials.iter().any(|held| held.id == id && held.expiry == Some(expiry));
+    let missing: Vec<String> = materials
+        .iter()
+        .filter(|held| held.is_permanent() && held.expiry.is_none())
+        .map(|held| held.id.clone())
+        .collect();
+    // With nothing missing the state lags behind.
+    (is_there && (key.state == "Enabled" || !missing.is_empty())).then_some(missing)
 }

@@ -267,7 +267,7 @@ async fn what_a_claim_tells_is_what_earlier_attempts_left() {
     assert!(settle(&store, &end).await);
     accept(&store, &[job("e", &arn(4))]).await;
     let next = claim(&store, 8).await.into_iter().find(|job| job.request.id.as_str() == "e").unwrap();
-    let last = next.last_material.unwrap();
+    let last = next.materials.last().unwrap();
     assert_eq!(last.fingerprint, generated.fingerprint);
     assert_eq!(last.source_key_name, generated.name);
     assert!(!next.progress.is_chosen && next.progress.parameters.is_none());

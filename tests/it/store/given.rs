@@ -3,12 +3,12 @@
 use keyferry::audit::{Fact, Kind};
 use keyferry::job::{
     Failure, FailureCode, ImportParameters, JobResult, JobSummary, KeyArn, KeyKind, Refusal, RefusalCode, Request,
-    RequestId,
+    RequestId, ScarceCall,
 };
 use keyferry::source::{Kek, Keyring, PlainKey, SealedKey};
 use keyferry::store::{
-    Candidate, ClaimedJob, Material, NewJob, NewRefusal, NewSourceKey, RetryState, Settlement, SettlementKind,
-    SourceKeyOrigin, Step, Store, Verdict,
+    Candidate, ClaimedJob, Intent, Material, NewJob, NewRefusal, NewSourceKey, Parameters, Removed, RetryState,
+    Settlement, SettlementKind, SourceKeyOrigin, Step, Store, Verdict,
 };
 use serde_json::{Value, json};
 use std::time::Duration;
@@ -63,7 +63,7 @@ pub fn refusal(id: &str, code: RefusalCode) -> NewRefusal {
         digest: keyferry::store::MessageDigest::Body(job.request.digest()),
         refusal: Refusal::whole(code, "no"),
         request_id: Some(id.to_owned()),
-        operation: Some(job.request.operation),
+        operation: Some(job.request.operation()),
         key: Some(job.key),
         ingress: "test",
     }
@@ -113,7 +113,8 @@ pub fn end(job: &ClaimedJob, kind: SettlementKind) -> Settlement {
             key: job.key.clone(),
             principal: job.principal.clone(),
             request_id: job.request.id.as_str().to_owned(),
-            operation: job.request.operation.as_str(),
+            operation: job.request.operation().as_str(),
+            dry_run: false,
             batch: None,
             sequence: job.sequence,
             accepted_at: job.accepted_at,
@@ -122,6 +123,7 @@ pub fn end(job: &ClaimedJob, kind: SettlementKind) -> Settlement {
         key_id: job.key_id,
         facts: Vec::new(),
         late_effect: None,
+        removed: Removed::Nothing,
         kind,
     }
 }
@@ -140,7 +142,11 @@ pub fn failed(job: &ClaimedJob, message: &str) -> Settlement {
 
 /// The attempt is to be repeated.
 pub fn retry(job: &ClaimedJob, delay: Duration, deadline: OffsetDateTime, state: RetryState) -> Settlement {
-    end(job, SettlementKind::Retry { delay, deadline, reason: json!({"message": "later"}), state })
+    let next = match state.parameters {
+        Parameters::Kept => ScarceCall::ImportKeyMaterial,
+        Parameters::Absent | Parameters::Refused => job.request.first_call(),
+    };
+    end(job, SettlementKind::Retry { delay, deadline, reason: json!({"message": "later"}), state, next })
 }
 
 /// The attempt did not begin.
@@ -172,27 +178,34 @@ pub fn step(job: &ClaimedJob, key: &SealedKey) -> Step {
     Step {
         lease: job.lease,
         job_id: job.id,
-        source_key_id: key.id,
-        generated: None,
+        intent: Intent::Import { source_key_id: key.id, generated: None, parameters: Some(Box::new(parameters(job))) },
         effect: format!("import {} never", key.id),
-        parameters: Some(ImportParameters {
-            wrapping: keyferry::job::Wrapping {
-                algorithm: keyferry::job::WrappingAlgorithm::OaepSha256,
-                key_spec: keyferry::job::WrappingKeySpec::Rsa2048,
-            },
-            public_key: vec![1; 294],
-            import_token: vec![2; 1_500],
-            valid_to: job.now + time::Duration::hours(24),
-            aws_request_id: None,
-        }),
         facts: vec![Fact::new(Kind::ImportIntended, json!({"attempt": job.attempt}))],
+    }
+}
+
+fn parameters(job: &ClaimedJob) -> ImportParameters {
+    ImportParameters {
+        wrapping: keyferry::job::Wrapping {
+            algorithm: keyferry::job::WrappingAlgorithm::OaepSha256,
+            key_spec: keyferry::job::WrappingKeySpec::Rsa2048,
+        },
+        public_key: vec![1; 294],
+        import_token: vec![2; 1_500],
+        valid_to: job.now + time::Duration::hours(24),
+        aws_request_id: None,
     }
 }
 
 /// The same with a key that is generated for the job.
 pub fn generating_step(job: &ClaimedJob) -> (Step, SealedKey) {
     let key = sealed(&format!("keyferry-{}", job.id));
-    (Step { generated: Some(key.clone()), ..step(job, &key) }, key)
+    let intent = Intent::Import {
+        source_key_id: key.id,
+        generated: Some(Box::new(key.clone())),
+        parameters: Some(Box::new(parameters(job))),
+    };
+    (Step { intent, ..step(job, &key) }, key)
 }
 
 /// The material of a source key.

@@ -7,7 +7,7 @@ use super::given::{
 };
 use crate::support::db::TestDb;
 use keyferry::audit::{Fact, Kind};
-use keyferry::store::{Parameters, Prepared, RetryState, SettlementKind};
+use keyferry::store::{Answered, Intent, Parameters, Prepared, RetryState, SettlementKind};
 use serde_json::json;
 use std::time::Duration;
 use time::OffsetDateTime;
@@ -164,7 +164,7 @@ async fn a_retry_keeps_what_the_next_attempt_must_know() {
     assert!(settle(&store, &put_back(&job, None)).await);
 
     let doubtful = again(RetryState { in_doubt: true, parameters: Parameters::Kept, ..RetryState::default() }).await;
-    assert!(doubtful.is_chosen && doubtful.in_doubt && !doubtful.imported && doubtful.parameters.is_some());
+    assert!(doubtful.is_chosen && doubtful.in_doubt && !doubtful.answered && doubtful.parameters.is_some());
     assert_eq!(doubtful.last_error.unwrap()["message"], "later");
     assert_eq!(value::<String>(&client, operation, &[]).await, "ImportKeyMaterial");
 
@@ -174,10 +174,12 @@ async fn a_retry_keeps_what_the_next_attempt_must_know() {
     assert_eq!(value::<String>(&client, operation, &[]).await, "GetParametersForImport");
     assert_eq!(again(RetryState { reset_refreshes: true, ..RetryState::default() }).await.refreshes, 0);
 
-    let imported = again(RetryState { imported: Some(Some("m".into())), ..RetryState::default() }).await;
-    assert!(imported.imported && imported.key_material_id.as_deref() == Some("m"));
+    let answered =
+        again(RetryState { answered: Some(Answered { key_material_id: Some("m".into()) }), ..RetryState::default() })
+            .await;
+    assert!(answered.answered && answered.key_material_id.as_deref() == Some("m"));
     let still = again(RetryState::default()).await;
-    assert!(still.imported && still.key_material_id.as_deref() == Some("m"), "AWS's answer is not forgotten");
+    assert!(still.answered && still.key_material_id.as_deref() == Some("m"), "AWS's answer is not forgotten");
     assert_audit_holds(&client).await;
 }
 
@@ -189,8 +191,8 @@ async fn the_choice_of_material_is_made_once() {
     let job = claim_one(&store).await;
     let (first, chosen) = generating_step(&job);
     let (mut second, _) = generating_step(&job);
-    second.generated = Some(sealed("another"));
-    second.source_key_id = second.generated.as_ref().unwrap().id;
+    let another = Box::new(sealed("another"));
+    second.intent = Intent::Import { source_key_id: another.id, generated: Some(another), parameters: None };
     assert_eq!(store.prepare(&[&first]).await.unwrap(), [Prepared::Ready]);
     db.advance(LEASE * 2).await;
     let successor = claim_one(&store).await;
@@ -257,7 +259,7 @@ async fn materials_are_recorded_per_key_and_an_uncertain_one_hides_no_certain_on
             *of_key = Some(material(key, certain));
         }
         assert!(settle(&store, &end).await);
-        job.last_material.map(|last| last.source_key_name)
+        job.materials.last().map(|last| last.source_key_name.clone())
     };
     assert_eq!(ended(&first, true).await, None);
     assert_eq!(ended(&other, false).await.as_deref(), Some("first"));

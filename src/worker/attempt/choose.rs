@@ -1,0 +1,193 @@
+//! Which source key an import takes, and as what AWS is to take it. Pure: it judges by the request, by our record of the
+//! key's materials and by what `DescribeKey` shows.
+
+use crate::job::{FailureCode, Import, KeyKind, SourceKeyRef};
+use crate::kms::{KeyDescription, MaterialRole, RegionRole};
+use crate::source::{Fingerprint, SealedKey};
+use crate::store::{ClaimedJob, KnownMaterial};
+
+/// What an import brings, and as what.
+#[derive(Debug)]
+pub(super) struct Choice {
+    pub(super) source: Source,
+    pub(super) role: MaterialRole,
+}
+
+/// Where the bytes come from.
+#[derive(Debug)]
+pub(super) enum Source {
+    /// From a key of the store.
+    Stored(Box<SealedKey>),
+    /// From the generator: the key has never held material.
+    Generated,
+}
+
+impl Source {
+    pub(super) fn stored(&self) -> Option<&SealedKey> {
+        match self {
+            Self::Stored(key) => Some(key),
+            Self::Generated => None,
+        }
+    }
+}
+
+/// Why there is no choice. Nothing was changed.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct NoChoice {
+    pub(super) code: FailureCode,
+    pub(super) message: String,
+}
+
+/// Chooses for a job whose request asks for an import.
+pub(super) fn choose(
+    job: &ClaimedJob,
+    asked: &Import,
+    kind: KeyKind,
+    shown: &KeyDescription,
+) -> Result<Choice, NoChoice> {
+    if asked.key_material_id.is_some() && !kind.has_material_ids() {
+        let message =
+            format!("AWS gives ids to materials of symmetric keys only; leave key_material_id out for {kind}");
+        return Err(NoChoice { code: FailureCode::MaterialIdNotAllowed, message });
+    }
+    let Some(key) = &job.source_key else {
+        return generated(asked, &job.materials, shown).map(|role| Choice { source: Source::Generated, role });
+    };
+    if key.sealed_material.is_none() {
+        return no(FailureCode::SourceKeyDeleted, format!("the source key {} was deleted", key.name));
+    }
+    if key.kind != kind {
+        let message = format!(
+            "the source key {} is of kind {} ({}), the KMS key needs {kind} ({})",
+            key.name,
+            key.kind,
+            key.kind.shape(),
+            kind.shape()
+        );
+        return no(FailureCode::SourceKeyWrongKind, message);
+    }
+    let role = if kind.has_material_ids() {
+        role_of_one_among_many(key, asked, &job.materials, shown)?
+    } else {
+        only_the_same_again(key, &job.materials)?;
+        MaterialRole::First
+    };
+    Ok(Choice { source: Source::Stored(Box::new(key.clone())), role })
+}
+
+fn no<T>(code: FailureCode, message: String) -> Result<T, NoChoice> {
+    Err(NoChoice { code, message })
+}
+
+/// A key is generated only where there has never been one.
+fn generated(asked: &Import, known: &[KnownMaterial], shown: &KeyDescription) -> Result<MaterialRole, NoChoice> {
+    let SourceKeyRef::Local(named) = &asked.source_key;
+    if named.is_some() {
+        let message = "there is no local key with this source_key_identifier; see keyferry keys list";
+        return no(FailureCode::SourceKeyUnknown, message.into());
+    }
+    if asked.key_material_id.is_some() {
+        let message = "Keyferry did not import the material that key_material_id names: \
+                       name its source key in source_key_identifier";
+        return no(FailureCode::SourceKeyRequired, message.into());
+    }
+    if let Some(last) = known.last() {
+        let message = format!(
+            "the key holds material already and takes only the same again: name its source key, \
+             source_key_identifier = {}",
+            last.source_key_name
+        );
+        return no(FailureCode::SourceKeyRequired, message);
+    }
+    if shown.has_had_material() {
+        let message = "the key holds material that was not imported by Keyferry and takes only the same again: \
+                       import that as a source key and name it in source_key_identifier";
+        return no(FailureCode::SourceKeyRequired, message.into());
+    }
+    if shown.role == RegionRole::Replica {
+        let message = "a replica takes only what its primary was given: import into the primary first, \
+                       then name the same source key in source_key_identifier";
+        return no(FailureCode::SourceKeyRequired, message.into());
+    }
+    Ok(MaterialRole::First)
+}
+
+/// HMAC keys and pairs have one material for life.
+fn only_the_same_again(key: &SealedKey, known: &[KnownMaterial]) -> Result<(), NoChoice> {
+    match comparable(known, &key.fingerprint).last() {
+        Some(last) if !known.iter().any(|held| held.fingerprint == key.fingerprint) => {
+            no(FailureCode::OtherMaterial, other_material(last))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Which of a symmetric key's materials the source key is.
+fn role_of_one_among_many(
+    key: &SealedKey,
+    asked: &Import,
+    known: &[KnownMaterial],
+    shown: &KeyDescription,
+) -> Result<MaterialRole, NoChoice> {
+    let own_id =
+        known.iter().filter(|held| held.fingerprint == key.fingerprint).find_map(|held| held.key_material_id.as_ref());
+    let other_with = |id: &str| {
+        comparable(known, &key.fingerprint)
+            .find(|held| held.key_material_id.as_deref() == Some(id) && held.fingerprint != key.fingerprint)
+    };
+    if let Some(id) = &asked.key_material_id {
+        return match (own_id, other_with(id)) {
+            (_, Some(other)) => {
+                let message = format!(
+                    "the material {id} came from source key {}; name that one, or leave source_key_identifier out",
+                    other.source_key_name
+                );
+                no(FailureCode::OtherMaterial, message)
+            }
+            (Some(own), None) if own != id => {
+                let message = format!("source key {} is the material {own} of this key, not {id}", key.name);
+                no(FailureCode::OtherMaterial, message)
+            }
+            // Where there is no record, AWS compares.
+            _ => Ok(MaterialRole::Existing(Some(id.clone()))),
+        };
+    }
+    match (own_id, &shown.current_material) {
+        (Some(own), Some(current)) if own != current => {
+            let holder = match other_with(current) {
+                Some(other) => format!("that of source key {}", other.source_key_name),
+                None => "one that Keyferry did not import".to_owned(),
+            };
+            let message = format!(
+                "the key's current material is {holder}; source key {} is an older one: to import that again, \
+                 give key_material_id = {own}",
+                key.name
+            );
+            no(FailureCode::OtherMaterial, message)
+        }
+        (Some(own), _) => Ok(MaterialRole::Existing(Some(own.clone()))),
+        (None, Some(current)) => match other_with(current) {
+            Some(other) => no(FailureCode::OtherMaterial, other_material(other)),
+            // Not on record: AWS compares. NEW is never sent, so it cannot become a pending rotation by surprise.
+            None => Ok(MaterialRole::Existing(Some(current.clone()))),
+        },
+        (None, None) => match comparable(known, &key.fingerprint).last() {
+            Some(last) => no(FailureCode::OtherMaterial, other_material(last)),
+            // A replica never takes NEW; whether it may be left out there is UNVERIFIED.
+            None if shown.role == RegionRole::Replica => Ok(MaterialRole::Existing(None)),
+            None => Ok(MaterialRole::First),
+        },
+    }
+}
+
+/// Hashes under different fingerprint keys say nothing of each other.
+fn comparable<'a>(
+    known: &'a [KnownMaterial],
+    with: &'a Fingerprint,
+) -> impl DoubleEndedIterator<Item = &'a KnownMaterial> {
+    known.iter().filter(|held| held.fingerprint.version == with.version)
+}
+
+fn other_material(held: &KnownMaterial) -> String {
+    format!("the KMS key holds the material of source key {}; it takes only that one again", held.source_key_name)
+}

@@ -1,0 +1,76 @@
+//! A dry run: every check, read-only calls, a wrap under a throw-away key. It creates and changes nothing.
+
+use super::choose::Choice;
+use super::import::expiry_text;
+use super::{Or, Run};
+use crate::job::{FailureCode, Import, JobResult, KeyKind, Wrapping};
+use crate::kms::{KeyDescription, MaterialRole};
+use crate::store::{Settlement, SettlementKind};
+use crate::wrap::{throw_away_public_key, wrap};
+use serde_json::{Value, json};
+
+impl Run {
+    /// Goes up to the door of an import.
+    pub(super) async fn would_import(
+        &mut self,
+        asked: &Import,
+        kind: KeyKind,
+        before: &KeyDescription,
+        choice: Choice,
+        wrapping: Wrapping,
+    ) -> Or<Settlement> {
+        let stored = choice.source.stored().cloned();
+        let length = match stored.clone() {
+            // Opened, so that a damaged seal is found.
+            Some(key) => self.with_opened(key, |key| key.material().expose().len()).await?,
+            None => kind.most_material_bytes(),
+        };
+        // Not the key's own bytes: nothing is known of a random modulus's strength.
+        let wrapped =
+            self.compute(move || wrap(&vec![0; length], &throw_away_public_key(wrapping.key_spec)?, wrapping)).await?;
+        let wrapped = match wrapped {
+            Ok(wrapped) => wrapped,
+            Err(error) => return self.fail(FailureCode::WrappingNotAllowed, &error.to_string()),
+        };
+        let (import_type, material_id) = match choice.role {
+            MaterialRole::First => (None, None),
+            MaterialRole::Existing(id) => (Some("EXISTING_KEY_MATERIAL"), id),
+        };
+        let is_on_record = stored
+            .as_ref()
+            .is_some_and(|key| self.job.materials.iter().any(|held| held.fingerprint == key.fingerprint));
+        let mut left_to_aws = vec!["whether the worker may call GetParametersForImport and ImportKeyMaterial"];
+        if before.has_had_material() && !is_on_record && !kind.is_pair() {
+            left_to_aws.push("whether the source key is the material that the key was given before");
+        }
+        let would = json!({
+            "operation": "import",
+            "import_type": import_type,
+            "key_material_id": material_id,
+            "generate": stored.is_none(),
+            "local_key_id": stored.as_ref().map(|key| key.id),
+            "local_key_name": stored.as_ref().map(|key| &key.name),
+            "expiry": expiry_text(asked.expiry),
+            "wrapping_algorithm": wrapping.algorithm.as_str(),
+            "wrapping_key_spec": wrapping.key_spec.as_str(),
+            "wrapped_bytes": wrapped.len(),
+        });
+        Ok(self.would(before, kind, would, &left_to_aws))
+    }
+
+    /// The end of a dry run that nothing refuses.
+    pub(super) fn would(
+        &mut self,
+        shown: &KeyDescription,
+        kind: KeyKind,
+        mut would: Value,
+        left_to_aws: &[&str],
+    ) -> Settlement {
+        would["left_to_aws"] = json!(left_to_aws);
+        would["waits_until"] = json!(self.job.late.as_ref().map(|(_, until)| crate::job::rfc3339(*until)));
+        let mut result = self.result(shown, kind);
+        result["dry_run"] = json!(true);
+        result["would"] = would;
+        self.settlement(SettlementKind::Ended { outcome: Ok(JobResult(result)), source_key_id: None, material: None })
+    }
+}

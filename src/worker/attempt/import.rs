@@ -1,0 +1,347 @@
+//! An import: choose, compare, parameters, commit, wrap, send, verify.
+
+use super::choose::{Choice, Source, choose};
+use super::judge::{Verdict, judge};
+use super::{Or, Run, sha256_hex};
+use crate::audit::{Fact, Kind};
+use crate::job::{Expiry, FailureCode, Import, ImportParameters, KeyKind, Wrapping, rfc3339};
+use crate::kms::{CallError, ErrorKind, ImportCall, KeyDescription, MaterialRole, RegionRole};
+use crate::retry::Class;
+use crate::source::{OpenError, PlainKey, SealedKey};
+use crate::store::{Answered, Intent, Parameters, Prepared, Settlement, Step};
+use crate::wrap::wrap;
+use serde_json::json;
+use std::sync::Arc;
+
+/// Kept parameters are used while at least this much of their day is left.
+const PARAMETERS_MARGIN: time::Duration = time::Duration::minutes(10);
+
+/// What an import does: equal texts mean that repeating one changes nothing.
+pub(super) fn effect(source_key_id: uuid::Uuid, expiry: Expiry) -> String {
+    format!("import {source_key_id} {}", expiry_text(expiry))
+}
+
+pub(super) fn expiry_text(expiry: Expiry) -> String {
+    match expiry {
+        Expiry::Never => "never".into(),
+        Expiry::At(at) => rfc3339(at),
+    }
+}
+
+impl Run {
+    pub(super) async fn import(&mut self, asked: &Import, kind: KeyKind, before: KeyDescription) -> Or<Settlement> {
+        if self.answered.is_some() {
+            self.source_key.clone_from(&self.job.source_key);
+            return self.verify_import(asked, kind, before).await;
+        }
+        let choice = match choose(&self.job, asked, kind, &before) {
+            Ok(choice) => choice,
+            Err(none) => return self.fail(none.code, &none.message),
+        };
+        self.source_key = choice.source.stored().cloned();
+        let wrapping = self.choose_wrapping(asked, kind)?;
+        self.compare_public_key(kind, &before).await?;
+        if self.job.request.dry_run {
+            return self.would_import(asked, kind, &before, choice, wrapping).await;
+        }
+        let Choice { source, role } = choice;
+        let (parameters, are_new) = self.parameters(wrapping).await?;
+        let (key, is_new) = match source {
+            Source::Stored(key) => (*key, false),
+            // After the parameters: a key of RSA takes seconds, and would be thrown away with a throttled call.
+            Source::Generated => (self.generate(kind).await?, true),
+        };
+        self.source_key = Some(key.clone());
+        self.commit_import(asked, &key, is_new, &parameters, are_new).await?;
+        let wrapped = self.wrap(key, &parameters).await?;
+        self.send_import(asked, kind, &before, role, &parameters, wrapped).await?;
+        crate::failpoint!("worker.after_import");
+        let after = self.describe().await?;
+        self.verify_import(asked, kind, after).await
+    }
+
+    fn choose_wrapping(&mut self, asked: &Import, kind: KeyKind) -> Or<Wrapping> {
+        let chosen = Wrapping::choose(kind, self.partition(), asked.wrapping_algorithm, asked.wrapping_key_spec);
+        let wrapping = match chosen {
+            Ok(wrapping) => wrapping,
+            Err(none) => return self.fail(FailureCode::WrappingNotAllowed, &none.to_string()),
+        };
+        if asked.description.is_some() && !kind.has_material_ids() {
+            let message = "AWS keeps a key_material_description for symmetric keys only; leave it out";
+            return self.fail(FailureCode::DescriptionNotAllowed, message);
+        }
+        Ok(wrapping)
+    }
+
+    /// A pair that holds material shows which: other material is found before a scarce call is spent on it.
+    async fn compare_public_key(&mut self, kind: KeyKind, before: &KeyDescription) -> Or<()> {
+        let Some(key) = self.source_key.clone().filter(|_| kind.is_pair() && before.expiry.is_some()) else {
+            return Ok(());
+        };
+        self.not_stopping()?;
+        let theirs = match self.attempt.context.kms.public_key(&self.job.key, &self.attempt.guard).await {
+            Ok(theirs) => theirs,
+            // Expired or deleted since the look at the key: it takes the same again.
+            Err(error) if error.kind == ErrorKind::InvalidState => return Ok(()),
+            Err(error) => return self.read_failed(&error),
+        };
+        if self.own_public_key().await? == Some(theirs) {
+            return Ok(());
+        }
+        // A pair has one material for life: an import of ours has not taken effect, and never can.
+        self.in_doubt = false;
+        let message = format!(
+            "AWS's GetPublicKey shows another pair than source key {}; a KMS key takes only the pair that it was given \
+             first: name that source key, or use another KMS key",
+            key.name
+        );
+        self.fail(FailureCode::OtherMaterial, &message)
+    }
+
+    /// The public key of the chosen pair.
+    pub(super) async fn own_public_key(&mut self) -> Or<Option<Vec<u8>>> {
+        if let (None, Some(key)) = (&self.public_key, self.source_key.clone()) {
+            self.public_key = self.with_opened(key, |key| key.public_key().map(<[u8]>::to_vec)).await?;
+        }
+        Ok(self.public_key.clone())
+    }
+
+    /// The set kept from an earlier attempt while it is good, else a fresh one, and whether it is fresh.
+    async fn parameters(&mut self, wrapping: Wrapping) -> Or<(ImportParameters, bool)> {
+        if let Some(kept) = &self.job.progress.parameters
+            && kept.valid_to - self.job.now > PARAMETERS_MARGIN
+            && kept.wrapping == wrapping
+        {
+            return Ok((kept.clone(), false));
+        }
+        self.not_stopping()?;
+        match self.attempt.context.kms.parameters(&self.job.key, wrapping, &self.attempt.guard).await {
+            Ok(parameters) => Ok((parameters, true)),
+            Err(error) => self.read_failed(&error),
+        }
+    }
+
+    async fn generate(&mut self, kind: KeyKind) -> Or<SealedKey> {
+        let name = format!("keyferry-{}", self.job.id);
+        let context = Arc::clone(&self.attempt.context);
+        let made =
+            self.compute(move || SealedKey::generate(&context.keyring, uuid::Uuid::now_v7(), name, kind)).await?;
+        match made {
+            Ok(key) => Ok(key),
+            Err(error) => {
+                let message = error.to_string();
+                self.retry(Class::Transient, "generate", &message, None)
+            }
+        }
+    }
+
+    /// From here on every attempt, by any worker, imports the same bytes, and a successor knows that a call
+    /// may be under way.
+    async fn commit_import(
+        &mut self,
+        asked: &Import,
+        key: &SealedKey,
+        is_new: bool,
+        parameters: &ImportParameters,
+        are_new: bool,
+    ) -> Or<()> {
+        let mut facts = Vec::new();
+        let (attempt, expiry) = (self.job.attempt, expiry_text(asked.expiry));
+        // Either says that an import is about to be sent; the first also that no other material ever will be.
+        facts.push(if self.job.progress.is_chosen {
+            Fact::new(Kind::ImportIntended, json!({"attempt": attempt, "expiry": expiry}))
+        } else {
+            Fact::new(
+                Kind::MaterialChosen,
+                json!({
+                    "tier": "local",
+                    "source_key_id": key.id,
+                    "source_key_name": key.name,
+                    "generated": is_new,
+                    "attempt": attempt,
+                    "expiry": expiry,
+                }),
+            )
+        });
+        if are_new {
+            facts.push(Fact::new(
+                Kind::ParametersObtained,
+                json!({
+                    "wrapping_algorithm": parameters.wrapping.algorithm.as_str(),
+                    "wrapping_key_spec": parameters.wrapping.key_spec.as_str(),
+                    "public_key_sha256": sha256_hex(&parameters.public_key),
+                    "valid_to": rfc3339(parameters.valid_to),
+                    "aws_request_id": parameters.aws_request_id,
+                }),
+            ));
+        }
+        let intent = Intent::Import {
+            source_key_id: key.id,
+            generated: is_new.then(|| Box::new(key.clone())),
+            parameters: are_new.then(|| Box::new(parameters.clone())),
+        };
+        self.commit(intent, effect(key.id, asked.expiry), facts).await?;
+        self.parameters = Parameters::Kept;
+        crate::failpoint!("worker.after_prepare");
+        self.not_stopping()
+    }
+
+    /// Makes a step durable under the lease.
+    pub(super) async fn commit(&mut self, intent: Intent, effect: String, facts: Vec<Fact>) -> Or<()> {
+        let step = Step { lease: self.job.lease, job_id: self.job.id, intent, effect: effect.clone(), facts };
+        match self.attempt.steps.submit(step).await {
+            Some(Ok(Prepared::Ready)) => {
+                self.effect = Some(effect);
+                self.has_committed = true;
+                Ok(())
+            }
+            Some(Ok(Prepared::LeaseLost)) | None => Err(None),
+            Some(Ok(Prepared::SourceKeyDeleted)) => {
+                self.fail(FailureCode::SourceKeyDeleted, "the source key was deleted")
+            }
+            Some(Err(error)) => {
+                let message = error.to_string();
+                self.retry(Class::Transient, "store", &message, None)
+            }
+        }
+    }
+
+    async fn wrap(&mut self, key: SealedKey, parameters: &ImportParameters) -> Or<Vec<u8>> {
+        let (public_key, wrapping) = (parameters.public_key.clone(), parameters.wrapping);
+        let (wrapped, own_public_key) = self
+            .with_opened(key, move |key| {
+                (wrap(key.material().expose(), &public_key, wrapping), key.public_key().map(<[u8]>::to_vec))
+            })
+            .await?;
+        self.public_key = own_public_key;
+        match wrapped {
+            Ok(wrapped) => Ok(wrapped),
+            Err(error) => {
+                // A set that cannot be used: ask for another, once.
+                let message = error.to_string();
+                self.refresh("wrap", &message, None, FailureCode::UnexpectedAnswer)
+            }
+        }
+    }
+
+    /// The one mutating call.
+    async fn send_import(
+        &mut self,
+        asked: &Import,
+        kind: KeyKind,
+        before: &KeyDescription,
+        role: MaterialRole,
+        parameters: &ImportParameters,
+        wrapped: Vec<u8>,
+    ) -> Or<()> {
+        let call = ImportCall {
+            import_token: &parameters.import_token,
+            wrapped,
+            expiry: asked.expiry,
+            description: self.description(asked, kind, &role),
+            role,
+        };
+        let answer = self.attempt.context.kms.import(&self.job.key, call, &self.attempt.guard).await;
+        crate::failpoint!("worker.after_answer");
+        match answer {
+            Ok(imported) => {
+                self.in_doubt = false;
+                self.facts.push(Fact::new(
+                    Kind::MaterialImported,
+                    json!({
+                        "attempt": self.job.attempt,
+                        "key_material_id": imported.key_material_id,
+                        "expiry": expiry_text(asked.expiry),
+                        "aws_request_id": imported.aws_request_id,
+                    }),
+                ));
+                self.answered = Some(Answered { key_material_id: imported.key_material_id });
+                Ok(())
+            }
+            Err(error) => self.import_failed(kind, before, &error),
+        }
+    }
+
+    /// The job's mark, by which its material is known as ours; on a reimport AWS keeps the old text unless a
+    /// new one is given.
+    fn description(&self, asked: &Import, kind: KeyKind, role: &MaterialRole) -> Option<String> {
+        let given = asked.description.as_deref();
+        match role {
+            _ if !kind.has_material_ids() => None,
+            MaterialRole::Existing(_) if given.is_none() => None,
+            _ => Some([given.unwrap_or(""), &format!("keyferry:{}", self.job.id)].join(" ").trim_start().to_owned()),
+        }
+    }
+
+    /// The import did not succeed, or was not answered.
+    fn import_failed<T>(&mut self, kind: KeyKind, before: &KeyDescription, error: &CallError) -> Or<T> {
+        let (step, text, id) = (error.operation, error.to_string(), error.aws_request_id.as_deref());
+        if error.kind.may_have_taken_effect() {
+            self.in_doubt = true;
+            self.unanswered = true;
+        }
+        if error.kind == ErrorKind::IncorrectKeyMaterial {
+            if before.role == RegionRole::Replica && self.is_on_record() {
+                // The primary was given it moments ago, and has not yet told the replica.
+                return self.wait_for_aws(step, &text, id, FailureCode::OtherMaterial);
+            }
+            if !kind.has_material_ids() {
+                // One material for life: had an import of ours taken effect, this identical one would have been taken.
+                self.in_doubt = false;
+            }
+        }
+        match judge(error) {
+            Verdict::Retry(class) => self.retry(class, step, &text, id),
+            Verdict::Await(give_up) => self.wait_for_aws(step, &text, id, give_up),
+            Verdict::Refresh(give_up) => self.refresh(step, &text, id, give_up),
+            Verdict::Fail(code, advice) => self.fail(code, &format!("{text}; {advice}")),
+        }
+    }
+
+    /// Whether a job has put the chosen key's material on a key of this line.
+    fn is_on_record(&self) -> bool {
+        self.source_key
+            .as_ref()
+            .is_some_and(|key| self.job.materials.iter().any(|held| held.fingerprint == key.fingerprint))
+    }
+
+    /// Throws the parameters away and tries at once with fresh ones. Refused a second time it is the end, unless an
+    /// earlier call may have used the first set up: then it goes on, slowly, until the outcome is known.
+    fn refresh<T>(&mut self, step: &str, message: &str, aws_request_id: Option<&str>, give_up: FailureCode) -> Or<T> {
+        let class = match self.job.progress.refreshes {
+            0 => Class::Immediate,
+            _ if self.in_doubt => Class::Transient,
+            _ => return self.fail(give_up, &format!("{message}; fresh import parameters did not help")),
+        };
+        self.parameters = Parameters::Refused;
+        self.retry(class, step, message, aws_request_id)
+    }
+
+    /// Opens a sealed key and uses it off the async threads. What is opened is gone when `work` returns.
+    pub(super) async fn with_opened<T: Send + 'static>(
+        &mut self,
+        key: SealedKey,
+        work: impl FnOnce(&PlainKey) -> T + Send + 'static,
+    ) -> Or<T> {
+        let context = Arc::clone(&self.attempt.context);
+        let done: Result<T, OpenError> = self.compute(move || key.open(&context.keyring).map(|key| work(&key))).await?;
+        match done {
+            Ok(done) => Ok(done),
+            Err(error) => self.fail(FailureCode::SourceKeyDamaged, &error.to_string()),
+        }
+    }
+
+    /// Off the async threads, and no more at once than there are cores.
+    pub(super) async fn compute<T: Send + 'static>(&mut self, work: impl FnOnce() -> T + Send + 'static) -> Or<T> {
+        let permit = Arc::clone(&self.attempt.computing).acquire_owned().await;
+        let done = tokio::task::spawn_blocking(move || {
+            let _permit = permit;
+            work()
+        })
+        .await;
+        match done {
+            Ok(done) => Ok(done),
+            Err(_) => self.retry(Class::Transient, "compute", "a computation broke off", None),
+        }
+    }
+}
