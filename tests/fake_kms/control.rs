@@ -3,9 +3,10 @@
 //! | Call | Body or query | Answer |
 //! |---|---|---|
 //! | `GET /_fake/health` | | `{"status","now","unwrap","keys","tokens","journal_next"}` |
-//! | `POST /_fake/keys` | `{"count","spec","region","account","origin","description","multi_region","tags":{}}` | `{"arns":[...]}` |
+//! | `POST /_fake/keys` | `{"count","spec","usage","region","account","origin","description","multi_region","tags":{}}` | `{"arns":[...]}` |
+//! | `POST /_fake/keys` | `{"replica_of":"<ARN of a multi-Region primary>","region","description","tags":{}}` | `{"arns":[...]}` |
 //! | `GET /_fake/keys` | `account`, `region` | `{"keys":[...]}`, each as below |
-//! | `GET /_fake/keys/<id or ARN>` | | state and materials, with the SHA-256 of each material |
+//! | `GET /_fake/keys/<id or ARN>` | | state and materials, with the SHA-256 of each material and of a pair's public key |
 //! | `GET /_fake/journal` | `from`, `limit` and the filters | `{"entries":[...],"next":n,"oldest":n}` |
 //! | `GET /_fake/wait` | `count`, `from`, `timeout_ms` and the filters | `{"count":n,"reached":bool,"next":n}` |
 //! | `GET /_fake/clock`, `POST` | `{"advance_seconds":n}` | `{"now"}` |
@@ -18,8 +19,8 @@
 //! | `GET /_fake/pending_late` | `operation`, `key`, `at_least`, `timeout_ms` | `{"pending":n,"reached":bool,"calls":[...]}` |
 //! | `POST /_fake/release_late` | | `{"released":n}`, once the effects have happened |
 //!
-//! Filters of the journal: `operation`, `key` (ARN or id), `outcome`, `effect` (`created`, `imported`, `deleted`, `state`,
-//! `any`, `none`), `late` (`true`, `false`). A call with a `late` fault has two entries: the call itself with outcome
+//! Filters of the journal: `operation`, `key` (ARN or id), `outcome`, `effect` (`created`, `imported`, `deleted`, `rotated`,
+//! `state`, `any`, `none`), `late` (`true`, `false`). A call with a `late` fault has two entries: the call itself with outcome
 //! `late`, and later its effect with `"late":true`.
 
 use std::collections::HashMap;
@@ -28,7 +29,7 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::body::{Body, Bytes};
-use axum::extract::{Path, State};
+use axum::extract::State;
 use axum::http::{HeaderValue, StatusCode, Uri, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
@@ -37,12 +38,11 @@ use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use tokio::time::{Instant, timeout_at};
 
-use crate::engine::{open_all, release_late};
+use crate::control_keys::{list_keys, seed_keys, show_key};
+use crate::engine::release_late;
 use crate::faults::Order;
 use crate::journal::{Filter, names};
-use crate::keys::{Contents, Key};
-use crate::kinds::{KeySpec, KeyUsage, Operation, Origin, rfc3339};
-use crate::operations::{Job, NewKey, new_key};
+use crate::kinds::{Operation, rfc3339};
 use crate::world::{Call, World};
 
 /// The routes of the control interface.
@@ -66,11 +66,13 @@ pub fn router(world: Arc<World>) -> Router {
 }
 
 /// A control call that makes no sense: the text says why.
-struct Bad(StatusCode, String);
+pub struct Bad(pub StatusCode, pub String);
 
-type Answer = Result<Json, Bad>;
+/// What a control call answers.
+pub type Answer = Result<Json, Bad>;
 
-struct Json(Value);
+/// A JSON body.
+pub struct Json(pub Value);
 
 impl IntoResponse for Json {
     fn into_response(self) -> Response {
@@ -99,78 +101,6 @@ async fn health(State(world): State<Arc<World>>) -> Answer {
         "tokens": state.tokens.len(),
         "journal_next": state.journal.next(),
     })))
-}
-
-#[derive(Deserialize)]
-#[serde(default, deny_unknown_fields)]
-struct Seed {
-    count: usize,
-    spec: String,
-    region: String,
-    account: String,
-    origin: String,
-    description: String,
-    multi_region: bool,
-    tags: HashMap<String, String>,
-}
-
-impl Default for Seed {
-    fn default() -> Self {
-        Self {
-            count: 1,
-            spec: KeySpec::SymmetricDefault.name().to_owned(),
-            region: "eu-central-1".to_owned(),
-            account: "111122223333".to_owned(),
-            origin: Origin::External.name().to_owned(),
-            description: String::new(),
-            multi_region: false,
-            tags: HashMap::new(),
-        }
-    }
-}
-
-async fn seed_keys(State(world): State<Arc<World>>, body: Bytes) -> Answer {
-    let seed: Seed = parse(&body)?;
-    let spec = KeySpec::parse(&seed.spec).ok_or_else(|| bad("unknown spec"))?;
-    let origin = Origin::parse(&seed.origin).ok_or_else(|| bad("unknown origin"))?;
-    if origin == Origin::External && spec.material_length().is_none() {
-        return Err(bad("this spec cannot be imported here"));
-    }
-    let mut tags: Vec<_> = seed.tags.into_iter().collect();
-    tags.sort();
-    let account: Arc<str> = seed.account.into();
-    let now = world.now();
-    let mut state = world.state();
-    let region = state.region(&seed.region);
-    let mut arns = Vec::with_capacity(seed.count);
-    for _ in 0..seed.count {
-        let new = NewKey {
-            spec,
-            usage: spec.usage().unwrap_or(KeyUsage::SignVerify),
-            origin,
-            description: seed.description.clone(),
-            multi_region: seed.multi_region,
-            tags: tags.clone(),
-        };
-        let key = new_key(new, &account, &region, now).map_err(|refusal| bad(refusal.message))?;
-        arns.push(key.arn.to_string());
-        state.keys.insert(key);
-    }
-    Ok(Json(json!({ "arns": arns })))
-}
-
-async fn list_keys(State(world): State<Arc<World>>, uri: Uri) -> Answer {
-    let query = Query::of(&uri);
-    let wanted = |key: &Key| {
-        query.text("account").is_none_or(|account| account == &*key.account)
-            && query.text("region").is_none_or(|region| region == &*key.region)
-    };
-    Ok(Json(json!({ "keys": show(&world, wanted).await })))
-}
-
-async fn show_key(State(world): State<Arc<World>>, Path(wanted): Path<String>) -> Answer {
-    let keys = show(&world, |key| names(&wanted, &key.arn)).await;
-    keys.into_iter().next().map(Json).ok_or_else(|| Bad(StatusCode::NOT_FOUND, "no such key".to_owned()))
 }
 
 async fn journal(State(world): State<Arc<World>>, uri: Uri) -> Answer {
@@ -395,74 +325,17 @@ fn is_of(call: &Call, operation: Option<&str>, key: Option<&str>) -> bool {
         && key.is_none_or(|key| call.key_arn.as_deref().is_some_and(|arn| names(key, arn)))
 }
 
-/// The keys that satisfy a condition, after time and unwrapping have been caught up with.
-async fn show(world: &World, wanted: impl Fn(&Key) -> bool) -> Vec<Value> {
-    let now = world.now();
-    let jobs = {
-        let mut guard = world.state();
-        let state = &mut *guard;
-        let arns: Vec<_> = state.keys.list(now, &wanted).iter().map(|key| Arc::clone(&key.arn)).collect();
-        let mut jobs = Vec::new();
-        for arn in arns {
-            if let Ok(key) = state.keys.find(&arn, now, &mut state.journal) {
-                jobs.extend(
-                    key.sealed().map(|sealed| Job { key_arn: Some(Arc::clone(&key.arn)), sealed: Arc::clone(sealed) }),
-                );
-            }
-        }
-        jobs
-    };
-    open_all(world, jobs).await;
-    world.state().keys.list(now, &wanted).into_iter().map(render).collect()
-}
-
-fn render(key: &Key) -> Value {
-    let view = key.view();
-    let materials: Vec<_> = key
-        .materials
-        .iter()
-        .map(|material| {
-            json!({
-                "key_material_id": hex::encode(material.id),
-                "material_sha256": material.contents.sha256().map(hex::encode),
-                "role": material.role.name(),
-                "imported": material.imported,
-                "description": material.description,
-                "expiration_model": material.model.map(crate::kinds::ExpirationModel::name),
-                "valid_to": material.valid_to.map(rfc3339),
-                "error": match &material.contents {
-                    Contents::Broken(error) => Some(*error),
-                    Contents::Known { .. } | Contents::Sealed(_) => None,
-                },
-            })
-        })
-        .collect();
-    json!({
-        "key_id": key.id(),
-        "arn": &*key.arn,
-        "account": &*key.account,
-        "region": &*key.region,
-        "spec": key.spec.name(),
-        "origin": key.origin.name(),
-        "description": key.description,
-        "state": view.state.name(),
-        "current_key_material_id": view.current.map(hex::encode),
-        "expiration_model": view.model.map(crate::kinds::ExpirationModel::name),
-        "valid_to": view.valid_to.map(rfc3339),
-        "deletion_date": view.deletion_at.map(rfc3339),
-        "materials": materials,
-    })
-}
-
 /// The query string of a control call.
-struct Query(HashMap<String, String>);
+pub struct Query(HashMap<String, String>);
 
 impl Query {
-    fn of(uri: &Uri) -> Self {
+    /// Reads it.
+    pub fn of(uri: &Uri) -> Self {
         Self(url::form_urlencoded::parse(uri.query().unwrap_or_default().as_bytes()).into_owned().collect())
     }
 
-    fn text(&self, name: &str) -> Option<&str> {
+    /// A value, if it is there.
+    pub fn text(&self, name: &str) -> Option<&str> {
         self.0.get(name).map(String::as_str)
     }
 
@@ -486,10 +359,12 @@ impl Query {
     }
 }
 
-fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, Bad> {
+/// The body of a control call.
+pub fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, Bad> {
     serde_json::from_slice(if body.is_empty() { b"{}" } else { body }).map_err(|error| bad(error.to_string()))
 }
 
-fn bad(message: impl Into<String>) -> Bad {
+/// A control call that asks for nonsense.
+pub fn bad(message: impl Into<String>) -> Bad {
     Bad(StatusCode::BAD_REQUEST, message.into())
 }

@@ -6,13 +6,14 @@
 //!
 //! `0x01 || 32 bytes KeyMaterialId (raw) || 12 bytes nonce || AES-256-GCM(ciphertext || 16 bytes tag)`, under the key
 //! material itself, with empty additional data. Whoever holds the material can decrypt it without this program; that is
-//! the proof that the right bytes arrived. (AWS's own layout is not published.)
+//! the proof that the right bytes arrived. (AWS's own layout is not published.) In China Regions, where the material is
+//! an SM4 key of 16 bytes, AES-128-GCM stands in for SM4, which the library does not have.
 //!
 //! # MACs
 //!
 //! `GenerateMac` is plain HMAC (RFC 2104) under the key material itself.
 
-use std::sync::LazyLock;
+use std::sync::{Arc, LazyLock};
 
 use aws_lc_rs::aead::{self, Aad, LessSafeKey, Nonce, UnboundKey};
 use aws_lc_rs::encoding::AsDer as _;
@@ -25,10 +26,20 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use zeroize::Zeroizing;
 
-use crate::kinds::{MacAlgorithm, WrappingAlgorithm, WrappingKeySpec};
+use crate::kinds::{KeySpec, MacAlgorithm, WrappingAlgorithm, WrappingKeySpec};
+use crate::pairs::Pair;
 
 /// Key material in the clear.
 pub type Plain = Zeroizing<Vec<u8>>;
+
+/// Unwrapped key material.
+#[derive(Debug)]
+pub struct Opened {
+    /// What was wrapped.
+    pub bytes: Plain,
+    /// The pair that the bytes are the private key of, where they are for a key of that kind and fit it.
+    pub pair: Option<Arc<Pair>>,
+}
 
 /// Something that would not open; deliberately without a reason, as in AWS.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,7 +63,14 @@ pub struct Sealed {
 }
 
 impl Sealed {
-    /// Unwraps the material. Costs an RSA private operation: never call it under the state's lock.
+    /// Unwraps the material and reads what a key of the spec needs of it. Never call it under the state's lock.
+    pub fn open(&self, spec: KeySpec) -> Result<Opened, Unopened> {
+        let bytes = self.unwrap()?;
+        let pair = if spec.is_pair() { Pair::read(spec, &bytes).map(Arc::new) } else { None };
+        Ok(Opened { bytes, pair })
+    }
+
+    /// Unwraps the material. Costs an RSA private operation.
     pub fn unwrap(&self) -> Result<Plain, Unopened> {
         let oaep = match self.algorithm {
             WrappingAlgorithm::OaepSha256 | WrappingAlgorithm::AesKeyWrapSha256 => &OAEP_SHA256_MGF1SHA256,
@@ -183,7 +201,8 @@ impl WrappingKey {
 }
 
 fn gcm(material: &[u8]) -> Result<LessSafeKey, Unopened> {
-    UnboundKey::new(&aead::AES_256_GCM, material).map(LessSafeKey::new).map_err(|_| Unopened)
+    let algorithm = if material.len() == 16 { &aead::AES_128_GCM } else { &aead::AES_256_GCM };
+    UnboundKey::new(algorithm, material).map(LessSafeKey::new).map_err(|_| Unopened)
 }
 
 fn mac_key(algorithm: MacAlgorithm, material: &[u8]) -> hmac::Key {
@@ -256,6 +275,7 @@ mod tests {
         assert_eq!(material_id_of(&blob), Some([2; 32]));
         assert_eq!(*decrypt(&[1; 32], &blob).unwrap(), b"text");
         assert_eq!(decrypt(&[3; 32], &blob), Err(Unopened));
+        assert_eq!(*decrypt(&[1; 16], &encrypt(&[1; 16], &[2; 32], b"text").unwrap()).unwrap(), b"text");
         assert_eq!(material_id_of(&blob[..20]), None);
     }
 

@@ -9,9 +9,10 @@ use serde::Deserialize;
 use serde_json::json;
 
 use crate::crypto::{self, Plain, Unopened};
-use crate::keys::{Key, Material, MaterialId};
-use crate::kinds::{KeySpec, KeyUsage, MacAlgorithm, Role};
-use crate::operations::{Done, Halt, Job, Work, internal};
+use crate::keys::Key;
+use crate::kinds::{KeySpec, KeyUsage, MacAlgorithm};
+use crate::materials::{Material, MaterialId};
+use crate::operations::{Done, Errand, Halt, Job, Work, internal, known_key};
 use crate::refusal::{self, Refusal};
 use crate::request::{Blob, blob, choice, parse, required};
 use crate::world::State;
@@ -63,7 +64,12 @@ pub fn decrypt(state: &mut State, work: &Work<'_>) -> Result<Done, Halt> {
         Some(key_id) => work.key_arn(Some(key_id))?,
         None => state
             .keys
-            .list(work.now, |key| key.account == *account && key.region == *region && material(key, &id).is_some())
+            .list(work.now, |key| {
+                key.account == *account
+                    && key.region == *region
+                    && key.is_known(work.now, state.options.creation_lag_ms)
+                    && material(key, &id).is_some()
+            })
             .first()
             .map(|key| key.arn.to_string())
             .ok_or_else(|| refusal::invalid_ciphertext(""))?,
@@ -129,9 +135,7 @@ fn mac_key<'a>(
     let key = usable_key(state, work, &arn)?;
     check_usage(key, KeyUsage::GenerateVerifyMac)?;
     if key.spec.mac() != Some(algorithm) {
-        // UNVERIFIED text.
-        let text = format!("Algorithm {} is incompatible with key spec {}.", algorithm.name(), key.spec.name());
-        return Err(Refusal::new("InvalidKeyUsageException", text).into());
+        return Err(refusal::wrong_algorithm(algorithm.name(), key.spec.name()).into());
     }
     let (_, bytes) = bytes_of(key, key.current())?;
     Ok((arn, algorithm, bytes, message))
@@ -139,18 +143,15 @@ fn mac_key<'a>(
 
 /// A key in a state to be used, with nothing sealed in it.
 fn usable_key<'a>(state: &'a mut State, work: &Work<'_>, arn: &str) -> Result<&'a Key, Halt> {
-    let key = state.keys.find(arn, work.now, &mut state.journal)?;
+    let key = known_key(state, work, arn)?;
     key.check_usable()?;
-    let jobs: Vec<_> =
-        key.sealed().map(|sealed| Job { key_arn: Some(Arc::clone(&key.arn)), sealed: Arc::clone(sealed) }).collect();
-    if jobs.is_empty() { Ok(key) } else { Err(Halt::Unwrap(jobs)) }
+    let jobs = Job::all_of(key);
+    if jobs.is_empty() { Ok(key) } else { Err(Halt::First(Errand::Unwrap(jobs))) }
 }
 
 fn check_usage(key: &Key, usage: KeyUsage) -> Result<(), Refusal> {
     if key.usage != usage {
-        // UNVERIFIED text.
-        let text = format!("{} key usage is {} which is not valid for this operation.", key.arn, key.usage.name());
-        return Err(Refusal::new("InvalidKeyUsageException", text));
+        return Err(refusal::wrong_usage(&key.arn, key.usage.name()));
     }
     if usage == KeyUsage::EncryptDecrypt && key.spec != KeySpec::SymmetricDefault {
         return Err(refusal::unsupported("This test double encrypts with symmetric keys only."));
@@ -167,7 +168,7 @@ fn bytes_of<'a>(key: &Key, material: Option<&'a Material>) -> Result<(&'a Materi
 }
 
 fn material<'a>(key: &'a Key, id: &MaterialId) -> Option<&'a Material> {
-    key.materials.iter().find(|material| material.id == *id && material.role != Role::PendingRotation)
+    key.materials.iter().find(|material| material.id == *id && material.is_permanent())
 }
 
 /// A limit of this double, whose layout has no additional data.

@@ -9,11 +9,13 @@ use std::time::Duration;
 
 use serde_json::Value;
 use tokio::sync::oneshot;
+use tokio::task::spawn_blocking;
 
+use crate::crypto::{Opened, Unopened};
 use crate::faults::{Fault, error_answer};
 use crate::journal::Entry;
 use crate::keys::Key;
-use crate::operations::{Done, Halt, Job, Work, apply, internal};
+use crate::operations::{Done, Errand, Halt, Job, Work, apply, internal};
 use crate::refusal::{self, Refusal};
 use crate::world::{Call, Held, Late, World};
 
@@ -111,9 +113,9 @@ fn admit(world: &World, call: &mut Call) -> Result<Option<Fault>, Refusal> {
 }
 
 async fn perform(world: &World, call: &Call, outdated: bool) -> Result<Value, Refusal> {
-    let mut work = Work { call, now: world.now(), lazy: world.lazy, outdated, offered: None };
+    let mut work = Work { call, now: world.now(), lazy: world.lazy, outdated, offered: None, signature: None };
     loop {
-        let jobs = {
+        let errand = {
             work.now = world.now();
             let mut state = world.state();
             match apply(&mut state, &mut work) {
@@ -130,25 +132,30 @@ async fn perform(world: &World, call: &Call, outdated: bool) -> Result<Value, Re
                     state.journal.push(call.entry(work.now, refusal.code.clone()));
                     return Err(refusal);
                 }
-                Err(Halt::Unwrap(jobs)) => jobs,
+                Err(Halt::First(errand)) => errand,
             }
         };
-        match open(world, jobs).await {
-            Some(Some(offered)) => work.offered = Some(offered),
-            Some(None) => {}
-            None => return Err(internal("the unwrapping was interrupted")),
+        let done = match errand {
+            Errand::Unwrap(jobs) => open(world, jobs).await.map(|own| work.offered = own.or(work.offered.take())),
+            Errand::Sign(pair, algorithm, message) => spawn_blocking(move || pair.sign(algorithm, &message))
+                .await
+                .ok()
+                .map(|signature| work.signature = Some(signature)),
+        };
+        if done.is_none() {
+            return Err(internal("the process ends"));
         }
     }
 }
 
-type Offered = Option<Result<crate::crypto::Plain, crate::crypto::Unopened>>;
+type Offered = Option<Result<Opened, Unopened>>;
 
 /// Unwraps outside the lock; stored material is put back, the call's own is returned. `None` at the process's end.
 async fn open(world: &World, jobs: Vec<Job>) -> Option<Offered> {
-    let opened = tokio::task::spawn_blocking(move || {
+    let opened = spawn_blocking(move || {
         jobs.into_iter()
             .map(|job| {
-                let opened = job.sealed.unwrap();
+                let opened = job.sealed.open(job.spec);
                 (job, opened)
             })
             .collect::<Vec<_>>()

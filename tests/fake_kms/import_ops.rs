@@ -8,15 +8,16 @@ use serde::Deserialize;
 use serde_json::json;
 
 use crate::crypto::{self, Sealed, Unopened};
+use crate::imports::{Import, Offered};
 use crate::journal::Effect;
-use crate::keys::{Import, Offered};
+use crate::keys::Family;
 use crate::kinds::{
-    DAY, ExpirationModel, ImportType, IncludeKeyMaterial, KeySpec, Millis, Role, WrappingAlgorithm, WrappingKeySpec,
-    epoch_seconds, from_epoch_seconds,
+    DAY, ExpirationModel, ImportType, KeySpec, Millis, WrappingAlgorithm, WrappingKeySpec, epoch_seconds,
+    from_epoch_seconds,
 };
-use crate::operations::{Done, Halt, Job, Work, internal, named_key};
+use crate::operations::{Done, Errand, Halt, Job, Work, internal, named_key};
 use crate::refusal::{self, Refusal};
-use crate::request::{Blob, blob, choice, material_id, number, parse, required};
+use crate::request::{Blob, blob, choice, material_id, parse, required};
 use crate::tokens::TOKEN_LIFE;
 use crate::world::State;
 
@@ -40,11 +41,13 @@ pub fn get_parameters_for_import(state: &mut State, work: &Work<'_>) -> Result<D
     let algorithm: WrappingAlgorithm = required(choice(Some(&algorithm), "wrappingAlgorithm")?, "wrappingAlgorithm")?;
     let spec: WrappingKeySpec = required(choice(Some(&spec), "wrappingKeySpec")?, "wrappingKeySpec")?;
     let arn = work.key_arn(request.key_id.as_deref())?;
-    let key = state.keys.find(&arn, work.now, &mut state.journal)?;
+    let may_be_hybrid = state.options.hybrid_wrap_for_symmetric;
+    let key = state.keys.known(&arn, work.now, state.options.creation_lag_ms, &mut state.journal)?;
     key.check_import_state()?;
-    if algorithm.is_hybrid() && !state.options.hybrid_wrap_for_symmetric {
-        // Whether AWS refuses here or in ImportKeyMaterial is UNVERIFIED.
-        let text = format!("{} is not valid for key spec {}.", algorithm.name(), key.spec.name());
+    let is_waived = may_be_hybrid && algorithm.is_hybrid() && !key.spec.is_pair();
+    if !is_waived && !key.spec.takes(algorithm, spec, &key.region) {
+        // Whether AWS refuses here or in ImportKeyMaterial, and the code, are UNVERIFIED.
+        let text = format!("{} with {} is not valid for key spec {}.", algorithm.name(), spec.name(), key.spec.name());
         return Err(refusal::unsupported(text).into());
     }
     let (bytes, token) = state
@@ -81,7 +84,7 @@ pub fn import_key_material(state: &mut State, work: &mut Work<'_>) -> Result<Don
     let arn = work.key_arn(request.key_id.as_deref())?;
     let token_bytes = blob(request.import_token, "importToken", 6_144)?;
     let wrapped = blob(request.encrypted_key_material, "encryptedKeyMaterial", 6_144)?;
-    let key = state.keys.find(&arn, work.now, &mut state.journal)?;
+    let key = state.keys.known(&arn, work.now, state.options.creation_lag_ms, &mut state.journal)?;
     key.check_import(work.now, &import)?;
     let token = state.tokens.check(&token_bytes, &arn, work.now, state.options.single_use_tokens)?;
     if !token.algorithm.is_hybrid() && wrapped.len() != token.spec.modulus_length() {
@@ -90,6 +93,7 @@ pub fn import_key_material(state: &mut State, work: &mut Work<'_>) -> Result<Don
     }
     let offered_job = || Job {
         key_arn: None,
+        spec: key.spec,
         sealed: Arc::new(Sealed {
             algorithm: token.algorithm,
             spec: token.spec,
@@ -97,17 +101,18 @@ pub fn import_key_material(state: &mut State, work: &mut Work<'_>) -> Result<Don
             blob: wrapped.clone(),
         }),
     };
-    let mut jobs: Vec<_> =
-        key.sealed().map(|sealed| Job { key_arn: Some(Arc::clone(&key.arn)), sealed: Arc::clone(sealed) }).collect();
-    let stays_sealed = work.lazy && key.materials.is_empty() && work.offered.is_none();
+    let mut jobs = Job::all_of(key);
+    // Others must be told what the material is, be it other Regions or whoever asks for the public key.
+    let may_stay_sealed = work.lazy && !key.spec.is_pair() && key.family == Family::Single;
+    let stays_sealed = may_stay_sealed && key.materials.is_empty() && work.offered.is_none();
     if work.offered.is_none() && !stays_sealed {
         jobs.push(offered_job());
     }
     if !jobs.is_empty() {
-        return Err(Halt::Unwrap(jobs));
+        return Err(Halt::First(Errand::Unwrap(jobs)));
     }
     let offered = match work.offered.take() {
-        Some(Ok(plain)) => Offered::Plain(plain),
+        Some(Ok(opened)) => Offered::Open(opened),
         Some(Err(Unopened)) => {
             return Err(refusal::invalid_ciphertext("The encrypted key material cannot be decrypted.").into());
         }
@@ -119,11 +124,12 @@ pub fn import_key_material(state: &mut State, work: &mut Work<'_>) -> Result<Don
     if key.spec == KeySpec::SymmetricDefault {
         body["KeyMaterialId"] = json!(hex::encode(imported.id));
     }
+    state.keys.synchronise(&arn, work.now, &mut state.journal);
     Ok(Done::with(
         body,
         Effect::Imported {
             id: imported.id,
-            sha256: imported.sha256,
+            digests: imported.digests,
             model: import.model,
             valid_to: import.valid_to,
             first: imported.first,
@@ -143,73 +149,15 @@ pub fn delete_imported_key_material(state: &mut State, work: &Work<'_>) -> Resul
     let request: DeleteImported = parse(&work.call.body)?;
     let id = material_id(request.key_material_id.as_deref())?;
     let key = named_key(state, work)?;
-    let deleted = key.delete_material(id.as_ref())?;
+    let deleted = key.delete_material(work.now, id.as_ref())?;
     let mut body = json!({ "KeyId": &*key.arn });
     let shown = deleted.as_ref().map(|deleted| deleted.id).or(key.view().current);
     if let Some(id) = shown.filter(|_| key.spec == KeySpec::SymmetricDefault) {
         body["KeyMaterialId"] = json!(hex::encode(id));
     }
+    let arn = Arc::clone(&key.arn);
+    state.keys.synchronise(&arn, work.now, &mut state.journal);
     Ok(Done { body, effect: deleted.map(Effect::Deleted), key_arn: None })
-}
-
-#[derive(Deserialize)]
-#[serde(rename_all = "PascalCase")]
-struct ListKeyRotations {
-    include_key_material: Option<String>,
-    limit: Option<i64>,
-    marker: Option<String>,
-}
-
-/// `ListKeyRotations`, oldest first. Nothing rotates here, so only `ALL_KEY_MATERIAL` shows anything.
-pub fn list_key_rotations(state: &mut State, work: &Work<'_>) -> Result<Done, Halt> {
-    let request: ListKeyRotations = parse(&work.call.body)?;
-    let include = choice(request.include_key_material.as_deref(), "includeKeyMaterial")?
-        .unwrap_or(IncludeKeyMaterial::RotationsOnly);
-    let limit = usize::try_from(number(request.limit, "limit", 1, 1_000, 100)?).unwrap_or(100);
-    let start = match request.marker {
-        None => 0,
-        Some(marker) => {
-            marker.parse::<usize>().map_err(|_| Refusal::new("InvalidMarkerException", "The marker is not valid."))?
-        }
-    };
-    let key = named_key(state, work)?;
-    if key.spec != KeySpec::SymmetricDefault {
-        // UNVERIFIED text.
-        let text = format!("{} key spec is {} which is not valid for this operation.", key.arn, key.spec.name());
-        return Err(refusal::unsupported(text).into());
-    }
-    let shown = if include == IncludeKeyMaterial::All { key.materials.as_slice() } else { &[] };
-    let entries: Vec<_> = shown
-        .iter()
-        .skip(start)
-        .take(limit)
-        .map(|material| {
-            let mut entry = json!({
-                "KeyId": &*key.arn,
-                "KeyMaterialId": hex::encode(material.id),
-                "ImportState": if material.imported { "IMPORTED" } else { "PENDING_IMPORT" },
-                "KeyMaterialState": material.role.name(),
-            });
-            if let Some(description) = &material.description {
-                entry["KeyMaterialDescription"] = json!(description);
-            }
-            if let Some(model) = material.model {
-                entry["ExpirationModel"] = json!(model.name());
-            }
-            if let Some(at) = material.valid_to {
-                entry["ValidTo"] = epoch_seconds(at);
-            }
-            entry
-        })
-        .collect();
-    let next = start.saturating_add(entries.len());
-    let truncated = next < shown.len();
-    let mut body = json!({ "Rotations": entries, "Truncated": truncated });
-    if truncated {
-        body["NextMarker"] = json!(next.to_string());
-    }
-    debug_assert!(key.materials.iter().filter(|material| material.role == Role::PendingRotation).count() <= 1);
-    Ok(body.into())
 }
 
 /// Rules that need no key. The order in which AWS checks them is UNVERIFIED, and so are all texts but the first.
@@ -252,5 +200,6 @@ fn check_parameters(request: &ImportKeyMaterial, now: Millis, state: &State) -> 
         model,
         valid_to,
         repeat: state.options.repeated_new_material,
+        replica_needs_existing: state.options.replica_needs_existing,
     })
 }

@@ -9,8 +9,8 @@ use std::sync::Arc;
 use serde_json::{Value, json};
 use tokio::sync::Notify;
 
-use crate::keys::{Deleted, MaterialId};
 use crate::kinds::{ExpirationModel, Millis, rfc3339};
+use crate::materials::{Deleted, Digests, MaterialId};
 
 /// What one call changed.
 #[derive(Clone, Debug)]
@@ -21,8 +21,8 @@ pub enum Effect {
     Imported {
         /// Id of the material.
         id: MaterialId,
-        /// SHA-256 over the material, unless it was left sealed.
-        sha256: Option<[u8; 32]>,
+        /// Digests of the material, unless it was left sealed.
+        digests: Option<Digests>,
         /// Whether it expires.
         model: ExpirationModel,
         /// When it expires.
@@ -34,6 +34,13 @@ pub enum Effect {
     },
     /// Material was deleted by a call, or has expired.
     Deleted(Deleted),
+    /// Material that waited for it became the current one.
+    Rotated {
+        /// Id of the material.
+        id: MaterialId,
+        /// Digests of the material.
+        digests: Option<Digests>,
+    },
     /// The key's state was changed.
     State(&'static str),
 }
@@ -166,6 +173,7 @@ impl Effect {
             Self::Created => "created",
             Self::Imported { .. } => "imported",
             Self::Deleted(_) => "deleted",
+            Self::Rotated { .. } => "rotated",
             Self::State(_) => "state",
         }
     }
@@ -173,23 +181,32 @@ impl Effect {
     fn json(&self, late: bool) -> Value {
         let body = match self {
             Self::Created => json!({}),
-            Self::Imported { id, sha256, model, valid_to, first, again } => json!({
-                "material_sha256": sha256.map(hex::encode),
-                "key_material_id": hex::encode(id),
-                "expiration_model": model.name(),
-                "valid_to": valid_to.map(rfc3339),
-                "first": first,
-                "again": again,
-                "late": late,
-            }),
-            Self::Deleted(deleted) => json!({
-                "material_sha256": deleted.sha256.map(hex::encode),
-                "key_material_id": hex::encode(deleted.id),
-            }),
+            Self::Imported { id, digests, model, valid_to, first, again } => {
+                let mut body = named(id, digests.as_ref());
+                body["expiration_model"] = json!(model.name());
+                body["valid_to"] = json!(valid_to.map(rfc3339));
+                body["first"] = json!(first);
+                body["again"] = json!(again);
+                body["late"] = json!(late);
+                body
+            }
+            Self::Deleted(Deleted { id, digests }) | Self::Rotated { id, digests } => named(id, digests.as_ref()),
             Self::State(state) => json!(state),
         };
         json!({ self.name(): body })
     }
+}
+
+/// A material as the control interface names it. Only pairs have a public key.
+pub fn named(id: &MaterialId, digests: Option<&Digests>) -> Value {
+    let mut body = json!({
+        "key_material_id": hex::encode(id),
+        "material_sha256": digests.map(|digests| hex::encode(digests.material)),
+    });
+    if let Some(public_key) = digests.and_then(|digests| digests.public_key) {
+        body["public_key_sha256"] = json!(hex::encode(public_key));
+    }
+    body
 }
 
 #[cfg(test)]

@@ -1,17 +1,18 @@
-//! The key state machine: what imports, deletions and the passing of time do to a key and its materials.
+//! The key state machine: what imports, rotations, deletions and the passing of time do to a key and its materials.
 //!
 //! Pure: no lock, no I/O, no clock of its own; every function is told what time it is. Materials are a list, of which at
-//! most one is current and at most one waits for its rotation, so that on-demand rotation fits in without a change of
-//! shape.
+//! most one is current and at most one waits for its rotation. What an import does stands in [`crate::imports`], what
+//! the Regions of one key tell each other in [`crate::table`].
 
 use std::sync::Arc;
 
-use crate::crypto::{Plain, Sealed, Unopened, sha256};
-use crate::kinds::{DAY, ExpirationModel, ImportType, KeySpec, KeyState, KeyUsage, Millis, Origin, Role};
+use crate::crypto::Sealed;
+use crate::kinds::{DAY, ExpirationModel, KeySpec, KeyState, KeyUsage, Millis, Origin, Role};
+use crate::materials::{Contents, Deleted, Listed, Material, MaterialId, Notice};
 use crate::refusal::{self, Refusal};
 
-/// The raw form of AWS's `KeyMaterialId`.
-pub type MaterialId = [u8; 32];
+/// How often a key can be rotated on demand.
+pub const ROTATIONS: usize = 25;
 
 /// A KMS key.
 #[derive(Debug)]
@@ -30,8 +31,8 @@ pub struct Key {
     pub origin: Origin,
     /// Free text.
     pub description: String,
-    /// Whether it is a multi-Region primary; replicas do not exist here.
-    pub multi_region: bool,
+    /// Its place among the Regions.
+    pub family: Family,
     /// When it was made.
     pub created_at: Millis,
     /// Tags, in the order given.
@@ -42,43 +43,25 @@ pub struct Key {
     pub disabled: bool,
     /// When it ceases to exist, if a deletion is scheduled.
     pub deletion_at: Option<Millis>,
-    /// What `DescribeKey` said before the last change, for the fault that imitates eventual consistency.
-    pub before: Option<Box<View>>,
+    /// What was to be seen before the last change, for all that imitates eventual consistency.
+    pub before: Option<Box<Before>>,
 }
 
-/// One material of a key.
-#[derive(Debug)]
-pub struct Material {
-    /// Its id; for symmetric keys the client sees it.
-    pub id: MaterialId,
-    /// What it is to the key.
-    pub role: Role,
-    /// Whether its bytes are there.
-    pub imported: bool,
-    /// The bytes, as far as known.
-    pub contents: Contents,
-    /// The client's text.
-    pub description: Option<String>,
-    /// Set while imported.
-    pub model: Option<ExpirationModel>,
-    /// When it goes, if it expires.
-    pub valid_to: Option<Millis>,
-}
-
-/// What is known of a material's bytes.
-#[derive(Debug)]
-pub enum Contents {
-    /// Unwrapped. The bytes are gone once the material is deleted; the digest stays, to know the material again.
-    Known {
-        /// SHA-256 over the bytes.
-        sha256: [u8; 32],
-        /// The bytes, while imported.
-        bytes: Option<Plain>,
+/// A key's place among the Regions.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Family {
+    /// It lives in one Region only.
+    Single,
+    /// A multi-Region key that has, or may have, replicas.
+    Primary {
+        /// The ARNs of its replicas.
+        replicas: Vec<Arc<str>>,
     },
-    /// Not unwrapped yet (`--unwrap lazy`).
-    Sealed(Arc<Sealed>),
-    /// Did not unwrap when somebody looked (`--unwrap lazy`): the text says why.
-    Broken(&'static str),
+    /// A replica.
+    Replica {
+        /// The ARN of its primary.
+        primary: Arc<str>,
+    },
 }
 
 /// What is shown of a key's state.
@@ -96,63 +79,24 @@ pub struct View {
     pub deletion_at: Option<Millis>,
 }
 
-/// The parameters of an import, but for the token and the material itself.
-#[derive(Clone, Debug)]
-pub struct Import {
-    /// New or existing; `None` lets the key's history decide.
-    pub kind: Option<ImportType>,
-    /// The id the client expects.
-    pub material_id: Option<MaterialId>,
-    /// Replaces the old text if given.
-    pub description: Option<String>,
-    /// Whether it expires.
-    pub model: ExpirationModel,
-    /// When it expires.
-    pub valid_to: Option<Millis>,
-    /// What to answer to a repeated import of the material that is pending already.
-    pub repeat: RepeatedNew,
-}
-
-/// What AWS says to `NEW_KEY_MATERIAL` with the bytes that are pending already is UNVERIFIED; a test can choose.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Deserialize, serde::Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum RepeatedNew {
-    /// `IncorrectKeyMaterialException`.
-    #[default]
-    IncorrectKeyMaterial,
-    /// `KMSInvalidStateException ... is pending rotation`.
-    InvalidState,
-}
-
-/// The material that comes with an import.
-#[derive(Debug)]
-pub enum Offered {
-    /// In the clear.
-    Plain(Plain),
-    /// Still wrapped; only a key without any material takes it like that.
-    Sealed(Arc<Sealed>),
-}
-
-/// What an import did.
+/// Everything about a key that may be seen late.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Imported {
-    /// The material's id.
-    pub id: MaterialId,
-    /// SHA-256 over the material, if it was unwrapped.
-    pub sha256: Option<[u8; 32]>,
-    /// Whether the key had never had material before.
-    pub first: bool,
-    /// Whether the key had this very material before.
-    pub again: bool,
+pub struct Shown {
+    /// For `DescribeKey`.
+    pub view: View,
+    /// For `ListKeyRotations`.
+    pub materials: Vec<Listed>,
+    /// For `GetPublicKey`.
+    pub public_key: Option<Arc<[u8]>>,
 }
 
-/// What a deletion or an expiry removed.
+/// What was to be seen before a change.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Deleted {
-    /// The material's id.
-    pub id: MaterialId,
-    /// SHA-256 over the material, if known.
-    pub sha256: Option<[u8; 32]>,
+pub struct Before {
+    /// When the change was.
+    pub changed_at: Millis,
+    /// What was to be seen.
+    pub shown: Shown,
 }
 
 impl Key {
@@ -161,10 +105,21 @@ impl Key {
         self.arn.rsplit('/').next().unwrap_or_default()
     }
 
+    /// Whether it is the replica of a multi-Region key.
+    pub fn is_replica(&self) -> bool {
+        matches!(self.family, Family::Replica { .. })
+    }
+
+    /// Whether it has been there long enough to be known everywhere.
+    pub fn is_known(&self, now: Millis, lag: Millis) -> bool {
+        lag == 0 || now >= self.created_at.saturating_add(lag)
+    }
+
     /// AWS's `KeyState`. A key is usable only while all of its permanently associated materials are there.
     pub fn state(&self) -> KeyState {
         let mut permanent = self.materials.iter().filter(|material| material.is_permanent()).peekable();
-        let complete = self.spec.material_length().is_none()
+        // Pairs of KMS's own are keys in name only here.
+        let complete = (self.origin == Origin::AwsKms && self.spec.is_pair())
             || (permanent.peek().is_some() && permanent.all(|material| material.imported));
         if self.deletion_at.is_some() {
             KeyState::PendingDeletion
@@ -188,11 +143,31 @@ impl Key {
         };
         View {
             state: self.state(),
+            // A replica shows its primary's, whether or not it was given the material itself: UNVERIFIED.
             current: self.current().filter(|_| self.spec == KeySpec::SymmetricDefault).map(|material| material.id),
             model: model.filter(|_| self.origin == Origin::External),
             valid_to: permanent().filter_map(|material| material.valid_to).min(),
             deletion_at: self.deletion_at,
         }
+    }
+
+    /// Everything that is to be seen.
+    pub fn shown(&self) -> Shown {
+        Shown {
+            view: self.view(),
+            materials: self.materials.iter().map(Material::listed).collect(),
+            public_key: self.current().and_then(Material::pair).map(|pair| Arc::clone(&pair.public)),
+        }
+    }
+
+    /// What is seen instead, if the last change is younger than the lag.
+    pub fn outdated(&self, now: Millis, lag: Millis) -> Option<&Shown> {
+        self.before.as_ref().filter(|before| now < before.changed_at.saturating_add(lag)).map(|before| &before.shown)
+    }
+
+    /// Keeps what is to be seen, because it is about to change.
+    pub fn note_change(&mut self, now: Millis) {
+        self.before = Some(Box::new(Before { changed_at: now, shown: self.shown() }));
     }
 
     /// Whether the key has ceased to exist.
@@ -205,92 +180,14 @@ impl Key {
         let expired: Vec<_> = self
             .materials
             .iter()
-            .filter(|material| material.imported && material.valid_to.is_some_and(|at| at <= now))
-            .map(|material| material.id)
+            .filter(|material| material.imported)
+            .filter_map(|material| Some((material.valid_to.filter(|at| *at <= now)?, material.id)))
             .collect();
-        expired.into_iter().filter_map(|id| self.remove(&id)).collect()
-    }
-
-    /// Everything that forbids an import before the material is looked at. The order in which AWS checks is UNVERIFIED.
-    pub fn check_import(&self, now: Millis, import: &Import) -> Result<(), Refusal> {
-        self.check_import_state()?;
-        if self.spec != KeySpec::SymmetricDefault
-            && (import.kind.is_some() || import.material_id.is_some() || import.description.is_some())
-        {
-            // UNVERIFIED code and text.
-            return Err(refusal::unsupported(format!(
-                "{} ImportType, KeyMaterialId and KeyMaterialDescription are valid for symmetric encryption keys only.",
-                self.arn
-            )));
-        }
-        match (import.model, import.valid_to) {
-            (ExpirationModel::Expires, Some(at)) if at <= now => {
-                Err(refusal::incorrect_material("The key material has expired."))
-            }
-            _ => Ok(()),
-        }
-    }
-
-    /// Origin and state that both steps of the import procedure ask for.
-    pub fn check_import_state(&self) -> Result<(), Refusal> {
-        self.check_external()?;
-        if self.deletion_at.is_some() {
-            return Err(refusal::pending_deletion(&self.arn));
-        }
-        Ok(())
-    }
-
-    /// Imports material. Every material that is still sealed must have been opened before, unless there is none at all.
-    pub fn import(&mut self, now: Millis, import: &Import, offered: Offered) -> Result<Imported, Refusal> {
-        self.check_import(now, import)?;
-        let contents = match offered {
-            Offered::Plain(bytes) => {
-                // UNVERIFIED code: the description of the exception fits.
-                if self.spec.material_length() != Some(bytes.len()) {
-                    return Err(refusal::incorrect_material("The key material has an invalid length."));
-                }
-                Contents::Known { sha256: sha256(&[&bytes]), bytes: Some(bytes) }
-            }
-            Offered::Sealed(sealed) => Contents::Sealed(sealed),
-        };
-        let first = self.materials.is_empty();
-        let default = if first { ImportType::New } else { ImportType::Existing };
-        let known = contents
-            .sha256()
-            .and_then(|digest| self.materials.iter().position(|material| material.contents.sha256() == Some(digest)));
-        let id = known.and_then(|at| self.materials.get(at)).map_or_else(|| self.derive_id(&contents), |old| old.id);
-        let outcome = Imported { id, sha256: contents.sha256(), first, again: known.is_some() };
-        match import.kind.unwrap_or(default) {
-            ImportType::New => self.admit_new(&outcome, import.repeat)?,
-            ImportType::Existing if known.is_none() => {
-                return Err(refusal::incorrect_material(
-                    "The key material does not match the key material that was previously imported into this KMS key.",
-                ));
-            }
-            ImportType::Existing => {}
-        }
-        if import.material_id.is_some_and(|expected| expected != id) {
-            return Err(refusal::incorrect_material("The key material does not match the given KeyMaterialId."));
-        }
-        self.before = Some(Box::new(self.view()));
-        let material = if let Some(old) = known.and_then(|at| self.materials.get_mut(at)) {
-            old.contents = contents;
-            old
-        } else {
-            let role = if first { Role::Current } else { Role::PendingRotation };
-            self.materials.push_mut(Material::new(id, role, contents))
-        };
-        material.imported = true;
-        material.model = Some(import.model);
-        material.valid_to = import.valid_to;
-        if import.description.is_some() {
-            material.description.clone_from(&import.description);
-        }
-        Ok(outcome)
+        expired.into_iter().filter_map(|(at, id)| self.remove(at, &id)).collect()
     }
 
     /// Deletes one material, the current one unless told otherwise. `None`: there was nothing to delete.
-    pub fn delete_material(&mut self, id: Option<&MaterialId>) -> Result<Option<Deleted>, Refusal> {
+    pub fn delete_material(&mut self, now: Millis, id: Option<&MaterialId>) -> Result<Option<Deleted>, Refusal> {
         self.check_external()?;
         let id = match id {
             // UNVERIFIED code and text.
@@ -309,16 +206,69 @@ impl Key {
             Some(id) => Some(*id),
             None => self.current().map(|material| material.id),
         };
-        Ok(id.and_then(|id| self.remove(&id)))
+        Ok(id.and_then(|id| self.remove(now, &id)))
+    }
+
+    /// `RotateKeyOnDemand`, which takes effect at once. The order in which AWS checks is UNVERIFIED.
+    pub fn rotate(&mut self, now: Millis) -> Result<&Material, Refusal> {
+        if self.spec != KeySpec::SymmetricDefault {
+            return Err(refusal::wrong_spec(&self.arn, self.spec.name()));
+        }
+        if self.origin == Origin::AwsKms {
+            return Err(refusal::unsupported("This test double rotates keys with imported material only."));
+        }
+        if self.is_replica() {
+            // UNVERIFIED code and text.
+            return Err(refusal::unsupported(format!("{} is a multi-Region replica key.", self.arn)));
+        }
+        self.check_usable()?;
+        if self.materials.iter().filter(|material| material.rotated_at.is_some()).count() >= ROTATIONS {
+            return Err(refusal::rotation_limit(&self.arn));
+        }
+        // What AWS says while replicas still lack the material is UNVERIFIED.
+        let is_ready = |material: &Material| material.role == Role::PendingRotation && material.imported;
+        let Some(pending) = self.materials.iter().position(is_ready) else {
+            return Err(refusal::nothing_pending(&self.arn));
+        };
+        self.note_change(now);
+        for old in self.materials.iter_mut().filter(|material| material.role == Role::Current) {
+            old.role = Role::NonCurrent;
+        }
+        let material = self.materials.get_mut(pending).ok_or_else(|| refusal::nothing_pending(&self.arn))?;
+        material.role = Role::Current;
+        material.rotated_at = Some(now);
+        Ok(material)
+    }
+
+    /// A replica learns which materials its primary has, in the primary's order, and gives up what the primary has given
+    /// up.
+    pub fn learn(&mut self, now: Millis, notices: &[Notice]) -> Vec<Deleted> {
+        let agreed = self.materials.len() == notices.len()
+            && self.materials.iter().zip(notices).all(|(material, notice)| material.agrees(notice));
+        if agreed {
+            return Vec::new();
+        }
+        self.note_change(now);
+        let mut old = std::mem::take(&mut self.materials);
+        for notice in notices {
+            let known = old.iter().position(|material| material.id == notice.id).map(|at| old.remove(at));
+            if let Some(mut material) = known {
+                material.heed(notice);
+                self.materials.push(material);
+            } else {
+                self.materials.extend(Material::announced(notice));
+            }
+        }
+        old.into_iter().filter(|material| material.imported).map(|mut material| material.forget()).collect()
     }
 
     /// `EnableKey` and `DisableKey`.
-    pub fn set_disabled(&mut self, disabled: bool) -> Result<(), Refusal> {
+    pub fn set_disabled(&mut self, now: Millis, disabled: bool) -> Result<(), Refusal> {
         match self.state() {
             KeyState::PendingImport => Err(refusal::pending_import(&self.arn)),
             KeyState::PendingDeletion => Err(refusal::pending_deletion(&self.arn)),
             KeyState::Enabled | KeyState::Disabled => {
-                self.before = Some(Box::new(self.view()));
+                self.note_change(now);
                 self.disabled = disabled;
                 Ok(())
             }
@@ -330,19 +280,19 @@ impl Key {
         if self.deletion_at.is_some() {
             return Err(refusal::pending_deletion(&self.arn));
         }
-        self.before = Some(Box::new(self.view()));
+        self.note_change(now);
         let at = now + days * DAY;
         self.deletion_at = Some(at);
         Ok(at)
     }
 
     /// `CancelKeyDeletion`, which leaves a complete key disabled.
-    pub fn cancel_deletion(&mut self) -> Result<(), Refusal> {
+    pub fn cancel_deletion(&mut self, now: Millis) -> Result<(), Refusal> {
         if self.deletion_at.is_none() {
             // UNVERIFIED text.
             return Err(refusal::invalid_state(format!("{} is not pending deletion.", self.arn)));
         }
-        self.before = Some(Box::new(self.view()));
+        self.note_change(now);
         self.deletion_at = None;
         self.disabled = true;
         Ok(())
@@ -350,17 +300,17 @@ impl Key {
 
     /// Whether cryptographic operations may run.
     pub fn check_usable(&self) -> Result<(), Refusal> {
-        match self.state() {
-            KeyState::Enabled => Ok(()),
-            KeyState::Disabled => Err(refusal::disabled(&self.arn)),
-            KeyState::PendingImport => Err(refusal::pending_import(&self.arn)),
-            KeyState::PendingDeletion => Err(refusal::pending_deletion(&self.arn)),
-        }
+        usable(&self.arn, self.state())
     }
 
     /// The material in force.
     pub fn current(&self) -> Option<&Material> {
         self.materials.iter().find(|material| material.role == Role::Current)
+    }
+
+    /// The material that waits for its rotation.
+    pub fn pending_mut(&mut self) -> Option<&mut Material> {
+        self.materials.iter_mut().find(|material| material.role.is_pending())
     }
 
     /// The materials that nobody has looked into yet.
@@ -371,66 +321,13 @@ impl Key {
         })
     }
 
-    /// Puts the unwrapped bytes where the sealed ones were.
-    pub fn open(&mut self, sealed: &Arc<Sealed>, opened: Result<Plain, Unopened>) {
-        let length = self.spec.material_length();
-        for material in &mut self.materials {
-            if matches!(&material.contents, Contents::Sealed(own) if Arc::ptr_eq(own, sealed)) {
-                material.contents = match opened {
-                    Ok(bytes) if Some(bytes.len()) == length => {
-                        Contents::Known { sha256: sha256(&[&bytes]), bytes: material.imported.then_some(bytes) }
-                    }
-                    Ok(_) => Contents::Broken("the key material has an invalid length"),
-                    Err(Unopened) => Contents::Broken("the key material does not unwrap"),
-                };
-                return;
-            }
-        }
-    }
-
-    fn check_external(&self) -> Result<(), Refusal> {
-        match self.origin {
-            Origin::External => Ok(()),
-            Origin::AwsKms => Err(refusal::wrong_origin(&self.arn, self.origin.name())),
-        }
-    }
-
-    fn admit_new(&self, offered: &Imported, repeat: RepeatedNew) -> Result<(), Refusal> {
-        let pending = self.materials.iter().find(|material| material.role == Role::PendingRotation);
-        let is_repeat = pending.is_some_and(|pending| pending.id == offered.id);
-        match pending {
-            Some(pending) if !offered.again || (is_repeat && repeat == RepeatedNew::InvalidState) => {
-                Err(refusal::pending_rotation(&hex::encode(offered.id), self.id(), &hex::encode(pending.id)))
-            }
-            _ if offered.again => {
-                Err(refusal::incorrect_material("The key material is already associated with this KMS key."))
-            }
-            _ => Ok(()),
-        }
-    }
-
-    /// AWS's derivation is not published; this one is ours. Sealed material is named after its wrapped form.
-    fn derive_id(&self, contents: &Contents) -> MaterialId {
-        let (label, bytes) = match contents {
-            Contents::Known { bytes: Some(bytes), .. } => ("fake-kms material", bytes.as_slice()),
-            Contents::Sealed(sealed) => ("fake-kms sealed material", sealed.blob.as_slice()),
-            Contents::Known { bytes: None, .. } | Contents::Broken(_) => ("fake-kms material", &[][..]),
-        };
-        sha256(&[label.as_bytes(), self.id().as_bytes(), bytes])
-    }
-
-    fn remove(&mut self, id: &MaterialId) -> Option<Deleted> {
+    fn remove(&mut self, now: Millis, id: &MaterialId) -> Option<Deleted> {
         let at = self.materials.iter().position(|material| material.id == *id && material.imported)?;
-        self.before = Some(Box::new(self.view()));
+        self.note_change(now);
+        let keeps = self.is_replica();
         let material = self.materials.get_mut(at)?;
-        let deleted = Deleted { id: material.id, sha256: material.contents.sha256() };
-        material.imported = false;
-        material.model = None;
-        material.valid_to = None;
-        if let Contents::Known { bytes, .. } = &mut material.contents {
-            *bytes = None;
-        }
-        if !material.is_permanent() {
+        let deleted = material.forget();
+        if !material.is_permanent() && !keeps {
             // Not yet permanently associated, so other material may take its place. UNVERIFIED on AWS.
             self.materials.remove(at);
         }
@@ -438,32 +335,13 @@ impl Key {
     }
 }
 
-impl Material {
-    /// A material whose expiry is set later.
-    pub fn new(id: MaterialId, role: Role, contents: Contents) -> Self {
-        Self { id, role, imported: true, contents, description: None, model: None, valid_to: None }
-    }
-
-    /// The bytes, if they are there and known.
-    pub fn bytes(&self) -> Option<&Plain> {
-        match &self.contents {
-            Contents::Known { bytes, .. } => bytes.as_ref(),
-            Contents::Sealed(_) | Contents::Broken(_) => None,
-        }
-    }
-
-    fn is_permanent(&self) -> bool {
-        self.role != Role::PendingRotation
-    }
-}
-
-impl Contents {
-    /// The digest by which a material is known again.
-    pub fn sha256(&self) -> Option<[u8; 32]> {
-        match self {
-            Self::Known { sha256, .. } => Some(*sha256),
-            Self::Sealed(_) | Self::Broken(_) => None,
-        }
+/// Whether a key in this state may be used.
+pub fn usable(arn: &str, state: KeyState) -> Result<(), Refusal> {
+    match state {
+        KeyState::Enabled => Ok(()),
+        KeyState::Disabled => Err(refusal::disabled(arn)),
+        KeyState::PendingImport => Err(refusal::pending_import(arn)),
+        KeyState::PendingDeletion => Err(refusal::pending_deletion(arn)),
     }
 }
 

@@ -3,7 +3,9 @@
 use zeroize::Zeroizing;
 
 use super::*;
-use crate::kinds::{WrappingAlgorithm, WrappingKeySpec};
+use crate::crypto::{Opened, Unopened};
+use crate::imports::{Import, Offered, RepeatedNew};
+use crate::kinds::{ImportType, WrappingAlgorithm, WrappingKeySpec};
 
 const ARN: &str = "arn:aws:kms:eu-central-1:111122223333:key/k1";
 const FOREVER: Import = Import {
@@ -13,6 +15,7 @@ const FOREVER: Import = Import {
     model: ExpirationModel::DoesNotExpire,
     valid_to: None,
     repeat: RepeatedNew::IncorrectKeyMaterial,
+    replica_needs_existing: true,
 };
 const NEW: Import = Import { kind: Some(ImportType::New), ..FOREVER };
 const EXISTING: Import = Import { kind: Some(ImportType::Existing), ..FOREVER };
@@ -23,10 +26,10 @@ fn key(spec: KeySpec) -> Key {
         account: "111122223333".into(),
         region: "eu-central-1".into(),
         spec,
-        usage: spec.usage().unwrap_or(KeyUsage::SignVerify),
+        usage: *spec.usages().first().unwrap(),
         origin: Origin::External,
         description: String::new(),
-        multi_region: false,
+        family: Family::Single,
         created_at: 0,
         tags: Vec::new(),
         materials: Vec::new(),
@@ -36,8 +39,12 @@ fn key(spec: KeySpec) -> Key {
     }
 }
 
+fn opened(fill: u8, length: usize) -> Opened {
+    Opened { bytes: Zeroizing::new(vec![fill; length]), pair: None }
+}
+
 fn plain(fill: u8, length: usize) -> Offered {
-    Offered::Plain(Zeroizing::new(vec![fill; length]))
+    Offered::Open(opened(fill, length))
 }
 
 fn bytes(fill: u8) -> Offered {
@@ -61,7 +68,7 @@ fn each_state_admits_what_the_table_says() {
         (KeyState::Enabled, |key| drop(key.import(0, &FOREVER, bytes(1)).unwrap())),
         (KeyState::Disabled, |key| {
             key.import(0, &FOREVER, bytes(1)).unwrap();
-            key.set_disabled(true).unwrap();
+            key.set_disabled(0, true).unwrap();
         }),
         (KeyState::PendingDeletion, |key| {
             key.import(0, &FOREVER, bytes(1)).unwrap();
@@ -85,7 +92,7 @@ fn each_state_admits_what_the_table_says() {
         let seen = [
             code(prepared().check_import_state()),
             code(prepared().import(1, &FOREVER, bytes(1))),
-            code(prepared().delete_material(None)),
+            code(prepared().delete_material(0, None)),
             code(prepared().check_usable()),
         ];
         assert_eq!(seen, expected, "{state:?}");
@@ -99,7 +106,7 @@ fn a_key_of_kms_itself_takes_no_part() {
     assert_eq!(refused.code, "UnsupportedOperationException");
     assert_eq!(refused.message, format!("{ARN} origin is AWS_KMS which is not valid for this operation."));
     assert_eq!(key.import(0, &FOREVER, bytes(1)).unwrap_err(), refused);
-    assert_eq!(key.delete_material(None).unwrap_err(), refused);
+    assert_eq!(key.delete_material(0, None).unwrap_err(), refused);
 }
 
 #[test]
@@ -138,7 +145,7 @@ fn at_most_one_new_material_waits() {
     assert_eq!(code(key.import(0, &other, bytes(1))), "IncorrectKeyMaterialException");
     assert!(key.import(0, &EXISTING, bytes(2)).unwrap().again);
     // A deleted pending material leaves the key usable and makes room.
-    key.delete_material(Some(&second.id)).unwrap().unwrap();
+    key.delete_material(0, Some(&second.id)).unwrap().unwrap();
     assert_eq!(key.state(), KeyState::Enabled);
     key.import(0, &NEW, bytes(3)).unwrap();
     assert_eq!(key.materials.len(), 2);
@@ -155,7 +162,7 @@ fn an_hmac_key_has_one_material_for_life() {
         key.import(0, &FOREVER, plain(1, length)).unwrap();
         assert_eq!(key.view().current, None);
         key.import(0, &FOREVER, plain(1, length)).unwrap();
-        key.delete_material(None).unwrap().unwrap();
+        key.delete_material(0, None).unwrap().unwrap();
         assert_eq!(code(key.import(0, &FOREVER, plain(2, length))), "IncorrectKeyMaterialException");
         key.import(0, &FOREVER, plain(1, length)).unwrap();
         assert_eq!(key.state(), KeyState::Enabled);
@@ -165,14 +172,14 @@ fn an_hmac_key_has_one_material_for_life() {
 #[test]
 fn a_deletion_removes_the_bytes_and_remembers_the_material() {
     let mut key = key(KeySpec::SymmetricDefault);
-    assert_eq!(key.delete_material(None).unwrap(), None);
+    assert_eq!(key.delete_material(0, None).unwrap(), None);
     let first = key.import(0, &FOREVER, bytes(1)).unwrap();
-    assert_eq!(key.delete_material(None).unwrap(), Some(Deleted { id: first.id, sha256: first.sha256 }));
+    assert_eq!(key.delete_material(0, None).unwrap(), Some(Deleted { id: first.id, digests: first.digests }));
     let view = key.view();
     assert_eq!((view.state, view.current, view.model), (KeyState::PendingImport, Some(first.id), None));
     assert!(key.current().unwrap().bytes().is_none());
-    assert_eq!(key.before.as_ref().unwrap().state, KeyState::Enabled);
-    assert_eq!(code(key.delete_material(Some(&[0; 32]))), "NotFoundException");
+    assert_eq!(key.before.as_ref().unwrap().shown.view.state, KeyState::Enabled);
+    assert_eq!(code(key.delete_material(0, Some(&[0; 32]))), "NotFoundException");
     assert_eq!(code(key.import(0, &FOREVER, bytes(2))), "IncorrectKeyMaterialException");
     assert_eq!(key.import(0, &FOREVER, bytes(1)).unwrap().id, first.id);
 }
@@ -188,7 +195,7 @@ fn material_expires_on_the_instant() {
     assert_eq!(key.settle(299), []);
     assert_eq!(key.settle(300).len(), 1);
     assert_eq!(key.state(), KeyState::Enabled);
-    assert_eq!(key.settle(500), [Deleted { id: first.id, sha256: first.sha256 }]);
+    assert_eq!(key.settle(500), [Deleted { id: first.id, digests: first.digests }]);
     assert_eq!(key.settle(500), []);
     assert_eq!(key.state(), KeyState::PendingImport);
 }
@@ -196,14 +203,14 @@ fn material_expires_on_the_instant() {
 #[test]
 fn a_cancelled_deletion_leaves_the_key_disabled() {
     let mut key = key(KeySpec::SymmetricDefault);
-    assert_eq!(code(key.cancel_deletion()), "KMSInvalidStateException");
+    assert_eq!(code(key.cancel_deletion(0)), "KMSInvalidStateException");
     key.import(0, &FOREVER, bytes(1)).unwrap();
     assert_eq!(key.schedule_deletion(0, 7).unwrap(), 7 * DAY);
     assert!(!key.is_gone(7 * DAY - 1) && key.is_gone(7 * DAY));
-    assert_eq!(code(key.set_disabled(false)), "KMSInvalidStateException");
-    key.cancel_deletion().unwrap();
+    assert_eq!(code(key.set_disabled(0, false)), "KMSInvalidStateException");
+    key.cancel_deletion(0).unwrap();
     assert_eq!(key.state(), KeyState::Disabled);
-    key.set_disabled(false).unwrap();
+    key.set_disabled(0, false).unwrap();
     assert_eq!(key.state(), KeyState::Enabled);
 }
 
@@ -220,10 +227,10 @@ fn sealed_material_is_opened_later() {
     let mut key = key(KeySpec::SymmetricDefault);
     let first = sealed(1);
     let imported = key.import(0, &FOREVER, Offered::Sealed(Arc::clone(&first))).unwrap();
-    assert_eq!((imported.sha256, key.state()), (None, KeyState::Enabled));
+    assert_eq!((imported.digests, key.state()), (None, KeyState::Enabled));
     key.open(&sealed(1), Err(Unopened));
     assert_eq!(key.sealed().count(), 1);
-    key.open(&first, Ok(Zeroizing::new(vec![1; 32])));
+    key.open(&first, Ok(opened(1, 32)));
     assert_eq!(key.sealed().count(), 0);
     assert_eq!(key.import(0, &FOREVER, bytes(1)).unwrap().id, imported.id);
 }

@@ -52,6 +52,9 @@ named! {
         ImportKeyMaterial = "ImportKeyMaterial",
         DeleteImportedKeyMaterial = "DeleteImportedKeyMaterial",
         ListKeyRotations = "ListKeyRotations",
+        RotateKeyOnDemand = "RotateKeyOnDemand",
+        GetKeyRotationStatus = "GetKeyRotationStatus",
+        GetPublicKey = "GetPublicKey",
         ScheduleKeyDeletion = "ScheduleKeyDeletion",
         CancelKeyDeletion = "CancelKeyDeletion",
         EnableKey = "EnableKey",
@@ -61,6 +64,8 @@ named! {
         Decrypt = "Decrypt",
         GenerateMac = "GenerateMac",
         VerifyMac = "VerifyMac",
+        Sign = "Sign",
+        Verify = "Verify",
         ListResourceTags = "ListResourceTags",
         GetKeyPolicy = "GetKeyPolicy",
         ListAliases = "ListAliases",
@@ -68,7 +73,7 @@ named! {
 }
 
 named! {
-    /// The key specs this double can hold.
+    /// The key specs this double can hold; what each of them is stands in [`crate::specs`].
     KeySpec {
         SymmetricDefault = "SYMMETRIC_DEFAULT",
         Hmac224 = "HMAC_224",
@@ -76,15 +81,22 @@ named! {
         Hmac384 = "HMAC_384",
         Hmac512 = "HMAC_512",
         Rsa2048 = "RSA_2048",
+        Rsa3072 = "RSA_3072",
+        Rsa4096 = "RSA_4096",
+        EccNistP256 = "ECC_NIST_P256",
+        EccNistP384 = "ECC_NIST_P384",
+        EccNistP521 = "ECC_NIST_P521",
+        EccSecgP256k1 = "ECC_SECG_P256K1",
     }
 }
 
 named! {
-    /// What a key may be used for; fixed by its spec, except for RSA.
+    /// What a key may be used for; fixed by its spec, except for RSA and the curves of NIST.
     KeyUsage {
         EncryptDecrypt = "ENCRYPT_DECRYPT",
         GenerateVerifyMac = "GENERATE_VERIFY_MAC",
         SignVerify = "SIGN_VERIFY",
+        KeyAgreement = "KEY_AGREEMENT",
     }
 }
 
@@ -135,7 +147,12 @@ named! {
 
 named! {
     /// What a material is to its key.
-    Role { Current = "CURRENT", NonCurrent = "NON_CURRENT", PendingRotation = "PENDING_ROTATION" }
+    Role {
+        Current = "CURRENT",
+        NonCurrent = "NON_CURRENT",
+        PendingRotation = "PENDING_ROTATION",
+        PendingReplicas = "PENDING_MULTI_REGION_IMPORT_AND_ROTATION",
+    }
 }
 
 named! {
@@ -148,36 +165,30 @@ named! {
     }
 }
 
-impl KeySpec {
-    /// The exact number of bytes of the key's material; `None` where the double holds no material at all.
-    pub fn material_length(self) -> Option<usize> {
-        match self {
-            Self::SymmetricDefault | Self::Hmac256 => Some(32),
-            Self::Hmac224 => Some(28),
-            Self::Hmac384 => Some(48),
-            Self::Hmac512 => Some(64),
-            Self::Rsa2048 => None,
-        }
+named! {
+    /// The signature algorithms of key pairs, in the order in which AWS lists them.
+    SigningAlgorithm {
+        Pkcs1Sha256 = "RSASSA_PKCS1_V1_5_SHA_256",
+        Pkcs1Sha384 = "RSASSA_PKCS1_V1_5_SHA_384",
+        Pkcs1Sha512 = "RSASSA_PKCS1_V1_5_SHA_512",
+        PssSha256 = "RSASSA_PSS_SHA_256",
+        PssSha384 = "RSASSA_PSS_SHA_384",
+        PssSha512 = "RSASSA_PSS_SHA_512",
+        EcdsaSha256 = "ECDSA_SHA_256",
+        EcdsaSha384 = "ECDSA_SHA_384",
+        EcdsaSha512 = "ECDSA_SHA_512",
     }
+}
 
-    /// The usage that `CreateKey` assumes and, but for RSA, requires.
-    pub fn usage(self) -> Option<KeyUsage> {
-        match self {
-            Self::SymmetricDefault => Some(KeyUsage::EncryptDecrypt),
-            Self::Hmac224 | Self::Hmac256 | Self::Hmac384 | Self::Hmac512 => Some(KeyUsage::GenerateVerifyMac),
-            Self::Rsa2048 => None,
-        }
-    }
+named! {
+    /// Whether what is to be signed is the message, or its digest.
+    MessageType { Raw = "RAW", Digest = "DIGEST" }
+}
 
-    /// The one MAC algorithm of an HMAC key.
-    pub fn mac(self) -> Option<MacAlgorithm> {
-        match self {
-            Self::Hmac224 => Some(MacAlgorithm::Sha224),
-            Self::Hmac256 => Some(MacAlgorithm::Sha256),
-            Self::Hmac384 => Some(MacAlgorithm::Sha384),
-            Self::Hmac512 => Some(MacAlgorithm::Sha512),
-            Self::SymmetricDefault | Self::Rsa2048 => None,
-        }
+impl Role {
+    /// Whether the material waits for its rotation. Such material is not yet tied to the key.
+    pub fn is_pending(self) -> bool {
+        matches!(self, Self::PendingRotation | Self::PendingReplicas)
     }
 }
 
@@ -234,6 +245,9 @@ mod tests {
     fn names_and_values_agree() {
         for name in Operation::NAMES {
             assert_eq!(Operation::parse(name).map(Operation::name), Some(*name));
+        }
+        for name in KeySpec::NAMES {
+            assert_eq!(KeySpec::parse(name).map(KeySpec::name), Some(*name));
         }
         assert_eq!(KeySpec::parse("ML_DSA_44"), None);
     }

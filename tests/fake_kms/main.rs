@@ -8,21 +8,30 @@
 #![expect(clippy::disallowed_methods, reason = "this is AWS's clock, not Keyferry's")]
 
 mod control;
+mod control_keys;
 mod crypto;
 mod crypto_ops;
 mod engine;
 mod faults;
 mod http;
 mod import_ops;
+mod imports;
 mod journal;
 mod keys;
 mod kinds;
 mod listener;
+mod materials;
+mod metadata;
 mod operations;
+mod pair_ops;
+mod pairs;
 mod quotas;
 mod refusal;
 mod request;
+mod rotation_ops;
 mod sigv4;
+mod specs;
+mod table;
 mod tokens;
 mod world;
 

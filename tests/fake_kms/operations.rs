@@ -1,21 +1,24 @@
 //! The operations, each one function over the locked state.
 //!
-//! An operation that needs an RSA private operation stops and says so; the engine performs it outside the lock and runs
-//! the operation again from the start, against whatever the state has become in the meantime.
+//! An operation that needs a private key's work stops and says so; the engine performs it outside the lock and runs the
+//! operation again from the start, against whatever the state has become in the meantime.
 
 use std::sync::Arc;
 
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::crypto::{Plain, Sealed, Unopened};
+use crate::crypto::{self, Opened, Plain, Sealed, Unopened};
 use crate::journal::Effect;
-use crate::keys::{Contents, Key, Material, View};
-use crate::kinds::{KeySpec, KeyState, KeyUsage, Millis, Operation, Origin, Role, epoch_seconds};
+use crate::keys::{Family, Key};
+use crate::kinds::{KeySpec, KeyState, KeyUsage, Millis, Operation, Origin, Role, SigningAlgorithm, epoch_seconds};
+use crate::materials::{Contents, Material};
+use crate::metadata::metadata;
+use crate::pairs::Pair;
 use crate::refusal::{self, Refusal};
 use crate::request::{self, choice, number, parse, required};
 use crate::world::{Call, State};
-use crate::{crypto, crypto_ops, import_ops};
+use crate::{crypto_ops, import_ops, pair_ops, rotation_ops};
 
 /// What an operation works on besides the state.
 pub struct Work<'a> {
@@ -28,7 +31,9 @@ pub struct Work<'a> {
     /// Whether `DescribeKey` shall answer with old knowledge.
     pub outdated: bool,
     /// The material that came with the call, once it has been unwrapped.
-    pub offered: Option<Result<Plain, Unopened>>,
+    pub offered: Option<Result<Opened, Unopened>>,
+    /// The signature that the call asks for, once it has been made.
+    pub signature: Option<Result<Vec<u8>, Unopened>>,
 }
 
 /// A finished operation.
@@ -45,16 +50,34 @@ pub struct Done {
 pub enum Halt {
     /// KMS says no.
     Refused(Refusal),
-    /// Something must be unwrapped first.
+    /// Something must be done outside the lock first.
+    First(Errand),
+}
+
+/// Work for a private key.
+pub enum Errand {
+    /// Material is to be unwrapped.
     Unwrap(Vec<Job>),
+    /// A message is to be signed.
+    Sign(Arc<Pair>, SigningAlgorithm, Vec<u8>),
 }
 
 /// One thing to unwrap.
 pub struct Job {
     /// The key whose stored material it is; absent for the material that came with the call.
     pub key_arn: Option<Arc<str>>,
+    /// What kind of material it should be.
+    pub spec: KeySpec,
     /// The wrapped material.
     pub sealed: Arc<Sealed>,
+}
+
+impl Job {
+    /// All that is left to unwrap of a key's materials.
+    pub fn all_of(key: &Key) -> Vec<Self> {
+        let job = |sealed| Self { key_arn: Some(Arc::clone(&key.arn)), spec: key.spec, sealed: Arc::clone(sealed) };
+        key.sealed().map(job).collect()
+    }
 }
 
 impl From<Refusal> for Halt {
@@ -80,7 +103,12 @@ impl Work<'_> {
     /// The ARN of the key that the call names.
     pub fn key_arn(&self, key_id: Option<&str>) -> Result<String, Refusal> {
         let key_id = required(key_id, "keyId")?;
-        request::key_arn(key_id, &self.call.principal.account, &self.call.region)
+        let arn = request::key_arn(key_id, &self.call.principal.account, &self.call.region)?;
+        // Another Region's keys do not exist here; the text for an ARN, rather than an id, is UNVERIFIED.
+        if arn.split(':').nth(3) != Some(&self.call.region) {
+            return Err(refusal::not_found(&arn));
+        }
+        Ok(arn)
     }
 }
 
@@ -92,7 +120,10 @@ pub fn apply(state: &mut State, work: &mut Work<'_>) -> Result<Done, Halt> {
         Operation::GetParametersForImport => import_ops::get_parameters_for_import(state, work),
         Operation::ImportKeyMaterial => import_ops::import_key_material(state, work),
         Operation::DeleteImportedKeyMaterial => import_ops::delete_imported_key_material(state, work),
-        Operation::ListKeyRotations => import_ops::list_key_rotations(state, work),
+        Operation::ListKeyRotations => rotation_ops::list_key_rotations(state, work),
+        Operation::RotateKeyOnDemand => rotation_ops::rotate_key_on_demand(state, work),
+        Operation::GetKeyRotationStatus => rotation_ops::get_key_rotation_status(state, work),
+        Operation::GetPublicKey => pair_ops::get_public_key(state, work),
         Operation::ScheduleKeyDeletion => schedule_key_deletion(state, work),
         Operation::CancelKeyDeletion => cancel_key_deletion(state, work),
         Operation::EnableKey => set_disabled(state, work, false),
@@ -102,6 +133,8 @@ pub fn apply(state: &mut State, work: &mut Work<'_>) -> Result<Done, Halt> {
         Operation::Decrypt => crypto_ops::decrypt(state, work),
         Operation::GenerateMac => crypto_ops::generate_mac(state, work),
         Operation::VerifyMac => crypto_ops::verify_mac(state, work),
+        Operation::Sign => pair_ops::sign(state, work),
+        Operation::Verify => pair_ops::verify(state, work),
         Operation::ListResourceTags => list_resource_tags(state, work),
         Operation::GetKeyPolicy => get_key_policy(state, work),
         Operation::ListAliases => Ok(json!({ "Aliases": [], "Truncated": false }).into()),
@@ -124,7 +157,7 @@ pub struct NewKey {
     pub tags: Vec<(String, String)>,
 }
 
-/// Makes a key. One whose material is KMS's own gets random bytes at once.
+/// Makes a key. One whose material is KMS's own gets random bytes at once, unless it is a pair.
 pub fn new_key(new: NewKey, account: &Arc<str>, region: &Arc<str>, now: Millis) -> Result<Key, Refusal> {
     let id = if new.multi_region {
         format!("mrk-{}", uuid::Uuid::new_v4().simple())
@@ -139,7 +172,7 @@ pub fn new_key(new: NewKey, account: &Arc<str>, region: &Arc<str>, now: Millis) 
         usage: new.usage,
         origin: new.origin,
         description: new.description,
-        multi_region: new.multi_region,
+        family: if new.multi_region { Family::Primary { replicas: Vec::new() } } else { Family::Single },
         created_at: now,
         tags: new.tags,
         materials: Vec::new(),
@@ -147,12 +180,11 @@ pub fn new_key(new: NewKey, account: &Arc<str>, region: &Arc<str>, now: Millis) 
         deletion_at: None,
         before: None,
     };
-    if let (Origin::AwsKms, Some(length)) = (key.origin, key.spec.material_length()) {
+    if let (Origin::AwsKms, Some(length)) = (key.origin, key.spec.material_length(region)) {
         let random: [u8; 64] = crypto::random().map_err(|Unopened| internal("no random bytes"))?;
         let bytes = Plain::new(random.iter().copied().take(length).collect());
-        let sha256 = crypto::sha256(&[&bytes]);
         let id = crypto::sha256(&[id.as_bytes(), &bytes]);
-        key.materials.push(Material::new(id, Role::Current, Contents::Known { sha256, bytes: Some(bytes) }));
+        key.materials.push(Material::new(id, Role::Current, Contents::of(Opened { bytes, pair: None })));
     }
     Ok(key)
 }
@@ -194,18 +226,14 @@ fn create_key(state: &mut State, work: &Work<'_>) -> Result<Done, Halt> {
         .unwrap_or(KeySpec::SymmetricDefault);
     let origin = choice(request.origin.as_deref(), "origin")?.unwrap_or(Origin::AwsKms);
     let usage = choice(request.key_usage.as_deref(), "keyUsage")?;
-    if origin == Origin::External && spec.material_length().is_none() {
-        return Err(refusal::unsupported("This test double imports no asymmetric keys.").into());
-    }
-    let usage = match (spec.usage(), usage) {
-        (None, Some(usage)) if usage != KeyUsage::GenerateVerifyMac => usage,
-        // AWS assumes encryption where nothing is said, and refuses it for HMAC keys. UNVERIFIED texts.
-        (Some(own), None) if own == KeyUsage::EncryptDecrypt => own,
-        (Some(own), Some(usage)) if own == usage => usage,
-        (_, None) => {
+    let usage = match usage {
+        Some(usage) if spec.usages().contains(&usage) => usage,
+        // AWS assumes encryption where nothing is said, which suits symmetric keys alone. UNVERIFIED texts.
+        None if spec == KeySpec::SymmetricDefault => KeyUsage::EncryptDecrypt,
+        None => {
             return Err(refusal::validation("You must specify a KeyUsage value for this KeySpec.").into());
         }
-        (_, Some(usage)) => {
+        Some(usage) => {
             let text = format!("KeyUsage {} is not compatible with KeySpec {}", usage.name(), spec.name());
             return Err(refusal::validation(text).into());
         }
@@ -219,17 +247,30 @@ fn create_key(state: &mut State, work: &Work<'_>) -> Result<Done, Halt> {
         tags: request.tags.into_iter().map(|tag| (tag.tag_key, tag.tag_value)).collect(),
     };
     let key = new_key(new, &work.call.principal.account, &work.call.region, work.now)?;
-    let body = json!({ "KeyMetadata": metadata(&key, &key.view()) });
-    let key_arn = Some(Arc::clone(&key.arn));
+    let mut body = metadata(&key, &key.view());
+    let arn = Arc::clone(&key.arn);
     state.keys.insert(key);
-    Ok(Done { body, effect: Some(Effect::Created), key_arn })
+    add_configuration(&mut body, state, &arn, work.now);
+    let body = json!({ "KeyMetadata": body });
+    Ok(Done { body, effect: Some(Effect::Created), key_arn: Some(arn) })
 }
 
 fn describe_key(state: &mut State, work: &Work<'_>) -> Result<Done, Halt> {
+    let lag = if work.outdated { Millis::MAX } else { state.options.change_lag_ms };
     let key = named_key(state, work)?;
-    let now = key.view();
-    let view = key.before.as_deref().filter(|_| work.outdated).unwrap_or(&now);
-    Ok(json!({ "KeyMetadata": metadata(key, view) }).into())
+    let mut body = match key.outdated(work.now, lag) {
+        Some(shown) => metadata(key, &shown.view),
+        None => metadata(key, &key.view()),
+    };
+    let arn = Arc::clone(&key.arn);
+    add_configuration(&mut body, state, &arn, work.now);
+    Ok(json!({ "KeyMetadata": body }).into())
+}
+
+fn add_configuration(body: &mut Value, state: &State, arn: &str, now: Millis) {
+    if let Some(configuration) = state.keys.configuration(arn, now) {
+        body["MultiRegionConfiguration"] = configuration;
+    }
 }
 
 #[derive(Deserialize)]
@@ -254,13 +295,13 @@ fn schedule_key_deletion(state: &mut State, work: &Work<'_>) -> Result<Done, Hal
 
 fn cancel_key_deletion(state: &mut State, work: &Work<'_>) -> Result<Done, Halt> {
     let key = named_key(state, work)?;
-    key.cancel_deletion()?;
+    key.cancel_deletion(work.now)?;
     Ok(Done::with(json!({ "KeyId": &*key.arn }), Effect::State(key.state().name())))
 }
 
 fn set_disabled(state: &mut State, work: &Work<'_>, disabled: bool) -> Result<Done, Halt> {
     let key = named_key(state, work)?;
-    key.set_disabled(disabled)?;
+    key.set_disabled(work.now, disabled)?;
     Ok(Done::with(json!({}), Effect::State(key.state().name())))
 }
 
@@ -278,6 +319,7 @@ fn list_keys(state: &mut State, work: &Work<'_>) -> Result<Done, Halt> {
     let keys = state.keys.list(work.now, |key| {
         key.account == *account
             && key.region == *region
+            && key.is_known(work.now, state.options.creation_lag_ms)
             && page.marker.as_deref().is_none_or(|marker| &*key.arn > marker)
     });
     let truncated = keys.len() > limit;
@@ -316,57 +358,10 @@ fn get_key_policy(state: &mut State, work: &Work<'_>) -> Result<Done, Halt> {
 pub fn named_key<'a>(state: &'a mut State, work: &Work<'_>) -> Result<&'a mut Key, Refusal> {
     let request: KeyOnly = parse(&work.call.body)?;
     let arn = work.key_arn(request.key_id.as_deref())?;
-    state.keys.find(&arn, work.now, &mut state.journal)
+    known_key(state, work, &arn)
 }
 
-fn metadata(key: &Key, view: &View) -> Value {
-    let mut body = json!({
-        "AWSAccountId": &*key.account,
-        "KeyId": key.id(),
-        "Arn": &*key.arn,
-        "CreationDate": epoch_seconds(key.created_at),
-        "Enabled": view.state == KeyState::Enabled,
-        "Description": key.description,
-        "KeyUsage": key.usage.name(),
-        "KeyState": view.state.name(),
-        "Origin": key.origin.name(),
-        "KeyManager": "CUSTOMER",
-        "CustomerMasterKeySpec": key.spec.name(),
-        "KeySpec": key.spec.name(),
-        "MultiRegion": key.multi_region,
-    });
-    let mut put = |name: &str, value: Value| body[name] = value;
-    match (key.spec.mac(), key.usage) {
-        (Some(mac), _) => put("MacAlgorithms", json!([mac.name()])),
-        (None, KeyUsage::EncryptDecrypt) if key.spec == KeySpec::SymmetricDefault => {
-            put("EncryptionAlgorithms", json!(["SYMMETRIC_DEFAULT"]));
-        }
-        (None, KeyUsage::EncryptDecrypt) => {
-            put("EncryptionAlgorithms", json!(["RSAES_OAEP_SHA_1", "RSAES_OAEP_SHA_256"]));
-        }
-        (None, _) => put("SigningAlgorithms", json!(["RSASSA_PSS_SHA_256", "RSASSA_PKCS1_V1_5_SHA_256"])),
-    }
-    if let Some(id) = view.current {
-        put("CurrentKeyMaterialId", json!(hex::encode(id)));
-    }
-    if let Some(model) = view.model {
-        put("ExpirationModel", json!(model.name()));
-    }
-    if let Some(at) = view.valid_to {
-        put("ValidTo", epoch_seconds(at));
-    }
-    if let Some(at) = view.deletion_at {
-        put("DeletionDate", epoch_seconds(at));
-    }
-    if key.multi_region {
-        put(
-            "MultiRegionConfiguration",
-            json!({
-                "MultiRegionKeyType": "PRIMARY",
-                "PrimaryKey": { "Arn": &*key.arn, "Region": &*key.region },
-                "ReplicaKeys": [],
-            }),
-        );
-    }
-    body
+/// The key behind an ARN.
+pub fn known_key<'a>(state: &'a mut State, work: &Work<'_>, arn: &str) -> Result<&'a mut Key, Refusal> {
+    state.keys.known(arn, work.now, state.options.creation_lag_ms, &mut state.journal)
 }

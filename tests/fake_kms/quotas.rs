@@ -66,15 +66,21 @@ fn default_rate(operation: Operation) -> Option<f64> {
         Operation::ImportKeyMaterial | Operation::DeleteImportedKeyMaterial | Operation::ScheduleKeyDeletion => {
             Some(15.0)
         }
-        Operation::CreateKey | Operation::CancelKeyDeletion | Operation::EnableKey | Operation::DisableKey => Some(5.0),
-        Operation::DescribeKey => Some(2_000.0),
+        Operation::CreateKey
+        | Operation::RotateKeyOnDemand
+        | Operation::CancelKeyDeletion
+        | Operation::EnableKey
+        | Operation::DisableKey => Some(5.0),
+        Operation::DescribeKey | Operation::GetPublicKey => Some(2_000.0),
         Operation::ListKeyRotations => Some(100.0),
-        Operation::GetKeyPolicy => Some(1_000.0),
+        Operation::GetKeyPolicy | Operation::GetKeyRotationStatus => Some(1_000.0),
         Operation::ListKeys | Operation::ListAliases => Some(500.0),
         Operation::Encrypt
         | Operation::Decrypt
         | Operation::GenerateMac
         | Operation::VerifyMac
+        | Operation::Sign
+        | Operation::Verify
         | Operation::ListResourceTags => None,
     }
 }

@@ -83,6 +83,39 @@ pub fn pending_rotation(new: &str, key_id: &str, pending: &str) -> Refusal {
     ))
 }
 
+/// `RotateKeyOnDemand` where no material waits for its rotation.
+pub fn nothing_pending(arn: &str) -> Refusal {
+    invalid_state(format!("No available key material pending rotation for the key: {arn}."))
+}
+
+/// The key has been rotated as often as a key can be. The second sentence is UNVERIFIED.
+pub fn rotation_limit(arn: &str) -> Refusal {
+    Refusal::new(
+        "LimitExceededException",
+        format!(
+            "The on-demand rotations limit has been reached for the given keyId. No more on-demand rotations can be performed for this key: {arn}"
+        ),
+    )
+}
+
+/// The key's spec is not one that the operation takes. UNVERIFIED text.
+pub fn wrong_spec(arn: &str, spec: &str) -> Refusal {
+    unsupported(format!("{arn} key spec is {spec} which is not valid for this operation."))
+}
+
+/// The key's use is not what the operation is for. UNVERIFIED text.
+pub fn wrong_usage(arn: &str, usage: &str) -> Refusal {
+    Refusal::new(
+        "InvalidKeyUsageException",
+        format!("{arn} key usage is {usage} which is not valid for this operation."),
+    )
+}
+
+/// The key's spec does not know the algorithm. UNVERIFIED text.
+pub fn wrong_algorithm(algorithm: &str, spec: &str) -> Refusal {
+    Refusal::new("InvalidKeyUsageException", format!("Algorithm {algorithm} is incompatible with key spec {spec}."))
+}
+
 /// The key is disabled. UNVERIFIED text.
 pub fn disabled(arn: &str) -> Refusal {
     Refusal::new("DisabledException", format!("{arn} is disabled."))

@@ -5,8 +5,8 @@ use base64::engine::general_purpose::STANDARD as BASE64;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer};
 
-use crate::keys::MaterialId;
 use crate::kinds::Choice;
+use crate::materials::MaterialId;
 use crate::refusal::{self, Refusal};
 
 /// A binary member: base64 on the wire.
@@ -102,9 +102,14 @@ pub fn new_arn(id: &str, account: &str, region: &str) -> String {
     format!("arn:{}:kms:{region}:{account}:key/{id}", partition(region))
 }
 
+/// Whether the Region is in China, where KMS has other algorithms.
+pub fn is_china(region: &str) -> bool {
+    region.starts_with("cn-")
+}
+
 fn partition(region: &str) -> &'static str {
     match region {
-        china if china.starts_with("cn-") => "aws-cn",
+        china if is_china(china) => "aws-cn",
         government if government.starts_with("us-gov-") => "aws-us-gov",
         _ => "aws",
     }
@@ -125,6 +130,9 @@ mod tests {
         assert_eq!(arn("abc"), Ok("arn:aws:kms:eu-central-1:1:key/abc".to_owned()));
         assert_eq!(arn("arn:aws:kms:us-east-1:2:key/abc"), Ok("arn:aws:kms:us-east-1:2:key/abc".to_owned()));
         assert_eq!(arn("arn:aws:sqs:us-east-1:2:abc"), Err("InvalidArnException".to_owned()));
+        for (region, partition) in [("cn-north-1", "aws-cn"), ("us-gov-west-1", "aws-us-gov"), ("us-east-1", "aws")] {
+            assert_eq!(new_arn("abc", "1", region), format!("arn:{partition}:kms:{region}:1:key/abc"));
+        }
         assert_eq!(arn("alias/a"), Err("NotFoundException".to_owned()));
         assert_eq!(arn(""), Err("ValidationException".to_owned()));
     }

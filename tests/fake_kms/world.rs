@@ -10,11 +10,11 @@ use time::OffsetDateTime;
 use tokio::sync::{Notify, oneshot};
 
 use crate::faults::Faults;
-use crate::journal::{Effect, Entry, Journal};
-use crate::keys::{Key, RepeatedNew};
+use crate::imports::RepeatedNew;
+use crate::journal::{Entry, Journal};
 use crate::kinds::{Millis, Operation};
 use crate::quotas::Quotas;
-use crate::refusal::{self, Refusal};
+use crate::table::Keys;
 use crate::tokens::Tokens;
 
 /// The double as a whole.
@@ -51,7 +51,7 @@ pub struct Principal {
     pub account: Arc<str>,
 }
 
-/// What changes. Every critical section is short; no RSA operation happens inside.
+/// What changes. Every critical section is short; no private operation of RSA happens inside.
 pub struct State {
     /// All keys.
     pub keys: Keys,
@@ -73,7 +73,7 @@ pub struct State {
     last_id: u64,
 }
 
-/// Choices between behaviours that are UNVERIFIED for AWS.
+/// Choices between behaviours that are UNVERIFIED for AWS, and how late it is seen what has happened.
 #[derive(Clone, Copy, Debug, Deserialize, Serialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Options {
@@ -83,6 +83,13 @@ pub struct Options {
     pub hybrid_wrap_for_symmetric: bool,
     /// What is answered to a repeated import of pending material.
     pub repeated_new_material: RepeatedNew,
+    /// Whether the first import into a replica must say that the material exists already.
+    pub replica_needs_existing: bool,
+    /// How long nobody but the control interface knows of a new key.
+    pub creation_lag_ms: Millis,
+    /// How long `DescribeKey`, `ListKeyRotations` and `GetPublicKey` show the state before a key's last change. Both
+    /// run by the double's own clock.
+    pub change_lag_ms: Millis,
 }
 
 impl Default for Options {
@@ -91,13 +98,12 @@ impl Default for Options {
             single_use_tokens: true,
             hybrid_wrap_for_symmetric: false,
             repeated_new_material: RepeatedNew::default(),
+            replica_needs_existing: true,
+            creation_lag_ms: 0,
+            change_lag_ms: 0,
         }
     }
 }
-
-/// All keys, by ARN. Whoever looks one up by an ARN of his own account and Region finds only those.
-#[derive(Default)]
-pub struct Keys(HashMap<Arc<str>, Key>);
 
 /// A call that waits for its release.
 pub struct Held {
@@ -214,45 +220,6 @@ impl State {
     pub fn next_id(&mut self) -> u64 {
         self.last_id += 1;
         self.last_id
-    }
-}
-
-impl Keys {
-    /// The key, after the time that has passed has done its work.
-    pub fn find(&mut self, arn: &str, now: Millis, journal: &mut Journal) -> Result<&mut Key, Refusal> {
-        let key = self.0.get_mut(arn).ok_or_else(|| refusal::not_found(arn))?;
-        for deleted in key.settle(now) {
-            journal.push(Entry {
-                at: now,
-                operation: "DeleteExpiredKeyMaterial",
-                key_arn: Some(Arc::clone(&key.arn)),
-                account: Some(Arc::clone(&key.account)),
-                region: Some(Arc::clone(&key.region)),
-                access_key: None,
-                outcome: "ok".into(),
-                fault: None,
-                late: false,
-                effect: Some(Box::new(Effect::Deleted(deleted))),
-            });
-        }
-        if key.is_gone(now) { Err(refusal::not_found(arn)) } else { Ok(key) }
-    }
-
-    /// Adds a key.
-    pub fn insert(&mut self, key: Key) {
-        self.0.insert(Arc::clone(&key.arn), key);
-    }
-
-    /// All keys that satisfy a condition and exist, by ARN.
-    pub fn list(&self, now: Millis, condition: impl Fn(&Key) -> bool) -> Vec<&Key> {
-        let mut keys: Vec<_> = self.0.values().filter(|key| !key.is_gone(now) && condition(key)).collect();
-        keys.sort_unstable_by(|one, other| one.arn.cmp(&other.arn));
-        keys
-    }
-
-    /// How many there are.
-    pub fn len(&self) -> usize {
-        self.0.len()
     }
 }
 

@@ -2,7 +2,11 @@
 
 use super::process::Process;
 use super::{eventually, fake_kms, http};
+use aws_lc_rs::key_wrap::{AES_256, AesKek, KeyWrapPadded as _};
+use aws_lc_rs::rsa::{OAEP_SHA256_MGF1SHA256, OaepPublicEncryptingKey, PublicEncryptingKey};
 use aws_sdk_kms::config::{BehaviorVersion, Credentials, Region};
+use aws_sdk_kms::primitives::{Blob, DateTime};
+use aws_sdk_kms::types::{AlgorithmSpec, ExpirationModelType, ImportType, WrappingKeySpec};
 use serde_json::{Value, json};
 use std::path::Path;
 use std::process::Command;
@@ -58,6 +62,22 @@ impl Fake {
     pub async fn seed(&self, wanted: Value) -> Vec<String> {
         let answer = self.post("keys", wanted).await;
         answer["arns"].as_array().unwrap().iter().map(|arn| arn.as_str().unwrap().to_owned()).collect()
+    }
+
+    /// A replica of a multi-Region key, without material of its own.
+    pub async fn replica(&self, primary_arn: &str, region: &str) -> String {
+        self.seed(json!({"replica_of": primary_arn, "region": region})).await.remove(0)
+    }
+
+    /// The time by the double's own clock, in seconds since 1970.
+    pub async fn now(&self) -> i64 {
+        let now = self.get("clock").await["now"].as_str().unwrap().to_owned();
+        time::OffsetDateTime::parse(&now, &time::format_description::well_known::Rfc3339).unwrap().unix_timestamp()
+    }
+
+    /// Moves that clock, by which quotas, tokens, expiries and lags run, but not the age of signatures.
+    pub async fn advance(&self, seconds: i64) {
+        self.post("clock", json!({"advance_seconds": seconds})).await;
     }
 
     /// State and materials of a key.
@@ -158,31 +178,85 @@ impl Fake {
 impl Fake {
     /// Imports material that never expires.
     pub async fn stranger_imports(&self, arn: &str, bytes: &[u8]) {
-        use aws_lc_rs::rsa::{OAEP_SHA256_MGF1SHA256, OaepPublicEncryptingKey, PublicEncryptingKey};
-        use aws_sdk_kms::primitives::Blob;
-        use aws_sdk_kms::types::{AlgorithmSpec, ExpirationModelType, WrappingKeySpec};
+        self.stranger_imports_as(arn, bytes, None, None).await;
+    }
 
-        let client = self.stranger(REGION);
+    /// Imports material, for a pair its private key in PKCS#8, and says its id if AWS does: that of symmetric keys.
+    /// `valid_to` is in seconds since 1970.
+    pub async fn stranger_imports_as(
+        &self,
+        arn: &str,
+        bytes: &[u8],
+        import_type: Option<ImportType>,
+        valid_to: Option<i64>,
+    ) -> Option<String> {
+        let client = self.stranger(region_of(arn));
+        let spec = self.show(arn).await["spec"].as_str().unwrap().to_owned();
+        let is_pair = spec.starts_with("RSA_") || spec.starts_with("ECC_");
+        let algorithm = if is_pair { AlgorithmSpec::RsaAesKeyWrapSha256 } else { AlgorithmSpec::RsaesOaepSha256 };
         let parameters = client
             .get_parameters_for_import()
             .key_id(arn)
-            .wrapping_algorithm(AlgorithmSpec::RsaesOaepSha256)
+            .wrapping_algorithm(algorithm)
             .wrapping_key_spec(WrappingKeySpec::Rsa2048)
             .send()
             .await
             .unwrap();
-        let key = PublicEncryptingKey::from_der(parameters.public_key().unwrap().as_ref()).unwrap();
-        let key = OaepPublicEncryptingKey::new(key).unwrap();
-        let mut wrapped = vec![0; key.ciphertext_size()];
-        let wrapped = key.encrypt(&OAEP_SHA256_MGF1SHA256, bytes, &mut wrapped, None).unwrap();
-        client
+        let public_key = parameters.public_key().unwrap().as_ref();
+        let wrapped = if is_pair { wrap_by_way_of_aes(public_key, bytes) } else { wrap(public_key, bytes) };
+        let model = match valid_to {
+            Some(_) => ExpirationModelType::KeyMaterialExpires,
+            None => ExpirationModelType::KeyMaterialDoesNotExpire,
+        };
+        let imported = client
             .import_key_material()
             .key_id(arn)
             .set_import_token(parameters.import_token.clone())
-            .encrypted_key_material(Blob::new(&*wrapped))
-            .expiration_model(ExpirationModelType::KeyMaterialDoesNotExpire)
+            .encrypted_key_material(Blob::new(wrapped))
+            .expiration_model(model)
+            .set_valid_to(valid_to.map(DateTime::from_secs))
+            .set_import_type(import_type)
+            .send()
+            .await
+            .unwrap();
+        imported.key_material_id
+    }
+
+    /// Makes the material that waits for its rotation the current one.
+    pub async fn stranger_rotates(&self, arn: &str) {
+        self.stranger(region_of(arn)).rotate_key_on_demand().key_id(arn).send().await.unwrap();
+    }
+
+    /// Deletes the material with this id, or the current one.
+    pub async fn stranger_deletes(&self, arn: &str, material_id: Option<&str>) {
+        self.stranger(region_of(arn))
+            .delete_imported_key_material()
+            .key_id(arn)
+            .set_key_material_id(material_id.map(ToOwned::to_owned))
             .send()
             .await
             .unwrap();
     }
+}
+
+/// The Region that an ARN names.
+pub fn region_of(arn: &str) -> &str {
+    arn.split(':').nth(3).unwrap()
+}
+
+/// `RSAES_OAEP_SHA_256`.
+fn wrap(public_key: &[u8], bytes: &[u8]) -> Vec<u8> {
+    let key = OaepPublicEncryptingKey::new(PublicEncryptingKey::from_der(public_key).unwrap()).unwrap();
+    let mut wrapped = vec![0; key.ciphertext_size()];
+    key.encrypt(&OAEP_SHA256_MGF1SHA256, bytes, &mut wrapped, None).unwrap();
+    wrapped
+}
+
+/// `RSA_AES_KEY_WRAP_SHA_256`: a fresh AES key under the public key, then the material under the AES key.
+fn wrap_by_way_of_aes(public_key: &[u8], bytes: &[u8]) -> Vec<u8> {
+    let mut aes_key = [0; 32];
+    aws_lc_rs::rand::fill(&mut aes_key).unwrap();
+    let mut buffer = vec![0; bytes.len() + 16];
+    let wrapped = AesKek::new(&AES_256, &aes_key).unwrap().wrap_with_padding(bytes, &mut buffer).unwrap();
+    [wrap(public_key, &aes_key).as_slice(), wrapped].concat()
 }
