@@ -35,7 +35,13 @@ fn entry(subject: Uuid, n: i32, kind: &str, details: Value) -> Entry {
 /// One job that succeeded, one refusal.
 fn sound() -> Snapshot {
     let message = |body: &str| Message { body: body.into(), ..Message::default() };
-    let source = SourceKey { id: SOURCE, name: "s".into(), origin: "imported".into(), material: (1..=32).collect() };
+    let source = SourceKey {
+        id: SOURCE,
+        name: "s".into(),
+        kind: "SYMMETRIC_DEFAULT".into(),
+        origin: "imported".into(),
+        material: (1..=32).collect(),
+    };
     let material = json!({"material_sha256": source.sha256(), "imported": true, "valid_to": null});
     let call = |operation: &str, effect: Value| {
         json!({"key_arn": ARN, "access_key": WORKER, "operation": operation, "outcome": "ok", "late": false,
@@ -49,6 +55,8 @@ fn sound() -> Snapshot {
             arn: ARN.into(),
             line_id: 1,
             seq: Some(1),
+            operation: "import".into(),
+            dry_run: false,
             state: "succeeded".into(),
             attempts: 1,
             source_key_id: Some(SOURCE),
@@ -136,6 +144,78 @@ fn wrong_material_is_found() {
         late["effect"]["imported"]["valid_to"] = "1970-01-01T00:00:00Z".into();
         s.journal.insert(1, late);
     });
+}
+
+/// The import of [`sound`], then a delete of what it brought.
+fn deleted() -> Snapshot {
+    const DELETE: Uuid = Uuid::from_u128(9);
+    let mut snapshot = sound();
+    let mut delete = snapshot.jobs[0].clone();
+    (delete.id, delete.seq, delete.request_id) = (DELETE, Some(2), "r9".into());
+    (delete.operation, delete.source_key_id) = ("delete".into(), None);
+    snapshot.jobs.push(delete);
+    snapshot.published.push(Message { body: "nine".into(), ..Message::default() });
+    snapshot.audit.extend([
+        entry(DELETE, 1, "accepted", json!({})),
+        entry(DELETE, 2, "deletion_intended", json!({"key_material_ids": ["m"]})),
+        entry(DELETE, 3, "material_deleted", json!({"key_material_id": "m"})),
+        entry(DELETE, 4, "succeeded", json!({})),
+    ]);
+    (snapshot.lines[0].head, snapshot.lines[0].tail) = (3, 2);
+    snapshot.events.push(event(DELETE, "succeeded", "delete", "r9"));
+    snapshot.journal.push(json!({
+        "key_arn": ARN, "access_key": WORKER, "operation": "DeleteImportedKeyMaterial", "outcome": "ok", "late": false,
+        "fault": null, "effect": {"deleted": {"key_material_id": "m"}},
+    }));
+    snapshot.kms_keys[0]["materials"][0]["key_material_id"] = "m".into();
+    snapshot.kms_keys[0]["materials"][0]["imported"] = false.into();
+    snapshot
+}
+
+#[test]
+fn a_delete_that_is_not_as_its_job_says_is_found() {
+    assert_eq!(violations(&deleted()), [""; 0]);
+    let spoilt = |invariant: &str, spoil: &dyn Fn(&mut Snapshot)| {
+        let mut snapshot = deleted();
+        spoil(&mut snapshot);
+        let found = violations(&snapshot);
+        assert!(found.iter().any(|one| one.starts_with(invariant)), "{invariant} is not found in {found:?}");
+    };
+    // It is still there, another one went, it went before it came.
+    spoilt("I2", &|s| s.kms_keys[0]["materials"][0]["imported"] = true.into());
+    spoilt("I2", &|s| s.journal[2]["effect"]["deleted"]["key_material_id"] = "other".into());
+    spoilt("I2", &|s| s.journal.swap(1, 2));
+    // Nothing said before that it would be sent, or it was sent once more.
+    spoilt("I4", &|s| s.audit.retain(|entry| !entry.text.contains("deletion_intended")));
+    spoilt("I4", &|s| s.journal.push(s.journal[2].clone()));
+    // The job says that nothing was changed.
+    spoilt("I4", &|s| {
+        s.jobs[1].state = "failed".into();
+        let failed = json!({"aws_changed": false});
+        let at = s.audit.len() - 1;
+        s.audit[at] = entry(s.jobs[1].id, 4, "failed", failed);
+    });
+}
+
+#[test]
+fn a_dry_run_that_does_something_is_found() {
+    // The only job of the key says that it was one.
+    spoilt("I2", |s| s.jobs[0].dry_run = true);
+    spoilt("I4", |s| s.jobs[0].dry_run = true);
+    spoilt("I7", |s| s.jobs[0].dry_run = true);
+}
+
+#[test]
+fn a_private_number_of_a_pair_is_found() {
+    let pkcs8 = include_bytes!("../fake_kms/fixtures/ec_p384_without_point.der");
+    let mut snapshot = sound();
+    snapshot.source_keys[0].kind = "ECC_NIST_P384".into();
+    snapshot.source_keys[0].material = pkcs8.to_vec();
+    let scalar = snapshot.source_keys[0].secret_parts().remove(0);
+    assert_eq!(scalar.len(), 48);
+    snapshot.texts.push(("a log".into(), hex::encode(&scalar).into_bytes()));
+    let found = violations(&snapshot);
+    assert!(found.iter().any(|one| one.starts_with("I5")), "{found:?}");
 }
 
 #[test]

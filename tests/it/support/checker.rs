@@ -1,18 +1,18 @@
 //! The invariants, I1 to I7, judged over a [`Snapshot`]. Pure, so that it can be shown to fail.
 
 use super::broker::Message;
-use super::fake::{STRANGER, WORKER};
-use super::snapshot::{Job, Secret, Snapshot, SourceKey};
+use super::fake::WORKER;
+use super::snapshot::{Job, Secret, Snapshot};
 use base64::Engine as _;
 use base64::engine::general_purpose::{STANDARD, STANDARD_NO_PAD, URL_SAFE_NO_PAD};
 use serde_json::Value;
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 use uuid::Uuid;
 
 /// Codes that end a job before anything but read-only calls was made.
-const PREFLIGHT: [&str; 9] = [
+const PREFLIGHT: [&str; 13] = [
     "source_key_unknown",
     "source_key_wrong_kind",
     "source_key_required",
@@ -22,6 +22,10 @@ const PREFLIGHT: [&str; 9] = [
     "unexpected_current_material",
     "wrapping_not_allowed",
     "description_not_allowed",
+    "key_kind_not_supported",
+    "material_id_not_allowed",
+    "material_unknown",
+    "material_pending",
 ];
 
 const REFUSED_BODY: &str = "the body of a refused message";
@@ -82,74 +86,135 @@ fn every_message_has_one_end(snapshot: &Snapshot, found: &mut Vec<String>) {
     }
 }
 
-/// What an import does to a key: which bytes, until when.
-type Effect = (String, Option<i64>);
+/// What is done to a key.
+#[derive(Clone, Debug, PartialEq)]
+enum Effect {
+    /// Which bytes were imported, until when.
+    Import { sha256: String, valid_to: Option<i64> },
+    /// The material with this id was deleted.
+    Delete(String),
+}
+
+/// What a job may do to its key.
+#[derive(Debug)]
+enum Deed {
+    Import {
+        sha256: String,
+        valid_to: Option<i64>,
+    },
+    /// The materials with these ids; none: the only one.
+    Delete(Vec<String>),
+}
+
+impl Deed {
+    fn of(snapshot: &Snapshot, job: &Job) -> Option<Self> {
+        if job.operation == "delete" {
+            // As it was committed before the first call.
+            let intended = entries_of(snapshot, job).find(|entry| entry["kind"] == "deletion_intended")?;
+            let ids = intended["details"]["key_material_ids"].as_array()?;
+            return Some(Self::Delete(ids.iter().filter_map(|id| Some(id.as_str()?.to_owned())).collect()));
+        }
+        let source = snapshot.source_keys.iter().find(|key| Some(key.id) == job.source_key_id)?;
+        Some(Self::Import { sha256: source.sha256(), valid_to: job.valid_to })
+    }
+
+    fn allows(&self, effect: &Effect) -> bool {
+        match (self, effect) {
+            (Self::Import { sha256, valid_to }, Effect::Import { sha256: seen, valid_to: until }) => {
+                sha256 == seen && valid_to == until
+            }
+            (Self::Delete(ids), Effect::Delete(id)) => ids.is_empty() || ids.contains(id),
+            _ => false,
+        }
+    }
+
+    /// Whether the key is as the deed leaves it.
+    fn stands(&self, key: &Value) -> bool {
+        let materials = key["materials"].as_array().cloned().unwrap_or_default();
+        let mut held = materials.iter().filter(|held| held["imported"] == true);
+        match self {
+            Self::Import { sha256, valid_to } => {
+                held.any(|held| held["material_sha256"] == sha256.as_str() && seconds(&held["valid_to"]) == *valid_to)
+            }
+            Self::Delete(ids) => {
+                held.all(|held| !ids.is_empty() && !ids.iter().any(|id| held["key_material_id"] == id.as_str()))
+            }
+        }
+    }
+}
 
 /// I2: the worker's effects on a key are those of its jobs, in their order; the last one stands.
 fn keys_hold_what_jobs_brought(snapshot: &Snapshot, found: &mut Vec<String>) {
-    let sources: HashMap<Uuid, &SourceKey> = snapshot.source_keys.iter().map(|key| (key.id, key)).collect();
-    let effect_of = |job: &Job| -> Option<Effect> { Some((sources.get(&job.source_key_id?)?.sha256(), job.valid_to)) };
     for key in snapshot.kms_keys.iter().filter(|key| key["origin"] == "EXTERNAL") {
         let arn = key["arn"].as_str().unwrap_or_default();
-        let jobs: Vec<&Job> = snapshot.jobs.iter().filter(|job| job.arn == arn).collect();
-        // What a job may have brought, in the line's order.
-        let allowed: Vec<(Effect, bool)> = jobs
+        // What jobs may have done, in the line's order.
+        let allowed: Vec<(Deed, bool)> = snapshot
+            .jobs
             .iter()
-            .filter(|job| job.state == "succeeded" || job.aws_changed())
-            .filter_map(|job| Some((effect_of(job)?, job.state == "succeeded")))
+            .filter(|job| job.arn == arn && !job.dry_run && (job.state == "succeeded" || job.aws_changed()))
+            .filter_map(|job| Some((Deed::of(snapshot, job)?, job.state == "succeeded")))
             .collect();
-        let effects = imports(snapshot, arn, WORKER);
+        let effects = effects(snapshot, arn, |access_key| access_key == WORKER);
         let mut at = 0;
         for effect in &effects {
-            match allowed[at..].iter().position(|(allowed, _)| allowed == effect) {
+            match allowed[at..].iter().position(|(deed, _)| deed.allows(effect)) {
                 Some(ahead) => at += ahead,
                 None => found.push(format!("I2: {arn} was given {effect:?} out of turn; jobs allow {allowed:?}")),
             }
         }
-        for wanted in allowed.iter().filter(|(_, succeeded)| *succeeded).map(|(effect, _)| effect) {
-            let jobs = allowed.iter().filter(|(effect, succeeded)| *succeeded && effect == wanted).count();
-            let times = effects.iter().filter(|effect| *effect == wanted).count();
+        for (wanted, _) in allowed.iter().filter(|(_, succeeded)| *succeeded) {
+            let Deed::Import { sha256, valid_to } = wanted else { continue };
+            let wanted = Effect::Import { sha256: sha256.clone(), valid_to: *valid_to };
+            let jobs = allowed.iter().filter(|(deed, succeeded)| *succeeded && deed.allows(&wanted)).count();
+            let times = effects.iter().filter(|effect| **effect == wanted).count();
             if times < jobs {
                 found.push(format!("I2: {jobs} jobs say that they gave {arn} {wanted:?}; KMS saw {times}"));
             }
         }
-        let was_touched = imports(snapshot, arn, STRANGER).len() + other_changes(snapshot, arn) > 0;
+        let was_touched = !is_untouched_by_others(snapshot, arn);
         let last = allowed.iter().rposition(|(_, succeeded)| *succeeded);
         if let (Some(last), false) = (last, was_touched)
-            && let Some(shown) = current(key)
-            && !allowed[last..].iter().any(|(effect, _)| *effect == shown)
+            && !allowed[last..].iter().any(|(deed, _)| deed.stands(key))
         {
-            found.push(format!("I2: {arn} holds {shown:?}; the latest job brought {:?}", allowed[last].0));
+            found.push(format!("I2: {arn} holds {}; the latest job did {:?}", key["materials"], allowed[last].0));
         }
-        if allowed.is_empty() && !was_touched && key["materials"].as_array().is_some_and(|held| !held.is_empty()) {
+        let was_given = allowed.iter().any(|(deed, _)| matches!(deed, Deed::Import { .. }));
+        if !was_given && !was_touched && key["materials"].as_array().is_some_and(|held| !held.is_empty()) {
             found.push(format!("I2: {arn} holds material although no job brought any"));
         }
     }
 }
 
-fn imports(snapshot: &Snapshot, arn: &str, access_key: &str) -> Vec<Effect> {
+/// Imports and deletions by some callers, in their order.
+fn effects(snapshot: &Snapshot, arn: &str, by: impl Fn(&str) -> bool) -> Vec<Effect> {
     snapshot
         .journal
         .iter()
-        .filter(|entry| entry["key_arn"] == arn && entry["access_key"] == access_key)
+        .filter(|entry| entry["key_arn"] == arn && entry["access_key"].as_str().is_some_and(&by))
         .filter_map(|entry| {
-            let imported = entry["effect"].get("imported")?;
-            Some((imported["material_sha256"].as_str()?.to_owned(), seconds(&imported["valid_to"])))
+            if let Some(imported) = entry["effect"].get("imported") {
+                let sha256 = imported["material_sha256"].as_str()?.to_owned();
+                return Some(Effect::Import { sha256, valid_to: seconds(&imported["valid_to"]) });
+            }
+            Some(Effect::Delete(entry["effect"].get("deleted")?["key_material_id"].as_str()?.to_owned()))
         })
         .collect()
 }
 
-fn other_changes(snapshot: &Snapshot, arn: &str) -> usize {
-    let is_other = |entry: &&Value| {
-        entry["key_arn"] == arn && entry["effect"].as_object().is_some_and(|effect| !effect.contains_key("imported"))
+/// Whether nobody but the worker has changed the key's materials or state, and none of them has expired.
+fn is_untouched_by_others(snapshot: &Snapshot, arn: &str) -> bool {
+    let is_other = |entry: &Value| {
+        entry["key_arn"] == arn
+            && entry["access_key"] != WORKER
+            && entry["effect"].as_object().is_some_and(|effect| !effect.contains_key("created"))
     };
-    snapshot.journal.iter().filter(is_other).count()
+    !snapshot.journal.iter().any(is_other)
 }
 
-/// The one material that is in force.
-fn current(key: &Value) -> Option<Effect> {
-    let held = key["materials"].as_array()?.iter().find(|held| held["imported"] == true)?;
-    Some((held["material_sha256"].as_str()?.to_owned(), seconds(&held["valid_to"])))
+fn entries_of<'a>(snapshot: &'a Snapshot, job: &Job) -> impl Iterator<Item = Value> + 'a {
+    let id = job.id;
+    let entries = snapshot.audit.iter().filter(move |entry| entry.subject == id);
+    entries.filter_map(|entry| serde_json::from_str(&entry.text).ok())
 }
 
 fn seconds(time: &Value) -> Option<i64> {
@@ -226,12 +291,18 @@ fn the_audit_trail_is_whole(snapshot: &Snapshot, found: &mut Vec<String>) {
             found.push(format!("I4: request {}, {}: its trail is {kinds:?}", job.request_id, job.state));
         }
         // Once AWS has said that it took the material, nothing may say that it was not changed.
-        let mut since_import = trail.iter().skip_while(|entry| entry["kind"] != "material_imported");
+        let is_change = |entry: &Value| entry["kind"] == "material_imported" || entry["kind"] == "material_deleted";
+        let mut since_import = trail.iter().skip_while(|entry| !is_change(entry));
         if since_import.any(|entry| entry["details"]["aws_changed"] == false) {
             found.push(format!("I4: request {}: its trail denies that AWS was changed", job.request_id));
         }
-        if job.state == "succeeded" && (count("material_chosen") != 1 || count("parameters_obtained") == 0) {
-            found.push(format!("I4: request {} succeeded, its trail is {kinds:?}", job.request_id));
+        let is_told = match job.operation.as_str() {
+            _ if job.dry_run => ["material_chosen", "import_intended", "deletion_intended"].map(count) == [0; 3],
+            "delete" => count("deletion_intended") > 0 || job.state == "failed",
+            _ => (count("material_chosen") == 1 && count("parameters_obtained") > 0) || job.state == "failed",
+        };
+        if !is_told {
+            found.push(format!("I4: request {}, {}: its trail is {kinds:?}", job.request_id, job.state));
         }
     }
     for refusal in &snapshot.refusals {
@@ -266,16 +337,25 @@ fn the_audit_trail_is_whole(snapshot: &Snapshot, found: &mut Vec<String>) {
         if calls > intended {
             found.push(format!("I4: {calls} imports into {arn} were sent, {intended} were on record before"));
         }
+        let jobs = snapshot.jobs.iter().filter(|job| job.arn == arn);
+        let intended: usize = jobs
+            .flat_map(|job| entries_of(snapshot, job))
+            .filter(|entry| entry["kind"] == "deletion_intended")
+            .map(|entry| entry["details"]["key_material_ids"].as_array().map_or(0, Vec::len).max(1))
+            .sum();
+        let calls = self::calls(snapshot, arn, Some("DeleteImportedKeyMaterial"));
+        if calls > intended {
+            found.push(format!("I4: {calls} deletions from {arn} were sent, {intended} were on record before"));
+        }
     }
 }
 
 /// I5: no key bytes and no secret of a message, in any spelling; no refused message as a whole.
 fn nothing_secret_shows(snapshot: &Snapshot, found: &mut Vec<String>) {
-    let material = snapshot
-        .source_keys
-        .iter()
-        .filter(|key| !key.material.is_empty())
-        .map(|key| Secret { name: format!("the bytes of source key {}", key.name), bytes: key.material.clone() });
+    let material = snapshot.source_keys.iter().flat_map(|key| {
+        let name = format!("the bytes of source key {}", key.name);
+        key.secret_parts().into_iter().map(move |bytes| Secret { name: name.clone(), bytes })
+    });
     let secrets: Vec<(String, Vec<Vec<u8>>)> =
         snapshot.secrets.iter().cloned().chain(material).map(|one| (one.name, spellings(&one.bytes))).collect();
     let told = snapshot.events.iter().map(|event| ("an event".to_owned(), event.body.clone()));
@@ -338,14 +418,19 @@ fn aws_is_called_for_jobs_only(snapshot: &Snapshot, found: &mut Vec<String>) {
             found.push(format!("I7: {all} AWS calls for {arn}, on which there is no job"));
         }
         let sent = calls(snapshot, arn, Some("ImportKeyMaterial"));
-        if !jobs.is_empty() && jobs.iter().all(|job| PREFLIGHT.contains(&job.code())) && sent > 0 {
-            found.push(format!("I7: {sent} imports into {arn}, whose jobs all failed before"));
+        let changing = sent + calls(snapshot, arn, Some("DeleteImportedKeyMaterial"));
+        if !jobs.is_empty() && jobs.iter().all(|job| PREFLIGHT.contains(&job.code())) && changing > 0 {
+            found.push(format!("I7: {changing} changes of {arn}, whose jobs all failed before"));
+        }
+        let scarce = changing + calls(snapshot, arn, Some("GetParametersForImport"));
+        if !jobs.is_empty() && jobs.iter().all(|job| job.dry_run) && scarce > 0 {
+            found.push(format!("I7: {scarce} scarce calls for {arn}, whose jobs were dry runs"));
         }
         let attempts: i32 = jobs.iter().map(|job| job.attempts).sum();
         if i32::try_from(sent).is_ok_and(|sent| sent > attempts) {
             found.push(format!("I7: {sent} imports into {arn} in {attempts} attempts"));
         }
-        let changed = imports(snapshot, arn, WORKER).len();
+        let changed = effects(snapshot, arn, |access_key| access_key == WORKER).len();
         if jobs.iter().all(|job| job.state == "failed" && !job.aws_changed()) && changed > 0 {
             found.push(format!("I7: {arn} was changed, and its jobs say that it was not"));
         }

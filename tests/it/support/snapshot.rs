@@ -18,6 +18,8 @@ pub struct Job {
     pub arn: String,
     pub line_id: i64,
     pub seq: Option<i64>,
+    pub operation: String,
+    pub dry_run: bool,
     pub state: String,
     pub attempts: i32,
     pub source_key_id: Option<Uuid>,
@@ -62,6 +64,7 @@ pub struct Entry {
 pub struct SourceKey {
     pub id: Uuid,
     pub name: String,
+    pub kind: String,
     pub origin: String,
     /// Empty once the key is deleted.
     pub material: Vec<u8>,
@@ -72,6 +75,44 @@ impl SourceKey {
     pub fn sha256(&self) -> String {
         hex::encode(Sha256::digest(&self.material))
     }
+
+    /// What must be found nowhere: the material as a whole, and of a pair each private number.
+    pub fn secret_parts(&self) -> Vec<Vec<u8>> {
+        let numbers: Vec<Vec<u8>> = match self.kind.split('_').next() {
+            _ if self.material.is_empty() => Vec::new(),
+            // RSAPrivateKey: version, n, e, and from there on all is private.
+            Some("RSA") => private_key_fields(&self.material).split_off(3),
+            // ECPrivateKey: version, scalar.
+            Some("ECC") => vec![private_key_fields(&self.material).swap_remove(1)],
+            _ => Vec::new(),
+        };
+        // An integer can begin with a zero that its bytes do not have elsewhere.
+        let numbers = numbers.into_iter().map(|number| number.into_iter().skip_while(|byte| *byte == 0).collect());
+        numbers.chain([self.material.clone()]).filter(|part: &Vec<u8>| !part.is_empty()).collect()
+    }
+}
+
+/// The fields of the private key within PKCS#8: version, algorithm, and an octet string that holds a sequence.
+fn private_key_fields(pkcs8: &[u8]) -> Vec<Vec<u8>> {
+    let outer = der_items(&der_items(pkcs8)[0]);
+    der_items(&der_items(&outer[2])[0])
+}
+
+/// The contents of DER values that stand one after the other.
+fn der_items(mut der: &[u8]) -> Vec<Vec<u8>> {
+    let mut items = Vec::new();
+    while let [_tag, first, rest @ ..] = der {
+        let (length, body) = if *first < 0x80 {
+            (usize::from(*first), rest)
+        } else {
+            let (length, body) = rest.split_at(usize::from(*first & 0x7f));
+            (length.iter().fold(0, |sum, byte| sum << 8 | usize::from(*byte)), body)
+        };
+        let (item, next) = body.split_at(length);
+        items.push(item.to_vec());
+        der = next;
+    }
+    items
 }
 
 /// A line's row.
@@ -141,7 +182,8 @@ pub async fn jobs(client: &Client) -> Vec<Job> {
         select job.id, job.request_id, kms_key.arn, job.line_id, job.seq, job.state, job.attempts, job.source_key_id,
                case when job.request::jsonb ->> 'key_expiration' = 'true'
                     then floor(extract(epoch from (job.request::jsonb ->> 'valid_to')::timestamptz))::bigint end,
-               job.result, job.error
+               job.result, job.error, coalesce(job.request::jsonb ->> 'operation', 'import'),
+               coalesce(job.request::jsonb ->> 'dry_run' = 'true', false)
         from job join kms_key on kms_key.id = job.kms_key_id order by job.line_id, job.seq";
     let rows = client.query(sql, &[]).await.unwrap();
     rows.iter()
@@ -157,6 +199,8 @@ pub async fn jobs(client: &Client) -> Vec<Job> {
             valid_to: row.get(8),
             result: row.get(9),
             error: row.get(10),
+            operation: row.get(11),
+            dry_run: row.get(12),
         })
         .collect()
 }
@@ -196,7 +240,7 @@ async fn lines(client: &Client) -> Vec<Line> {
 }
 
 async fn source_keys(client: &Client, store: &Store, kek: &str) -> Vec<SourceKey> {
-    let rows = client.query("select id, name, origin from source_key order by id", &[]).await.unwrap();
+    let rows = client.query("select id, name, origin, kind from source_key order by id", &[]).await.unwrap();
     if rows.is_empty() {
         return Vec::new();
     }
@@ -208,7 +252,7 @@ async fn source_keys(client: &Client, store: &Store, kek: &str) -> Vec<SourceKey
         let (id, name): (Uuid, String) = (row.get(0), row.get(1));
         let sealed = store.sealed_source_key(&name).await.unwrap().unwrap();
         let material = sealed.open(&keyring).map(|material| material.material().expose().to_vec()).unwrap_or_default();
-        keys.push(SourceKey { id, name, origin: row.get(2), material });
+        keys.push(SourceKey { id, name, kind: row.get(3), origin: row.get(2), material });
     }
     keys
 }
