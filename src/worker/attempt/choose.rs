@@ -191,3 +191,117 @@ fn comparable<'a>(
 fn other_material(held: &KnownMaterial) -> String {
     format!("the KMS key holds the material of source key {}; it takes only that one again", held.source_key_name)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::job::Expiry;
+    use serde_json::Value;
+    use uuid::Uuid;
+
+    const OURS: u8 = 1;
+    const OTHER: u8 = 2;
+
+    fn fingerprint(of: u8) -> Fingerprint {
+        Fingerprint { version: 1, hash: vec![of] }
+    }
+
+    fn stored(kind: KeyKind) -> SealedKey {
+        SealedKey {
+            id: Uuid::nil(),
+            name: "ours".into(),
+            kind,
+            fingerprint: fingerprint(OURS),
+            kek_id: String::new(),
+            sealed_material: Some(Vec::new()),
+            sealed_data_key: Some(Vec::new()),
+        }
+    }
+
+    fn held(of: u8, id: Option<&str>) -> KnownMaterial {
+        KnownMaterial {
+            is_own: true,
+            fingerprint: fingerprint(of),
+            source_key_name: if of == OURS { "ours".into() } else { "theirs".into() },
+            key_material_id: id.map(str::to_owned),
+        }
+    }
+
+    fn shown(current: Option<&str>, role: RegionRole) -> KeyDescription {
+        KeyDescription {
+            origin: "EXTERNAL".into(),
+            is_external: true,
+            is_customer_managed: true,
+            key_spec: String::new(),
+            state: "Enabled".into(),
+            role,
+            current_material: current.map(str::to_owned),
+            expiry: None,
+            aws_param: Value::Null,
+        }
+    }
+
+    fn asked(key_material_id: Option<&str>) -> Import {
+        Import {
+            source_key: SourceKeyRef::Local(None),
+            key_material_id: key_material_id.map(str::to_owned),
+            expiry: Expiry::Never,
+            wrapping_algorithm: None,
+            wrapping_key_spec: None,
+            description: None,
+        }
+    }
+
+    fn existing(id: &str) -> Result<MaterialRole, FailureCode> {
+        Ok(MaterialRole::Existing(Some(id.to_owned())))
+    }
+
+    /// Known materials, AWS's current one, the id that was asked for; and what follows.
+    #[test]
+    fn a_symmetric_key_takes_one_of_its_materials_and_the_request_says_which() {
+        use FailureCode::OtherMaterial;
+        let (a, b) = (held(OURS, Some("a")), held(OTHER, Some("b")));
+        let other_version =
+            KnownMaterial { fingerprint: Fingerprint { version: 2, hash: vec![OTHER] }, ..held(OTHER, Some("b")) };
+        for (known, current, asked_id, expected) in [
+            (vec![], None, None, Ok(MaterialRole::First)),
+            (vec![], Some("x"), None, existing("x")),
+            (vec![], Some("x"), Some("y"), existing("y")),
+            (vec![a.clone()], Some("a"), None, existing("a")),
+            (vec![a.clone()], None, None, existing("a")),
+            (vec![a.clone()], Some("x"), None, Err(OtherMaterial)),
+            (vec![a.clone()], Some("x"), Some("a"), existing("a")),
+            (vec![a.clone()], Some("a"), Some("x"), Err(OtherMaterial)),
+            (vec![b.clone()], Some("b"), None, Err(OtherMaterial)),
+            (vec![b.clone()], None, None, Err(OtherMaterial)),
+            (vec![b.clone()], Some("x"), None, existing("x")),
+            (vec![b.clone()], Some("b"), Some("b"), Err(OtherMaterial)),
+            (vec![a.clone(), b.clone()], Some("b"), None, Err(OtherMaterial)),
+            (vec![a.clone(), b.clone()], Some("b"), Some("a"), existing("a")),
+            (vec![a, b], Some("b"), Some("b"), Err(OtherMaterial)),
+            // Nothing can be told: AWS compares.
+            (vec![other_version], Some("b"), None, existing("b")),
+        ] {
+            let shown = shown(current, RegionRole::Single);
+            let key = stored(KeyKind::SymmetricDefault);
+            let role = role_of_one_among_many(&key, &asked(asked_id), &known, &shown).map_err(|no| no.code);
+            assert_eq!(role, expected, "{known:?} {current:?} {asked_id:?}");
+        }
+    }
+
+    #[test]
+    fn a_replica_is_never_given_new_material() {
+        let replica = shown(None, RegionRole::Replica);
+        let role = role_of_one_among_many(&stored(KeyKind::SymmetricDefault), &asked(None), &[], &replica);
+        assert_eq!(role, Ok(MaterialRole::Existing(None)));
+        assert_eq!(generated(&asked(None), &[], &replica).unwrap_err().code, FailureCode::SourceKeyRequired);
+    }
+
+    #[test]
+    fn other_keys_have_one_material_for_life() {
+        let key = stored(KeyKind::Hmac256);
+        assert_eq!(only_the_same_again(&key, &[]), Ok(()));
+        assert_eq!(only_the_same_again(&key, &[held(OURS, None)]), Ok(()));
+        assert_eq!(only_the_same_again(&key, &[held(OTHER, None)]).unwrap_err().code, FailureCode::OtherMaterial);
+    }
+}

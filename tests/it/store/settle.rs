@@ -1,13 +1,16 @@
 //! Ends of attempts: outcome, audit, event and the next head together, once, under the lease alone.
 
 use super::given::{
-    LEASE, SIGNATURE_LIFE, accept, accept_line, add_source_key, arn, assert_audit_holds, claim, claim_one, contents,
-    end, failed, generating_step, job, material, put_back, retry, sealed, settle, step, succeeded, until_waiting,
-    value,
+    LEASE, REGION, SIGNATURE_LIFE, accept, accept_line, add_source_key, arn, arn_in, assert_audit_holds, claim,
+    claim_one, contents, end, failed, generating_step, job, job_with, material, put_back, retry, sealed, settle, step,
+    succeeded, until_waiting, value,
 };
 use crate::support::db::TestDb;
 use keyferry::audit::{Fact, Kind};
-use keyferry::store::{Answered, Intent, Parameters, Prepared, RetryState, SettlementKind};
+use keyferry::job::KeyArn;
+use keyferry::store::{
+    Answered, Intent, Material, Parameters, Prepared, Removed, RetryState, Settlement, SettlementKind, Step,
+};
 use serde_json::json;
 use std::time::Duration;
 use time::OffsetDateTime;
@@ -299,4 +302,116 @@ async fn a_settlement_counts_the_entries_of_a_step_that_it_waited_for() {
     assert!(settling.await.unwrap());
     assert_audit_holds(&client).await;
     assert_eq!(value::<i64>(&client, "select count(*) from audit_entry", &[]).await, 4);
+}
+
+/// A line of two Regions with three materials is one job still, which knows all of them and which are its key's own.
+#[tokio::test]
+async fn a_job_knows_every_material_of_its_line() {
+    let db = TestDb::create().await;
+    let (store, client) = (db.store().await, db.client().await);
+    let (here, there) = (arn_in(REGION, 1), arn_in("us-east-1", 1));
+    let multi = |arn: &KeyArn| {
+        KeyArn::parse(&arn.to_string().replace(arn.key_id(), &format!("mrk-{}", "0a".repeat(16)))).unwrap()
+    };
+    let (here, there) = (multi(&here), multi(&there));
+    let keys = [sealed("one"), sealed("two"), sealed("three")];
+    for (number, (key, region)) in keys.iter().zip([&here, &there, &here]).enumerate() {
+        add_source_key(&store, key).await;
+        accept(&store, &[job(&format!("j{number}"), region)]).await;
+        let claimed = claim_one(&store).await;
+        let mut end = succeeded(&claimed);
+        if let SettlementKind::Ended { material: of_key, .. } = &mut end.kind {
+            *of_key = Some(Material { key_material_id: Some(format!("m{number}")), ..material(key, true) });
+        }
+        assert!(settle(&store, &end).await);
+        db.advance(Duration::from_secs(1)).await;
+    }
+    accept(&store, &[job_with("by-id", &here, json!({"key_material_id": "ab".repeat(32)}))]).await;
+    let claimed = claim(&store, 8).await;
+    assert_eq!(claimed.len(), 1, "one job, however many materials");
+    let known: Vec<(bool, &str, Option<&str>)> = claimed[0]
+        .materials
+        .iter()
+        .map(|held| (held.is_own, held.source_key_name.as_str(), held.key_material_id.as_deref()))
+        .collect();
+    assert_eq!(known, [(true, "one", Some("m0")), (false, "two", Some("m1")), (true, "three", Some("m2"))]);
+    assert!(claimed[0].source_key.is_none(), "no material on record has that id");
+    assert!(settle(&store, &failed(&claimed[0], "no")).await);
+
+    // The record of another Region leads to the source key too; a delete has none.
+    client.execute("update kms_material set key_material_id = $1 where key_material_id = 'm1'", &[&ID]).await.unwrap();
+    accept(&store, &[job_with("found", &here, json!({"key_material_id": ID}))]).await;
+    let found = claim_one(&store).await;
+    assert_eq!(found.source_key.as_ref().unwrap().name, "two");
+    assert!(settle(&store, &failed(&found, "no")).await);
+    accept(&store, &[job_with("gone", &here, json!({"operation": "delete", "key_material_id": ID}))]).await;
+    assert!(claim_one(&store).await.source_key.is_none());
+}
+
+const ID: &str = "00112233445566778899aabbccddeeff00112233445566778899aabbccddeeff";
+
+#[tokio::test]
+async fn what_was_deleted_is_marked_on_its_own_key_and_cleared_by_an_import() {
+    let db = TestDb::create().await;
+    let (store, client) = (db.store().await, db.client().await);
+    accept_line(&store, "j", &arn(1), 6).await;
+    let (first, other) = (sealed("first"), sealed("other"));
+    let ended = async |removed: Removed, brought: Option<Material>| {
+        let job = claim_one(&store).await;
+        let mut end = Settlement { removed, ..succeeded(&job) };
+        if let SettlementKind::Ended { material: of_key, .. } = &mut end.kind {
+            *of_key = brought;
+        }
+        assert!(settle(&store, &end).await);
+        let marked = "select coalesce(string_agg(key_material_id, ',' order by key_material_id), '') from kms_material
+                      where removed_at is not null";
+        value::<String>(&client, marked, &[]).await
+    };
+    let with_id = |key, id: &str| Material { key_material_id: Some(id.into()), ..material(key, true) };
+    ended(Removed::Nothing, Some(with_id(&first, "a"))).await;
+    ended(Removed::Nothing, Some(with_id(&other, "b"))).await;
+    assert_eq!(ended(Removed::Materials(vec!["b".into(), "unknown".into()]), None).await, "b");
+    assert_eq!(ended(Removed::Only, None).await, "a,b");
+    // An uncertain import may have brought it back; it says nothing of the end of life that is on record.
+    let at = Some(OffsetDateTime::UNIX_EPOCH);
+    let uncertain = Material { is_certain: false, valid_to: at, ..with_id(&first, "a") };
+    assert_eq!(ended(Removed::Nothing, Some(uncertain)).await, "b");
+    let expiry = "select valid_to from kms_material where key_material_id = 'a'";
+    assert_eq!(value::<Option<OffsetDateTime>>(&client, expiry, &[]).await, None);
+    assert_eq!(ended(Removed::Nothing, Some(Material { valid_to: at, ..with_id(&other, "b") })).await, "");
+}
+
+#[tokio::test]
+async fn a_delete_keeps_what_it_means_and_waits_in_a_lane_of_its_own() {
+    let db = TestDb::create().await;
+    let (store, client) = (db.store().await, db.client().await);
+    let lane = "select operation from lane join line on line.lane_id = lane.id";
+    accept(&store, &[job_with("dry", &arn(1), json!({"dry_run": true}))]).await;
+    assert_eq!(value::<String>(&client, lane, &[]).await, "nothing");
+    assert!(settle(&store, &succeeded(&claim_one(&store).await)).await);
+    accept(&store, &[job_with("d", &arn(1), json!({"operation": "delete", "scope": "all"}))]).await;
+    assert_eq!(value::<String>(&client, lane, &[]).await, "DeleteImportedKeyMaterial");
+
+    for committed in [vec!["a".to_owned(), "b".into()], vec!["other".into()]] {
+        let job = claim_one(&store).await;
+        let intent = Intent::Delete { material_ids: committed };
+        let step = Step { lease: job.lease, job_id: job.id, intent, effect: "delete a b".into(), facts: Vec::new() };
+        assert_eq!(store.prepare(&[&step]).await.unwrap(), [Prepared::Ready]);
+        let state = RetryState { in_doubt: true, ..RetryState::default() };
+        assert!(settle(&store, &retry(&job, Duration::ZERO, job.deadline, state)).await);
+    }
+    let job = claim_one(&store).await;
+    assert_eq!(job.progress.delete_ids.as_deref(), Some(["a".to_owned(), "b".into()].as_slice()), "the first stands");
+    assert!(!job.progress.is_chosen && job.progress.in_doubt);
+    assert_eq!(value::<String>(&client, lane, &[]).await, "DeleteImportedKeyMaterial");
+    assert!(settle(&store, &succeeded(&job)).await);
+
+    // A key without material ids: an empty list is a choice too.
+    accept(&store, &[job_with("only", &arn(1), json!({"operation": "delete"}))]).await;
+    let job = claim_one(&store).await;
+    let intent = Intent::Delete { material_ids: Vec::new() };
+    let step = Step { lease: job.lease, job_id: job.id, intent, effect: "delete ".into(), facts: Vec::new() };
+    assert_eq!(store.prepare(&[&step]).await.unwrap(), [Prepared::Ready]);
+    assert!(settle(&store, &retry(&job, Duration::ZERO, job.deadline, RetryState::default())).await);
+    assert_eq!(claim_one(&store).await.progress.delete_ids, Some(Vec::new()));
 }
