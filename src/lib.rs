@@ -11,8 +11,9 @@
 //!     +---- Settlement: ack, or dead letter <-----+                        |
 //!                                                 v                        |
 //!  worker::run --> store::claim (lease) --> worker::attempt                |
-//!                    may run? -> DescribeKey -> source key -> GetParametersForImport
-//!                    -> store::prepare -> wrap -> ImportKeyMaterial -> DescribeKey
+//!                    may run? -> DescribeKey -> choose -> GetParametersForImport
+//!                    -> store::prepare -> wrap -> ImportKeyMaterial -> verify
+//!                    (a delete: which materials -> store::prepare -> DeleteImportedKeyMaterial -> verify)
 //!                                                 |                        |
 //!                                                 +--> store::settle ------+
 //!                                                      outcome, audit entries, event, next head

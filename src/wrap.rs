@@ -100,8 +100,3 @@ mod tests {
         assert_eq!(outcome, Err(WrapError::NotAPublicKey));
     }
 }
-
-/// STUB
-pub fn throw_away_public_key(_spec: crate::job::WrappingKeySpec) -> Result<Vec<u8>, WrapError> {
-    Err(WrapError::Unavailable)
-}

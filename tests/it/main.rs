@@ -15,6 +15,7 @@ mod failed;
 mod happy;
 mod kills;
 mod materials;
+mod pairs;
 mod procedure;
 mod refused;
 mod stopping;

@@ -193,6 +193,10 @@ impl World {
             [[targets]]
             account = "{ACCOUNT}"
             regions = ["{REGION}", "us-east-1"]
+            [[targets]]
+            account = "{ACCOUNT}"
+            partition = "aws-cn"
+            regions = ["cn-north-1"]
             [worker]
             concurrency = {concurrency}
             lease_ms = {lease_ms}
