@@ -78,9 +78,12 @@ mod tests {
         let sealed = Keyring::new_fingerprint_key(&kek).unwrap();
         let keyring = Keyring::open(kek, &sealed).unwrap();
         for kind in KeyKind::ALL {
-            let Ok(plain) = PlainKey::generate(kind) else { continue };
+            let plain = PlainKey::generate(kind).unwrap();
             let key = SealedKey::seal(&keyring, Uuid::new_v4(), "n".into(), &plain).unwrap();
-            assert_eq!(key.open(&keyring).unwrap().material().expose(), plain.material().expose());
+            let opened = key.open(&keyring).unwrap();
+            assert_eq!(opened.material().expose(), plain.material().expose());
+            assert_eq!(opened.public_key(), plain.public_key());
+            assert_eq!(plain.public_key().is_some(), kind.is_pair());
             let deleted = SealedKey { sealed_material: None, sealed_data_key: None, ..key.clone() };
             assert_eq!(deleted.open(&keyring).unwrap_err(), OpenError::Deleted);
             let other = Fingerprint { version: 1, hash: vec![0; 32] };

@@ -1,11 +1,15 @@
 //! Obtains key material from a tier, holds it briefly, zeroises it.
 
+mod fault;
 mod keyring;
 mod local;
 mod material;
+mod pair;
 mod plain;
+mod recognise;
 
+pub use fault::{MaterialFault, Oid};
 pub use keyring::{Fingerprint, Kek, KekError, Keyring, SealedFingerprintKey};
 pub use local::{OpenError, SealedKey};
 pub use material::KeyMaterial;
-pub use plain::{MaterialFault, PlainKey};
+pub use plain::PlainKey;

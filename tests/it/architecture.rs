@@ -30,8 +30,13 @@ const ADAPTERS: &[(&str, &[&str])] = &[
     ("aws_", &["kms"]),
     ("backoff", &["retry"]),
     ("deadpool_postgres", &["store"]),
+    ("aes_kw", &["wrap"]),
+    ("k256", &["source"]),
     ("lapin", &["amqp", "cli", "ingress", "outbox"]),
-    ("rsa", &["wrap"]),
+    ("p256", &["source"]),
+    ("p384", &["source"]),
+    ("p521", &["source"]),
+    ("rsa", &["source", "wrap"]),
     ("tokio_postgres", &["store"]),
 ];
 
