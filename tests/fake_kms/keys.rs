@@ -165,8 +165,11 @@ impl Key {
         self.before.as_ref().filter(|before| now < before.changed_at.saturating_add(lag)).map(|before| &before.shown)
     }
 
-    /// Keeps what is to be seen, because it is about to change.
+    /// Keeps what is to be seen, because it is about to change. One call may change a key twice, through its relatives.
     pub fn note_change(&mut self, now: Millis) {
+        if self.before.as_ref().is_some_and(|before| before.changed_at == now) {
+            return;
+        }
         self.before = Some(Box::new(Before { changed_at: now, shown: self.shown() }));
     }
 
