@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Checks the test double from outside, with AWS's own command-line client and OpenSSL, by the procedure that AWS
-# publishes for importing key material. What Encrypt and GenerateMac answer is verified by a third implementation that
-# knows nothing but the key material.
+# publishes for importing key material. What Encrypt, GenerateMac and Sign answer is verified by a third implementation
+# that knows nothing but the key material.
 #
 # Needs: AWS_CLI (the `aws` to run), FAKE_KMS_URL (a running fake-kms), PYTHON (a Python with `cryptography`).
 set -euo pipefail
@@ -33,6 +33,7 @@ refused() { # code and text expected in the error, then the command
     if kms "$@" >answer.txt 2>&1; then fail "$* succeeded, expected $expected"; fi
     grep -qF -- "$expected" answer.txt || fail "$*: expected '$expected', got: $(cat answer.txt)"
 }
+hex() { od -An -v -tx1 "$1" | tr -d ' \n'; }
 field() { # file, member: a string member of a JSON answer
     "$PYTHON" -c 'import json, sys; print(json.load(open(sys.argv[1]))[sys.argv[2]])' "$1" "$2"
 }
@@ -50,6 +51,13 @@ parameters() { # key, algorithm, wrapping key spec
 wrap() { # file with the key material, hash
     openssl pkeyutl -encrypt -in "$1" -out EncryptedKeyMaterial.bin -inkey WrappingPublicKey.bin -keyform DER -pubin \
         -pkeyopt rsa_padding_mode:oaep -pkeyopt "rsa_oaep_md:$2" -pkeyopt "rsa_mgf1_md:$2"
+}
+# Step 3 for the private key of a pair: it is encrypted under an AES key, and the AES key under the wrapping key.
+wrap_pair() { # file with the private key in PKCS#8, hash
+    openssl rand -out aes_key.bin 32
+    openssl enc -id-aes256-wrap-pad -iv A65959A6 -K "$(hex aes_key.bin)" -in "$1" -out wrapped_material.bin
+    wrap aes_key.bin "$2"
+    cat wrapped_material.bin >>EncryptedKeyMaterial.bin
 }
 # Step 4: import the key material.
 import() { # key, more parameters
@@ -145,6 +153,14 @@ import "$key" "${forever[@]}" >/dev/null
 same "Decrypt after the reimport" "a secret" "$(value decrypt --key-id "$key" --ciphertext-blob fileb://ciphertext.bin \
     --query Plaintext | openssl enc -d -base64 -A)"
 
+echo "rotation"
+kms rotate-key-on-demand --key-id "$key" >/dev/null
+same "rotations" "$pending_id CURRENT ON_DEMAND" "$(value list-key-rotations --key-id "$key" \
+    --query 'Rotations[].[KeyMaterialId,KeyMaterialState,RotationType]' | tr '\t' ' ')"
+same "Decrypt after the rotation" "a secret" "$(value decrypt --key-id "$key" \
+    --ciphertext-blob fileb://ciphertext.bin --query Plaintext | openssl enc -d -base64 -A)"
+refused "No available key material pending rotation for the key: $arn." rotate-key-on-demand --key-id "$key"
+
 for bits in 224 256 384 512; do
     echo "HMAC_$bits key"
     mac_key=$(value create-key --origin EXTERNAL --key-spec "HMAC_$bits" --key-usage GENERATE_VERIFY_MAC \
@@ -160,13 +176,38 @@ for bits in 224 256 384 512; do
         'import json, sys; print(json.dumps(sorted(json.load(sys.stdin))))')"
     value generate-mac --key-id "$mac_key" --mac-algorithm "HMAC_SHA_$bits" --message fileb://plaintext.bin --query Mac \
         | openssl enc -d -base64 -A -out tag.bin
-    same "MAC" "$(openssl dgst -mac HMAC -macopt "hexkey:$(od -An -v -tx1 mac.bin | tr -d ' \n')" "-sha$bits" \
-        -r plaintext.bin | cut -d' ' -f1)" "$(od -An -v -tx1 tag.bin | tr -d ' \n')"
+    same "MAC" "$(openssl dgst -mac HMAC -macopt "hexkey:$(hex mac.bin)" "-sha$bits" \
+        -r plaintext.bin | cut -d' ' -f1)" "$(hex tag.bin)"
     same "VerifyMac" True "$(value verify-mac --key-id "$mac_key" --mac-algorithm "HMAC_SHA_$bits" \
         --message fileb://plaintext.bin --mac fileb://tag.bin --query MacValid)"
     refused KMSInvalidMacException verify-mac --key-id "$mac_key" --mac-algorithm "HMAC_SHA_$bits" \
         --message fileb://other.bin --mac fileb://tag.bin
 done
+
+pair() { # key spec, hash, signing algorithm, then how OpenSSL makes such a key
+    local key spec=$1 hash=$2 algorithm=$3
+    shift 3
+    echo "$spec key pair"
+    key=$(value create-key --origin EXTERNAL --key-spec "$spec" --key-usage SIGN_VERIFY --query KeyMetadata.KeyId)
+    openssl genpkey "$@" -out private_key.pem 2>/dev/null
+    openssl pkcs8 -topk8 -nocrypt -in private_key.pem -outform DER -out private_key.der
+    openssl pkey -in private_key.pem -pubout -out public_key.pem
+    openssl pkey -pubin -in public_key.pem -outform DER -out public_key.der
+    parameters "$key" "RSA_AES_KEY_WRAP_${hash^^}" RSA_4096
+    wrap_pair private_key.der "${hash/_/}"
+    same "members of the answer" '["KeyId"]' "$(import "$key" "${forever[@]}" | "$PYTHON" -c \
+        'import json, sys; print(json.dumps(sorted(json.load(sys.stdin))))')"
+    same "public key" "$(openssl enc -base64 -A -in public_key.der)" \
+        "$(value get-public-key --key-id "$key" --query PublicKey)"
+    value sign --key-id "$key" --signing-algorithm "$algorithm" --message fileb://plaintext.bin --query Signature \
+        | openssl enc -d -base64 -A -out signature.bin
+}
+pair RSA_2048 sha_256 RSASSA_PSS_SHA_256 -algorithm RSA -pkeyopt rsa_keygen_bits:2048
+openssl dgst -sha256 -verify public_key.pem -sigopt rsa_padding_mode:pss -sigopt rsa_pss_saltlen:digest \
+    -signature signature.bin plaintext.bin >/dev/null || fail "the signature is not the RSA key's"
+pair ECC_NIST_P384 sha_1 ECDSA_SHA_384 -algorithm EC -pkeyopt ec_paramgen_curve:P-384
+openssl dgst -sha384 -verify public_key.pem -signature signature.bin plaintext.bin >/dev/null \
+    || fail "the signature is not the P-384 key's"
 
 echo "keys that are not for this caller"
 aws_key=$(value create-key --query KeyMetadata.Arn)
