@@ -142,7 +142,7 @@ pub async fn show_key(State(world): State<Arc<World>>, Path(wanted): Path<String
 }
 
 /// The keys that satisfy a condition, after time and unwrapping have been caught up with.
-async fn show(world: &World, wanted: impl Fn(&Key) -> bool) -> Vec<Value> {
+pub async fn show(world: &World, wanted: impl Fn(&Key) -> bool) -> Vec<Value> {
     let now = world.now();
     let jobs = {
         let mut guard = world.state();

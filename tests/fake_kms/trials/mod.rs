@@ -1,6 +1,7 @@
 //! Tests of the double as a whole: calls as a client makes them, without the wire and the signature.
 
 mod answers;
+mod control;
 mod kinds;
 mod lags;
 mod regions;
@@ -33,7 +34,16 @@ type Refused = (String, String);
 
 impl Trial {
     fn new(options: Options) -> Self {
-        let world = World::new(HashMap::new(), false, time::Duration::ZERO, 0, false, 1_000);
+        Self::that_is(false, options)
+    }
+
+    /// With `--unwrap lazy`.
+    fn lazy() -> Self {
+        Self::that_is(true, Options::default())
+    }
+
+    fn that_is(lazy: bool, options: Options) -> Self {
+        let world = World::new(HashMap::new(), lazy, time::Duration::ZERO, 0, false, 1_000);
         world.state().options = options;
         Self(Arc::new(world))
     }
