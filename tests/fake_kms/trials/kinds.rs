@@ -136,8 +136,11 @@ async fn what_is_not_of_the_keys_own_kind_is_incorrect() {
         let arn = trial.seed(&json!({ "spec": name }));
         assert_eq!(code(trial.import(&arn, private_key, wrapping).await), INCORRECT, "{name}");
     }
-    let arn = trial.seed(&json!({}));
-    assert_eq!(code(trial.import(&arn, &[1; 16], WrappingAlgorithm::OaepSha256).await), INCORRECT);
+    for spec in ["SYMMETRIC_DEFAULT", "HMAC_256"] {
+        let arn = trial.seed(&json!({ "spec": spec }));
+        assert_eq!(code(trial.import(&arn, &[1; 16], WrappingAlgorithm::OaepSha256).await), INCORRECT, "{spec}");
+        assert_eq!(code(trial.ask(Operation::GetPublicKey, &arn).await), UNSUPPORTED, "{spec}");
+    }
 }
 
 #[tokio::test]
