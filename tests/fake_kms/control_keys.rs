@@ -53,9 +53,14 @@ impl Default for Seed {
 
 /// `POST /_fake/keys`.
 pub async fn seed_keys(State(world): State<Arc<World>>, body: Bytes) -> Answer {
-    let mut seed: Seed = parse(&body)?;
+    seed(&world, &body).map(Json)
+}
+
+/// Makes the keys that are asked for.
+pub fn seed(world: &World, body: &[u8]) -> Result<Value, Bad> {
+    let mut seed: Seed = parse(body)?;
     if let Some(primary) = seed.replica_of.take() {
-        return seed_replica(&world, &primary, seed);
+        return seed_replica(world, &primary, seed);
     }
     let spec = KeySpec::parse(&seed.spec).ok_or_else(|| bad("unknown spec"))?;
     let origin = Origin::parse(&seed.origin).ok_or_else(|| bad("unknown origin"))?;
@@ -83,11 +88,11 @@ pub async fn seed_keys(State(world): State<Arc<World>>, body: Bytes) -> Answer {
         arns.push(key.arn.to_string());
         state.keys.insert(key);
     }
-    Ok(Json(json!({ "arns": arns })))
+    Ok(json!({ "arns": arns }))
 }
 
 /// What `ReplicateKey` would do: the id and the kind of the primary, but never its bytes.
-fn seed_replica(world: &World, primary: &str, seed: Seed) -> Answer {
+fn seed_replica(world: &World, primary: &str, seed: Seed) -> Result<Value, Bad> {
     let now = world.now();
     let mut guard = world.state();
     let state = &mut *guard;
@@ -117,7 +122,7 @@ fn seed_replica(world: &World, primary: &str, seed: Seed) -> Answer {
         return Err(bad("the key lives in that Region already"));
     }
     state.keys.insert_replica(key, now, &mut state.journal);
-    Ok(Json(json!({ "arns": [&*arn] })))
+    Ok(json!({ "arns": [&*arn] }))
 }
 
 /// `GET /_fake/keys`.
@@ -137,7 +142,7 @@ pub async fn show_key(State(world): State<Arc<World>>, Path(wanted): Path<String
 }
 
 /// The keys that satisfy a condition, after time and unwrapping have been caught up with.
-async fn show(world: &World, wanted: impl Fn(&Key) -> bool) -> Vec<Value> {
+pub async fn show(world: &World, wanted: impl Fn(&Key) -> bool) -> Vec<Value> {
     let now = world.now();
     let jobs = {
         let mut guard = world.state();

@@ -218,28 +218,12 @@ fn mac_key(algorithm: MacAlgorithm, material: &[u8]) -> hmac::Key {
 #[cfg(test)]
 #[allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 mod tests {
-    use aws_lc_rs::rsa::{OaepPublicEncryptingKey, PublicEncryptingKey};
-
     use super::*;
+    use crate::trials::wrap;
 
     fn seal(algorithm: WrappingAlgorithm, spec: WrappingKeySpec, index: u8, plaintext: &[u8]) -> Sealed {
-        let der = BASE64.decode(public_key(spec, index).unwrap()).unwrap();
-        let key = OaepPublicEncryptingKey::new(PublicEncryptingKey::from_der(&der).unwrap()).unwrap();
-        let oaep = match algorithm {
-            WrappingAlgorithm::OaepSha256 | WrappingAlgorithm::AesKeyWrapSha256 => &OAEP_SHA256_MGF1SHA256,
-            WrappingAlgorithm::OaepSha1 | WrappingAlgorithm::AesKeyWrapSha1 => &OAEP_SHA1_MGF1SHA1,
-        };
-        let mut blob = vec![0; key.ciphertext_size()];
-        if algorithm.is_hybrid() {
-            let kek: [u8; 32] = random().unwrap();
-            key.encrypt(oaep, &kek, &mut blob, None).unwrap();
-            let mut wrapped = vec![0; plaintext.len() + 16];
-            let kek = AesKek::new(&AES_256, &kek).unwrap();
-            blob.extend_from_slice(kek.wrap_with_padding(plaintext, &mut wrapped).unwrap());
-        } else {
-            key.encrypt(oaep, plaintext, &mut blob, None).unwrap();
-        }
-        Sealed { algorithm, spec, index, blob }
+        let public_key = BASE64.decode(public_key(spec, index).unwrap()).unwrap();
+        Sealed { algorithm, spec, index, blob: wrap(&public_key, algorithm, plaintext) }
     }
 
     #[test]

@@ -1,8 +1,8 @@
 //! The key state machine: what imports, rotations, deletions and the passing of time do to a key and its materials.
 //!
-//! Pure: no lock, no I/O, no clock of its own; every function is told what time it is. Materials are a list, of which at
-//! most one is current and at most one waits for its rotation. What an import does stands in [`crate::imports`], what
-//! the Regions of one key tell each other in [`crate::table`].
+//! Pure: no lock, no I/O, no clock of its own; every function is told what time it is. Materials are a list, of which
+//! at most one is current and at most one waits for its rotation. What an import does stands in [`crate::imports`],
+//! what the Regions of one key tell each other in [`crate::table`].
 
 use std::sync::Arc;
 
@@ -165,8 +165,11 @@ impl Key {
         self.before.as_ref().filter(|before| now < before.changed_at.saturating_add(lag)).map(|before| &before.shown)
     }
 
-    /// Keeps what is to be seen, because it is about to change.
+    /// Keeps what is to be seen, because it is about to change. One call may change a key twice, through its relatives.
     pub fn note_change(&mut self, now: Millis) {
+        if self.before.as_ref().is_some_and(|before| before.changed_at == now) {
+            return;
+        }
         self.before = Some(Box::new(Before { changed_at: now, shown: self.shown() }));
     }
 
@@ -240,8 +243,8 @@ impl Key {
         Ok(material)
     }
 
-    /// A replica learns which materials its primary has, in the primary's order, and gives up what the primary has given
-    /// up.
+    /// A replica learns which materials its primary has, in the primary's order, and gives up what the primary has
+    /// given up.
     pub fn learn(&mut self, now: Millis, notices: &[Notice]) -> Vec<Deleted> {
         let agreed = self.materials.len() == notices.len()
             && self.materials.iter().zip(notices).all(|(material, notice)| material.agrees(notice));

@@ -63,9 +63,12 @@ fn code<T>(result: Result<T, Refusal>) -> String {
 #[test]
 fn each_state_admits_what_the_table_says() {
     const STATE: &str = "KMSInvalidStateException";
-    let set_up: [(KeyState, fn(&mut Key)); 4] = [
+    type Prepare = fn(&mut Key);
+    let set_up: [(KeyState, Prepare); 4] = [
         (KeyState::PendingImport, |_| ()),
-        (KeyState::Enabled, |key| drop(key.import(0, &FOREVER, bytes(1)).unwrap())),
+        (KeyState::Enabled, |key| {
+            key.import(0, &FOREVER, bytes(1)).unwrap();
+        }),
         (KeyState::Disabled, |key| {
             key.import(0, &FOREVER, bytes(1)).unwrap();
             key.set_disabled(0, true).unwrap();
@@ -174,7 +177,7 @@ fn a_deletion_removes_the_bytes_and_remembers_the_material() {
     let mut key = key(KeySpec::SymmetricDefault);
     assert_eq!(key.delete_material(0, None).unwrap(), None);
     let first = key.import(0, &FOREVER, bytes(1)).unwrap();
-    assert_eq!(key.delete_material(0, None).unwrap(), Some(Deleted { id: first.id, digests: first.digests }));
+    assert_eq!(key.delete_material(1, None).unwrap(), Some(Deleted { id: first.id, digests: first.digests }));
     let view = key.view();
     assert_eq!((view.state, view.current, view.model), (KeyState::PendingImport, Some(first.id), None));
     assert!(key.current().unwrap().bytes().is_none());

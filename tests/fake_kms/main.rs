@@ -33,6 +33,9 @@ mod sigv4;
 mod specs;
 mod table;
 mod tokens;
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "a test fails by panicking")]
+mod trials;
 mod world;
 
 use std::collections::HashMap;

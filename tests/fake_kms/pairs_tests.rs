@@ -65,10 +65,9 @@ fn what_aws_refuses_is_no_pair() {
 
 #[test]
 fn the_public_key_does_not_depend_on_how_the_point_was_written() {
-    for pkcs8 in [COMPRESSED_POINT, WITHOUT_POINT] {
-        let pair = Pair::read(KeySpec::EccNistP384, pkcs8).unwrap();
-        // Sequence, identifier, bit string, and an uncompressed point.
-        assert_eq!(pair.public.len(), 120);
-        assert_eq!(pair.public.get(23), Some(&0x04));
-    }
+    let public = |pkcs8| Pair::read(KeySpec::EccNistP384, pkcs8).unwrap().public;
+    let public_key = public(COMPRESSED_POINT);
+    assert_eq!(public_key, public(WITHOUT_POINT));
+    // Sequence, identifier, bit string, and an uncompressed point.
+    assert_eq!((public_key.len(), public_key.get(23)), (120, Some(&0x04)));
 }

@@ -13,8 +13,8 @@ use crate::refusal::{self, Refusal};
 use crate::request::{choice, number, parse};
 use crate::world::State;
 
-/// `RotateKeyOnDemand`. AWS rotates some time after it has answered, the double before. Whether the answer names the key
-/// by its ARN is UNVERIFIED.
+/// `RotateKeyOnDemand`. AWS rotates some time after it has answered, the double before. Whether the answer names the
+/// key by its ARN is UNVERIFIED.
 pub fn rotate_key_on_demand(state: &mut State, work: &Work<'_>) -> Result<Done, Halt> {
     let key = named_key(state, work)?;
     let material = key.rotate(work.now)?;

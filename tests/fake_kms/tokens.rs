@@ -96,7 +96,7 @@ mod tests {
         let (bytes, token) =
             tokens.issue("key-1".into(), WrappingAlgorithm::OaepSha256, WrappingKeySpec::Rsa4096, 1_000).unwrap();
         let code = |tokens: &Tokens, bytes: &[u8], key, now, single_use| {
-            tokens.check(bytes, key, now, single_use).map(Token::clone).map_err(|refusal| refusal.code.into_owned())
+            tokens.check(bytes, key, now, single_use).cloned().map_err(|refusal| refusal.code.into_owned())
         };
         let invalid = Err("InvalidImportTokenException".to_owned());
 

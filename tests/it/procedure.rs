@@ -13,14 +13,15 @@ use aws_sdk_kms::types::ImportType;
 use serde_json::json;
 use std::process::Command;
 
-#[tokio::test]
-async fn awss_own_client_imports_material_by_awss_own_procedure() {
+/// Runs a part of the procedure. The parts are tests of their own because the client takes a second for every call.
+async fn procedure(part: &'static str) {
     let directory = tempfile::tempdir().unwrap();
     let fake = Fake::start(directory.path()).await;
     let script = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fake_kms/procedure.sh");
     let mut command = Command::new("bash");
     command
         .arg(script)
+        .arg(part)
         .env("AWS_CLI", variable("KEYFERRY_TEST_AWS_CLI"))
         .env("PYTHON", variable("KEYFERRY_TEST_PYTHON"))
         .env("FAKE_KMS_URL", fake.url())
@@ -32,6 +33,21 @@ async fn awss_own_client_imports_material_by_awss_own_procedure() {
         "{said}{}",
         String::from_utf8_lossy(&output.stderr)
     );
+}
+
+#[tokio::test]
+async fn awss_own_client_imports_symmetric_material_by_awss_own_procedure() {
+    procedure("symmetric").await;
+}
+
+#[tokio::test]
+async fn awss_own_client_imports_hmac_keys_by_awss_own_procedure() {
+    procedure("hmac").await;
+}
+
+#[tokio::test]
+async fn awss_own_client_imports_pairs_by_awss_own_procedure() {
+    procedure("pairs").await;
 }
 
 /// A pair of this kind: its private key in PKCS#8, and its public key.
