@@ -145,6 +145,8 @@ impl Key {
             old
         } else {
             let role = if first { Role::Current } else { Role::PendingRotation };
+            // Of a million keys, nearly all have one.
+            self.materials.reserve_exact(1);
             self.materials.push_mut(Material::new(id, role, contents))
         };
         material.imported = true;

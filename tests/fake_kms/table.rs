@@ -24,12 +24,12 @@ impl Keys {
         let is_single = self.0.get(arn).ok_or_else(|| refusal::not_found(arn))?.family == Family::Single;
         if !is_single {
             for relative in self.family(arn, now) {
-                self.settle(&relative, now, journal);
+                self.0.get_mut(&relative).into_iter().for_each(|key| settle(key, now, journal));
             }
             self.synchronise(arn, now, journal);
         }
-        self.settle(arn, now, journal);
         let key = self.0.get_mut(arn).ok_or_else(|| refusal::not_found(arn))?;
+        settle(key, now, journal);
         if key.is_gone(now) { Err(refusal::not_found(arn)) } else { Ok(key) }
     }
 
@@ -125,12 +125,12 @@ impl Keys {
                 .is_some_and(|key| key.materials.iter().any(|material| material.id == pending.id && material.imported))
         })
     }
+}
 
-    fn settle(&mut self, arn: &str, now: Millis, journal: &mut Journal) {
-        let Some(key) = self.0.get_mut(arn) else { return };
-        for deleted in key.settle(now) {
-            journal.push(of_kms_itself(key, "DeleteExpiredKeyMaterial", now, deleted));
-        }
+/// Lets the time pass.
+fn settle(key: &mut Key, now: Millis, journal: &mut Journal) {
+    for deleted in key.settle(now) {
+        journal.push(of_kms_itself(key, "DeleteExpiredKeyMaterial", now, deleted));
     }
 }
 
