@@ -61,12 +61,12 @@ async fn it_tells_what_would_happen_and_nothing_does() {
 #[tokio::test]
 async fn it_tells_which_material_would_be_imported_again_or_deleted() {
     let mut case = rotated(Tuning::default()).await;
-    case.ask("old", dry(json!({"key_material_id": case.old}))).await;
-    case.ask("all", dry(json!({"operation": "delete", "scope": "all"}))).await;
-    let old = case.world.succeeded("old").await.result.unwrap();
+    case.ask("dry-old", dry(json!({"key_material_id": case.old}))).await;
+    case.ask("dry-all", dry(json!({"operation": "delete", "scope": "all"}))).await;
+    let old = case.world.succeeded("dry-old").await.result.unwrap();
     assert_eq!(old["would"]["import_type"], "EXISTING_KEY_MATERIAL");
     assert_eq!((&old["would"]["key_material_id"], &old["would"]["local_key_name"]), (&json!(case.old), &json!("old")));
-    let all = case.world.succeeded("all").await.result.unwrap();
+    let all = case.world.succeeded("dry-all").await.result.unwrap();
     let expected = json!([
         {"key_material_id": case.new, "local_key_name": "new"},
         {"key_material_id": case.old, "local_key_name": "old"},
