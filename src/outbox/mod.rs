@@ -85,6 +85,8 @@ impl Relay {
     ) -> Result<(), SessionError> {
         let mut outage = Attempts::new(Class::Reconnect);
         loop {
+            // Asked before the look: what is committed during a look may not be in it.
+            let is_last = drain.is_cancelled();
             let rows = match self.take(cursor).await {
                 Ok(rows) => rows,
                 Err(error) => {
@@ -96,7 +98,7 @@ impl Relay {
             };
             outage.reset();
             if rows.is_empty() {
-                if drain.is_cancelled() {
+                if is_last {
                     return Ok(());
                 }
                 tokio::select! {
