@@ -60,7 +60,7 @@ async fn source_keys_are_made_brought_listed_and_shown() {
 
 #[tokio::test]
 async fn source_keys_of_every_kind_are_made_brought_and_listed() {
-    let mut world = World::with_worker(Tuning::default()).await;
+    let world = World::with_worker(Tuning::default()).await;
     for kind in KeyKind::ALL {
         let (made, brought) = (format!("made-{kind}"), format!("brought-{kind}"));
         let created = world.run(&["keys", "create", "--name", &made, "--kind", kind.as_str(), "--json"]).await;
@@ -89,7 +89,7 @@ async fn source_keys_of_every_kind_are_made_brought_and_listed() {
 
 #[tokio::test]
 async fn material_that_is_refused_is_refused_by_a_code() {
-    let mut world = World::with_worker(Tuning::default()).await;
+    let world = World::with_worker(Tuning::default()).await;
     let (p256, rsa) = (
         include_bytes!("../fixtures/material/p256.der").as_slice(),
         include_bytes!("../fixtures/material/rsa_2048.der").as_slice(),
@@ -97,6 +97,7 @@ async fn material_that_is_refused_is_refused_by_a_code() {
     let pem = format!("-----BEGIN PRIVATE KEY-----\n{}\n-----END PRIVATE KEY-----\n", STANDARD.encode(p256));
     let mut foreign = p256.to_vec();
     *foreign.last_mut().unwrap() ^= 1;
+    let much = "x".repeat(70_000);
     let three_primes = include_bytes!("../fixtures/material/rsa_2048_three_primes.der");
     for (kind, encoding, bytes, code) in [
         ("HMAC_256", "raw", [7; 31].as_slice(), "material_wrong_length"),
@@ -114,7 +115,7 @@ async fn material_that_is_refused_is_refused_by_a_code() {
         ("RSA_2048", "raw", &rsa[26..], "material_is_pkcs1"),
         ("RSA_3072", "raw", rsa, "material_wrong_modulus"),
         ("RSA_2048", "raw", three_primes, "material_multi_prime"),
-        ("RSA_2048", "raw", &[b'x'; 70_000], "material_too_large"),
+        ("RSA_2048", "raw", much.as_bytes(), "material_too_large"),
     ] {
         std::fs::write(world.path("key"), bytes).unwrap();
         let import = ["keys", "import", "--name", "refused", "--kind", kind, "--file", "key", "--encoding", encoding];

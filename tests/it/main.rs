@@ -18,3 +18,4 @@ mod stopping;
 mod store;
 mod support;
 mod takeover;
+mod wrapping;
