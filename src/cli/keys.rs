@@ -1,15 +1,16 @@
 //! `keyferry keys`: the source keys of the local store.
 
 use super::output::Output;
-use super::{Failed, warn_of_kek_file};
+use super::{Coded, Failed, warn_of_kek_file};
 use crate::app::{open_keyring, open_store};
 use crate::config::Loaded;
 use crate::job::KeyKind;
-use crate::source::{KeyMaterial, PlainKey, SealedKey};
+use crate::source::{KeyMaterial, MaterialFault, PlainKey, SealedKey, open_pem};
 use crate::store::{KeyDeletion, NewSourceKey, SourceKeyOrigin, Store};
-use anyhow::{Context as _, anyhow, bail};
+use anyhow::Context as _;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
+use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use clap::{Args, Subcommand, ValueEnum};
 use std::io::Read as _;
 use std::path::PathBuf;
@@ -26,7 +27,8 @@ const LARGEST_FILE: u64 = 64 * 1024;
 pub(super) enum Keys {
     /// Generate a source key.
     Create(Named),
-    /// Bring a source key whose bytes you hold.
+    /// Bring a source key that you hold: the bytes of a secret, or the private key of a pair as PKCS#8, of which the
+    /// public key is computed. It is refused for what is wrong with it.
     Import(Import),
     /// List source keys, newest first.
     List {
@@ -58,8 +60,8 @@ pub(super) struct Named {
     /// The name by which requests ask for it (`source_key_identifier`).
     #[arg(long, value_parser = name)]
     name: String,
-    /// What it is for, named as AWS's `KeySpec`.
-    #[arg(long, value_parser = kind, default_value = "SYMMETRIC_DEFAULT")]
+    /// What it is for, named as AWS's `KeySpec`; SM4 is what `SYMMETRIC_DEFAULT` takes in the China Regions.
+    #[arg(long, value_parser = kind(), default_value = "SYMMETRIC_DEFAULT")]
     kind: KeyKind,
 }
 
@@ -83,6 +85,8 @@ enum Encoding {
     Hex,
     /// Base64; white space at the end is ignored.
     Base64,
+    /// PEM of a private key of a pair (PRIVATE KEY, not encrypted).
+    Pem,
 }
 
 impl Keys {
@@ -92,19 +96,15 @@ impl Keys {
             Self::Create(named) => {
                 warn_of_kek_file(loaded);
                 let keyring = open_keyring(loaded, &store).await?;
-                let plain = PlainKey::generate(named.kind)?;
+                // A large RSA key takes seconds.
+                let plain = tokio::task::spawn_blocking(move || PlainKey::generate(named.kind)).await??;
                 let key = SealedKey::seal(&keyring, Uuid::now_v7(), named.name, &plain)?;
                 add(&store, key, SourceKeyOrigin::Generated, output).await?;
             }
             Self::Import(Import { named, file, encoding }) => {
                 let material = read_material(&file, encoding)?;
-                let given = material.expose().len();
-                let plain = PlainKey::parse(named.kind, material).map_err(|_| {
-                    anyhow!(
-                        "{} needs exactly {}, the file gives {given} when read as {encoding:?}; is --encoding right?",
-                        named.kind,
-                        named.kind.shape()
-                    )
+                let plain = PlainKey::parse(named.kind, material).with_context(|| {
+                    format!("{} needs {}, and the file was read as {encoding}", named.kind, named.kind.shape())
                 })?;
                 warn_of_kek_file(loaded);
                 let keyring = open_keyring(loaded, &store).await?;
@@ -138,7 +138,7 @@ impl Keys {
                         "{key} is not deleted: it is tied to {}; AWS could never be given that material again",
                         users.join(", ")
                     );
-                    return Err(anyhow!(message).into());
+                    return Err(Coded { code: "source_key_in_use", message }.into());
                 }
             },
         }
@@ -149,9 +149,8 @@ impl Keys {
 async fn add(store: &Store, key: SealedKey, origin: SourceKeyOrigin, output: Output) -> Result<(), Failed> {
     let (id, name, kind) = (key.id, key.name.clone(), key.kind);
     if !store.add_source_key(&NewSourceKey { key, origin, operator: operator() }).await? {
-        return Err(
-            anyhow!("a source key is, or was, named {name}; a name never means other bytes: choose another").into()
-        );
+        let message = format!("a source key is, or was, named {name}; a name never means other bytes: choose another");
+        return Err(Coded { code: "source_key_name_taken", message }.into());
     }
     output.value(&serde_json::json!({"id": id, "name": name, "kind": kind.as_str()}), |_| {
         format!("{id}  {name}  {kind}")
@@ -169,15 +168,26 @@ fn read_material(file: &PathBuf, encoding: Encoding) -> anyhow::Result<KeyMateri
     };
     reader.take(LARGEST_FILE + 1).read_to_end(&mut bytes).context("the bytes cannot be read")?;
     if bytes.len() as u64 > LARGEST_FILE {
-        bail!("the file is larger than any key");
+        return Err(MaterialFault::TooLarge.into());
     }
     let text = bytes.trim_ascii_end();
-    let decoded = match encoding {
-        Encoding::Raw => Some(bytes.to_vec()),
-        Encoding::Hex => hex::decode(text).ok(),
-        Encoding::Base64 => STANDARD.decode(text).ok(),
+    // As long as any spelling of them: what was decoded before a fault is zeroised with the rest.
+    let mut decoded = Zeroizing::new(vec![0; bytes.len()]);
+    let length = match encoding {
+        Encoding::Raw => {
+            decoded.copy_from_slice(&bytes);
+            Some(bytes.len())
+        }
+        Encoding::Hex => hex::decode_to_slice(text, &mut decoded[..text.len() / 2]).ok().map(|()| text.len() / 2),
+        Encoding::Base64 => STANDARD.decode_slice(text, &mut decoded).ok(),
+        Encoding::Pem => return Ok(open_pem(&bytes)?),
     };
-    decoded.map(KeyMaterial::new).with_context(|| format!("the file is not {encoding:?}"))
+    let length = length.ok_or_else(|| Coded {
+        code: "material_wrong_encoding",
+        message: format!("the file is not {encoding}; --encoding says how its bytes are written"),
+    })?;
+    decoded.truncate(length);
+    Ok(KeyMaterial::new(std::mem::take(&mut *decoded)))
 }
 
 fn name(text: &str) -> Result<String, String> {
@@ -195,12 +205,28 @@ fn name(text: &str) -> Result<String, String> {
     Ok(text.to_owned())
 }
 
-fn kind(text: &str) -> Result<KeyKind, String> {
-    KeyKind::parse(text).ok_or_else(|| format!("expected one of {}", KeyKind::ALL.map(KeyKind::as_str).join(", ")))
+/// Every kind, with what it needs.
+fn kind() -> impl TypedValueParser<Value = KeyKind> {
+    let names = KeyKind::ALL.map(|kind| PossibleValue::new(kind.as_str()).help(kind.shape().to_string()));
+    PossibleValuesParser::new(names).try_map(|name| KeyKind::parse(&name).ok_or("unknown kind"))
 }
 
-fn unknown(key: &str) -> anyhow::Error {
-    anyhow!("no source key has the name or id {key}; see keyferry keys list")
+fn unknown(key: &str) -> Coded {
+    Coded {
+        code: "source_key_unknown",
+        message: format!("no source key has the name or id {key}; see keyferry keys list"),
+    }
+}
+
+impl std::fmt::Display for Encoding {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Raw => "raw bytes",
+            Self::Hex => "hex",
+            Self::Base64 => "base64",
+            Self::Pem => "PEM",
+        })
+    }
 }
 
 /// Who is named in the audit trail.

@@ -10,6 +10,7 @@ mod submit;
 
 use crate::app::{self, StartError};
 use crate::config::{ConfigError, Loaded};
+use crate::source::MaterialFault;
 use crate::store;
 use crate::telemetry::start_logs;
 use crate::topology::{Management, Names, own_names};
@@ -42,7 +43,7 @@ struct Cli {
     /// The settings file.
     #[arg(long, global = true, value_name = "FILE", env = "KEYFERRY_CONFIG")]
     config: Option<PathBuf>,
-    /// Print JSON for programs instead of tables for people.
+    /// Print JSON for programs instead of tables for people; errors too, as {"error": {"code", "message"}}.
     #[arg(long, global = true)]
     json: bool,
     #[command(subcommand)]
@@ -114,6 +115,7 @@ pub fn main() -> ExitCode {
         Err(error) => error.exit(),
     };
     protect_memory();
+    let output = Output { json: cli.json };
     let outcome = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
@@ -130,7 +132,7 @@ pub fn main() -> ExitCode {
         Err(Failed::Timeout) => ExitCode::from(4),
         Err(Failed::Said) => ExitCode::from(1),
         Err(Failed::Error(error)) => {
-            eprintln!("keyferry: {error:#}");
+            output.error(code(&error), &error);
             ExitCode::from(if is_setting(&error) { 2 } else { 1 })
         }
     }
@@ -242,6 +244,26 @@ fn protect_memory() {
         if let Err(error) = outcome {
             eprintln!("keyferry: memory could not be protected from dumps: {error}");
         }
+    }
+}
+
+/// An end with a word of its own for programs.
+#[derive(Debug, thiserror::Error)]
+#[error("{message}")]
+struct Coded {
+    code: &'static str,
+    message: String,
+}
+
+/// A stable word for programs.
+fn code(error: &anyhow::Error) -> &'static str {
+    if let Some(fault) = error.downcast_ref::<MaterialFault>() {
+        return fault.code();
+    }
+    match error.downcast_ref::<Coded>() {
+        Some(coded) => coded.code,
+        None if is_setting(error) => "setting_wrong",
+        None => "failed",
     }
 }
 

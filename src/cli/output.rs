@@ -21,6 +21,15 @@ impl Output {
         print(&text);
     }
 
+    /// Says on standard error why a command could not be carried out.
+    pub(super) fn error(self, code: &str, error: &anyhow::Error) {
+        if self.json {
+            eprintln!("{}", serde_json::json!({"error": {"code": code, "message": format!("{error:#}")}}));
+        } else {
+            eprintln!("keyferry: {error:#}");
+        }
+    }
+
     /// Prints rows as a JSON array, or as a table.
     pub(super) fn table<T: Serialize, const N: usize>(
         self,

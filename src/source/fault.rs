@@ -7,11 +7,8 @@ use std::fmt;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum MaterialFault {
     /// Larger than any encoding of any key.
-    #[error("the material has {given} bytes, more than any key; is it the right file?")]
-    TooLarge {
-        /// Its length in bytes.
-        given: usize,
-    },
+    #[error("the material is longer than 64 KiB, more than any key; is it the right file?")]
+    TooLarge,
     /// Raw bytes, and not as many as the kind demands.
     #[error(
         "the material has {given} bytes where exactly {needed} bytes are needed; give the bare bytes of the key, \
@@ -26,6 +23,9 @@ pub enum MaterialFault {
     /// PEM text.
     #[error("the material is PEM text; give DER: openssl pkcs8 -topk8 -nocrypt -in key.pem -outform DER -out key.der")]
     Pem,
+    /// Text that is not one whole PEM block.
+    #[error("the material is not one whole PEM block, from -----BEGIN PRIVATE KEY----- to the end")]
+    BrokenPem,
     /// Base64 text of something.
     #[error("the material is base64 text; decode it once more and give the bytes: base64 -d")]
     Base64,
@@ -141,9 +141,10 @@ impl MaterialFault {
     /// A stable word for programs. All begin with `material_`.
     pub fn code(&self) -> &'static str {
         match self {
-            Self::TooLarge { .. } => "material_too_large",
+            Self::TooLarge => "material_too_large",
             Self::WrongLength { .. } => "material_wrong_length",
             Self::Pem => "material_is_pem",
+            Self::BrokenPem => "material_not_pem",
             Self::Base64 => "material_is_base64",
             Self::Hex => "material_is_hex",
             Self::Jwk => "material_is_jwk",

@@ -5,6 +5,7 @@ mod keyring;
 mod local;
 mod material;
 mod pair;
+mod pem;
 mod plain;
 mod recognise;
 
@@ -12,4 +13,5 @@ pub use fault::{MaterialFault, Oid};
 pub use keyring::{Fingerprint, Kek, KekError, Keyring, SealedFingerprintKey};
 pub use local::{OpenError, SealedKey};
 pub use material::KeyMaterial;
+pub use pem::open_pem;
 pub use plain::PlainKey;

@@ -11,8 +11,8 @@ const LARGEST: usize = 64 * 1024;
 /// Key material that is valid for its kind.
 ///
 /// Of a pair it is PKCS#8 DER in one form (RFC 5208, version 0, no attributes), however it was given, so that its size is
-/// known: 138 bytes on P-256, 135 on secp256k1, 185 on P-384, 241 on P-521; of RSA 1216 to 1218, 1793 to 1794 and 2374
-/// to 2375.
+/// known: 138 bytes on P-256, 135 on secp256k1, 185 on P-384, 241 on P-521; of RSA at most 1220, 1796 and 2376, or a few
+/// bytes less.
 #[derive(Debug)]
 pub struct PlainKey {
     kind: KeyKind,
@@ -36,7 +36,7 @@ impl PlainKey {
     pub fn parse(kind: KeyKind, material: KeyMaterial) -> Result<Self, MaterialFault> {
         let bytes = material.expose();
         if bytes.len() > LARGEST {
-            return Err(MaterialFault::TooLarge { given: bytes.len() });
+            return Err(MaterialFault::TooLarge);
         }
         match kind.shape() {
             Shape::Bytes(length) if bytes.len() == length => Ok(Self { kind, material, public_key: None }),

@@ -73,12 +73,14 @@ fn text(bytes: &[u8]) -> Option<Text> {
     }
     let config = GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent);
     [alphabet::STANDARD, alphabet::URL_SAFE].iter().find_map(|alphabet| {
-        let decoded = Zeroizing::new(GeneralPurpose::new(alphabet, config).decode(&*dense).ok()?);
-        Some(Text::Base64(decoded.len()))
+        // Its own buffer: what was decoded before a fault is zeroised too.
+        let mut decoded = Zeroizing::new(vec![0; dense.len()]);
+        GeneralPurpose::new(alphabet, config).decode_slice(&*dense, &mut decoded).ok().map(Text::Base64)
     })
 }
 
-fn contains(bytes: &[u8], word: &[u8]) -> bool {
+/// Whether a word stands anywhere.
+pub(super) fn contains(bytes: &[u8], word: &[u8]) -> bool {
     bytes.windows(word.len()).any(|window| window == word)
 }
 

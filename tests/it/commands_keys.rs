@@ -3,7 +3,9 @@
 use crate::support::world::{Tuning, World, random, request};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
-use serde_json::json;
+use keyferry::job::KeyKind;
+use keyferry::source::PlainKey;
+use serde_json::{Value, json};
 
 #[tokio::test]
 async fn source_keys_are_made_brought_listed_and_shown() {
@@ -40,7 +42,7 @@ async fn source_keys_are_made_brought_listed_and_shown() {
     assert!(!shown.out.contains(&hex::encode(&bytes)) && !shown.out.contains(&STANDARD.encode(&bytes)));
     for (arguments, input, says) in [
         (import("short", "hex"), "00ff", "exactly 32 bytes"),
-        (import("other", "hex"), "zz", "not Hex"),
+        (import("other", "hex"), "zz", "not hex"),
         (import("made", "hex"), &hex::encode(&bytes), "choose another"),
     ] {
         let ran = world.run_with(&arguments, &[], input).await;
@@ -53,6 +55,82 @@ async fn source_keys_are_made_brought_listed_and_shown() {
     }
     let reserved = world.run(&["keys", "create", "--name", "keyferry-mine"]).await;
     assert!(reserved.code == Some(2) && reserved.err.contains("keys that jobs generate"), "{reserved:?}");
+    world.finish().await;
+}
+
+#[tokio::test]
+async fn source_keys_of_every_kind_are_made_brought_and_listed() {
+    let world = World::with_worker(Tuning::default()).await;
+    for kind in KeyKind::ALL {
+        let (made, brought) = (format!("made-{kind}"), format!("brought-{kind}"));
+        let created = world.run(&["keys", "create", "--name", &made, "--kind", kind.as_str(), "--json"]).await;
+        assert!(created.code == Some(0) && created.json()["kind"] == kind.as_str(), "{created:?}");
+        let key = PlainKey::generate(kind).unwrap();
+        std::fs::write(world.path("key"), key.material().expose()).unwrap();
+        let import = ["keys", "import", "--name", &brought, "--kind", kind.as_str(), "--file", "key"];
+        let imported = world.run(&import).await;
+        assert_eq!(imported.code, Some(0), "{imported:?}");
+    }
+    // The one form that is kept, whatever the encoding.
+    let der = include_bytes!("../fixtures/material/p384.der");
+    let pem = format!("-----BEGIN PRIVATE KEY-----\n{}\n-----END PRIVATE KEY-----\n", STANDARD.encode(der));
+    let import = ["keys", "import", "--name", "pem", "--kind", "ECC_NIST_P384", "--file", "-", "--encoding", "pem"];
+    let imported = world.run_with(&import, &[], &pem).await;
+    assert_eq!(imported.code, Some(0), "{imported:?}");
+    let listed = world.run(&["keys", "list", "--json"]).await.json();
+    for kind in KeyKind::ALL {
+        let of_kind = listed.as_array().unwrap().iter().filter(|key| key["kind"] == kind.as_str()).count();
+        assert_eq!(of_kind, if kind == KeyKind::EccNistP384 { 3 } else { 2 }, "{kind}");
+    }
+    let help = world.run(&["keys", "create", "--help"]).await;
+    assert!(help.out.contains("RSA private key of 4096 bits") && help.out.contains("secp256k1"), "{help:?}");
+    world.finish().await;
+}
+
+#[tokio::test]
+async fn material_that_is_refused_is_refused_by_a_code() {
+    let world = World::with_worker(Tuning::default()).await;
+    let (p256, rsa) = (
+        include_bytes!("../fixtures/material/p256.der").as_slice(),
+        include_bytes!("../fixtures/material/rsa_2048.der").as_slice(),
+    );
+    let pem = format!("-----BEGIN PRIVATE KEY-----\n{}\n-----END PRIVATE KEY-----\n", STANDARD.encode(p256));
+    let mut foreign = p256.to_vec();
+    *foreign.last_mut().unwrap() ^= 1;
+    let much = "x".repeat(70_000);
+    let three_primes = include_bytes!("../fixtures/material/rsa_2048_three_primes.der");
+    for (kind, encoding, bytes, code) in [
+        ("HMAC_256", "raw", [7; 31].as_slice(), "material_wrong_length"),
+        ("HMAC_256", "raw", hex::encode([7; 32]).as_bytes(), "material_is_hex"),
+        ("HMAC_256", "hex", hex::encode(hex::encode([7; 32])).as_bytes(), "material_is_hex"),
+        ("HMAC_256", "base64", STANDARD.encode(STANDARD.encode([7; 32])).as_bytes(), "material_is_base64"),
+        ("HMAC_256", "hex", b"zz", "material_wrong_encoding"),
+        ("ECC_NIST_P256", "raw", pem.as_bytes(), "material_is_pem"),
+        ("ECC_NIST_P256", "pem", p256, "material_not_pem"),
+        ("ECC_NIST_P256", "raw", &p256[29..], "material_is_sec1"),
+        ("ECC_NIST_P256", "raw", &p256[1..], "material_not_pkcs8"),
+        ("ECC_NIST_P256", "raw", &foreign, "material_inconsistent"),
+        ("ECC_NIST_P384", "raw", p256, "material_wrong_curve"),
+        ("RSA_2048", "raw", p256, "material_wrong_algorithm"),
+        ("RSA_2048", "raw", &rsa[26..], "material_is_pkcs1"),
+        ("RSA_3072", "raw", rsa, "material_wrong_modulus"),
+        ("RSA_2048", "raw", three_primes, "material_multi_prime"),
+        ("RSA_2048", "raw", much.as_bytes(), "material_too_large"),
+    ] {
+        std::fs::write(world.path("key"), bytes).unwrap();
+        let import = ["keys", "import", "--name", "refused", "--kind", kind, "--file", "key", "--encoding", encoding];
+        let said = world.run(&import).await;
+        assert!(said.code == Some(1) && said.err.starts_with("keyferry: ") && said.out.is_empty(), "{said:?}");
+        let ran = world.run(&[import.as_slice(), &["--json"]].concat()).await;
+        assert_eq!((ran.code, ran.out.as_str()), (Some(1), ""), "{ran:?}");
+        let error: Value = serde_json::from_str(&ran.err).unwrap_or_else(|error| panic!("{error}: {ran:?}"));
+        assert_eq!(error["error"]["code"], code, "{ran:?}");
+        assert!(said.err.contains(error["error"]["message"].as_str().unwrap()), "{said:?} {ran:?}");
+    }
+    let other = world.run(&["keys", "show", "nobody", "--json"]).await;
+    let error: Value = serde_json::from_str(&other.err).unwrap();
+    assert_eq!((other.code, &error["error"]["code"]), (Some(1), &json!("source_key_unknown")), "{other:?}");
+    assert_eq!(world.run(&["keys", "list", "--json"]).await.json(), json!([]));
     world.finish().await;
 }
 

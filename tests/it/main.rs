@@ -22,3 +22,4 @@ mod stopping;
 mod store;
 mod support;
 mod takeover;
+mod wrapping;

@@ -1,4 +1,7 @@
 //! Pairs on named curves: RFC 5915 inside PKCS#8.
+//!
+//! The crates zeroise their keys and encodings. The scalar that the public key is computed from is copied by value and
+//! stays on the stack until it is written over.
 
 use super::Pair;
 use crate::job::Curve;
