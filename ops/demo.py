@@ -25,6 +25,7 @@ EU, US = "eu-central-1", "us-east-1"
 SYMMETRIC = "SYMMETRIC_DEFAULT"
 LENGTHS = {SYMMETRIC: 32, "HMAC_224": 28, "HMAC_256": 32, "HMAC_384": 48, "HMAC_512": 64}
 HMACS = [kind for kind in LENGTHS if kind != SYMMETRIC]
+PAIRS = ["RSA_2048", "ECC_NIST_P256", "ECC_NIST_P384", "ECC_NIST_P521", "ECC_SECG_P256K1"]
 
 
 def http(method, url, body=None):
@@ -37,6 +38,18 @@ def http(method, url, body=None):
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with opener.open(urllib.request.Request(bare, data, headers, method=method), timeout=30) as answer:
         return json.loads(answer.read() or "null")
+
+
+def new_pair(kind):
+    """PKCS#8 DER of a private key."""
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import ec, rsa
+
+    curves = {"ECC_NIST_P256": ec.SECP256R1, "ECC_NIST_P384": ec.SECP384R1, "ECC_NIST_P521": ec.SECP521R1,
+              "ECC_SECG_P256K1": ec.SECP256K1}
+    key = ec.generate_private_key(curves[kind]()) if kind in curves else rsa.generate_private_key(65537, 2048)
+    return key.private_bytes(serialization.Encoding.DER, serialization.PrivateFormat.PKCS8,
+                             serialization.NoEncryption())
 
 
 # --- plan -------------------------------------------------------------------------------------------------------
@@ -55,17 +68,17 @@ def plan(directory):
     # The bytes are made here and nowhere else; the proof reads these files and never asks Keyferry.
     (directory / "source-keys").mkdir(mode=0o700)
     source_keys = {}
-    for kind, count in [(SYMMETRIC, 12)] + [(kind, 3) for kind in HMACS]:
+    for kind, count in [(SYMMETRIC, 12)] + [(kind, 3) for kind in HMACS] + [(kind, 2) for kind in PAIRS]:
         for number in range(1, count + 1):
             name = f"{kind.lower().replace('_', '-')}-{number:02}"
             path = directory / "source-keys" / f"{name}.hex"
             with open(path, "x", opener=lambda p, flags: os.open(p, flags, 0o600)) as file:
-                file.write(secrets.token_hex(LENGTHS[kind]))
+                file.write(new_pair(kind).hex() if kind in PAIRS else secrets.token_hex(LENGTHS[kind]))
             source_keys[name] = kind
     symmetric = [name for name, kind in source_keys.items() if kind == SYMMETRIC]
 
     requests, expected = [], {}
-    named, enabled, untouched, refused, expiry = {}, [], [], [], {}
+    named, enabled, untouched, refused, expiry, deleted = {}, [], [], [], {}, []
 
     def ask(outcome, code, key, **fields):
         request = {"id": f"demo-{len(requests) + 1:03}", "key": key, **fields}
@@ -86,9 +99,9 @@ def plan(directory):
     for name, *keys in zip(symmetric, kms_keys(12), kms_keys(12), kms_keys(12, region=US)):
         for key in keys:
             succeed(key, name, operation="import", source_key_tier="local")
-    for kind in HMACS:
+    for kind in HMACS + PAIRS:
         names = [name for name, its_kind in source_keys.items() if its_kind == kind]
-        for name, key in zip(names, kms_keys(3, kind)):
+        for name, key in zip(names, kms_keys(len(names), kind)):
             succeed(key, name)
     # First imports of keys that Keyferry generates.
     for key in kms_keys(60) + kms_keys(30, region=US):
@@ -96,17 +109,27 @@ def plan(directory):
     for kind in HMACS:
         for key in kms_keys(8, kind, US if kind == "HMAC_512" else EU):
             succeed(key)
+    for kind in PAIRS:
+        for key in kms_keys(2, kind):
+            succeed(key)
     # Material that expires.
     for name, key in zip(symmetric, kms_keys(12)):
         succeed(key, name, in_days(30))
     for key in kms_keys(18, region=US):
         succeed(key, valid_to=in_days(60))
+    # What would happen, and does not.
+    for name, key in zip(symmetric, kms_keys(6)):
+        untouched.append(key)
+        ask("succeeded", None, key, source_key_identifier=name, dry_run=True)
     # What AWS or the source says no to.
     for key in kms_keys(3):
         untouched.append(key)
         ask("failed", "source_key_unknown", key, source_key_identifier="no-such-key")
     for key in kms_keys(3, origin="AWS_KMS"):
         ask("failed", "key_not_external", key)
+    for key in kms_keys(2, "RSA_2048"):
+        untouched.append(key)
+        ask("failed", "wrapping_not_allowed", key, wrapping_algorithm="RSAES_OAEP_SHA_256")
     # What the worker itself refuses.
     for key in kms_keys(3):
         refused.append(key)
@@ -118,8 +141,17 @@ def plan(directory):
 
     # After their first imports: the same material again, with a later expiry where it expires.
     fixed = [key for key in named if key not in expiry]
-    for key in random.sample(fixed, 36):
+    again = random.sample(fixed, 48)
+    for key in again[:36]:
         succeed(key, named[key])
+    # The material goes, and half of it comes back.
+    for number, key in enumerate(again[36:]):
+        ask("succeeded", None, key, operation="delete")
+        if number % 2:
+            succeed(key, named[key])
+        else:
+            deleted.append(key)
+            del named[key]
     for key in [key for key in expiry if key in named][:6]:
         succeed(key, named[key], in_days(90))
     # Copies of messages, with the same id.
@@ -133,7 +165,8 @@ def plan(directory):
             file.write(f"{name} {kind} {directory / 'source-keys' / name}.hex\n")
     with open(directory / "plan.json", "w") as file:
         facts = {"expected": expected, "copies": len(copies), "named": named, "kinds": source_keys, "expiry": expiry,
-                 "imports": collections.Counter(enabled), "untouched": untouched + refused, "refused": refused}
+                 "imports": collections.Counter(enabled), "untouched": untouched + refused, "refused": refused,
+                 "deleted": deleted}
         json.dump(facts, file, indent=1)
     print(f"{len({*enabled, *untouched, *refused}) + 3} KMS keys, {len(source_keys)} source keys, "
           f"{len(requests)} requests and {len(copies)} copies of some of them")
@@ -227,7 +260,9 @@ def check(directory):
 
 def prove(directory):
     import botocore.session
-    from cryptography.exceptions import InvalidTag
+    from cryptography.exceptions import InvalidSignature, InvalidTag
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec, padding
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
     facts = json.loads((directory / "plan.json").read_text())
@@ -235,9 +270,10 @@ def prove(directory):
     session = botocore.session.get_session()
     clients = {region: session.create_client("kms", region_name=region, endpoint_url=os.environ["AWS_ENDPOINT_URL_KMS"])
                for region in (EU, US)}
-    wrong, decrypted, verified = [], 0, 0
-    macs = sum(facts["kinds"][name] != SYMMETRIC for name in facts["named"].values())
-    ciphers = len(facts["named"]) - macs
+    wrong, decrypted, verified, signed = [], 0, 0, 0
+    macs = sum(facts["kinds"][name] in HMACS for name in facts["named"].values())
+    pairs = sum(facts["kinds"][name] in PAIRS for name in facts["named"].values())
+    ciphers = len(facts["named"]) - macs - pairs
 
     def kms(key):
         return clients[key.split(":")[3]]
@@ -248,6 +284,18 @@ def prove(directory):
             raise ValueError("a ciphertext of another layout")
         return AESGCM(material).decrypt(blob[33:45], blob[45:], b"")
 
+    def verify(key, kind, name, message):
+        bits = {"ECC_NIST_P384": 384, "ECC_NIST_P521": 512}.get(kind, 256)
+        algorithm = f"RSASSA_PSS_SHA_{bits}" if kind.startswith("RSA") else f"ECDSA_SHA_{bits}"
+        signature = kms(key).sign(KeyId=key, Message=message, SigningAlgorithm=algorithm)["Signature"]
+        public_key = serialization.load_der_private_key(held[name], None).public_key()
+        digest = getattr(hashes, f"SHA{bits}")()
+        if kind.startswith("RSA"):
+            pss = padding.PSS(padding.MGF1(digest), padding.PSS.DIGEST_LENGTH)
+            public_key.verify(signature, message, pss, digest)
+        else:
+            public_key.verify(signature, message, ec.ECDSA(digest))
+
     for key, name in facts["named"].items():
         message, kind = secrets.token_bytes(48), facts["kinds"][name]
         try:
@@ -257,6 +305,9 @@ def prove(directory):
                     decrypted += 1
                 else:
                     wrong.append(f"{key}: decrypts to something else")
+            elif kind in PAIRS:
+                verify(key, kind, name, message)
+                signed += 1
             else:
                 bits = kind.removeprefix("HMAC_")
                 mac = kms(key).generate_mac(KeyId=key, Message=message, MacAlgorithm=f"HMAC_SHA_{bits}")["Mac"]
@@ -264,12 +315,13 @@ def prove(directory):
                     verified += 1
                 else:
                     wrong.append(f"{key}: the MAC is not that of {name}")
-        except InvalidTag:
+        except (InvalidSignature, InvalidTag):
             wrong.append(f"{key}: does not hold {name}")
         except Exception as error:  # each key is reported, whatever goes wrong with it
             wrong.append(f"{key}: {type(error).__name__}: {error}")
     print(f"{decrypted} of {ciphers} symmetric keys: what KMS encrypted was decrypted with the held bytes")
     print(f"{verified} of {macs} HMAC keys: KMS's MAC is the one computed from the held bytes")
+    print(f"{signed} of {pairs} RSA and ECC keys: KMS's signature is verified with the held pair's public key")
 
     # A check that cannot fail proves nothing.
     key, name = next((key, name) for key, name in facts["named"].items() if facts["kinds"][name] == SYMMETRIC)
@@ -284,7 +336,7 @@ def prove(directory):
         return kms(key).describe_key(KeyId=key)["KeyMetadata"]
 
     before = len(wrong)
-    for key in facts["imports"]:
+    for key in facts["imports"].keys() - set(facts["deleted"]):
         if (metadata := state(key))["KeyState"] != "Enabled":
             wrong.append(f"{key}: {metadata['KeyState']}, expected Enabled")
         has = metadata.get("ValidTo")
@@ -292,13 +344,14 @@ def prove(directory):
         if has != facts["expiry"].get(key):
             wrong.append(f"{key}: expires {has}, expected {facts['expiry'].get(key)}")
     if len(wrong) == before:
-        print(f"{len(facts['imports'])} keys are enabled, {len(facts['expiry'])} of them expire at the time asked for")
+        print(f"{len(facts['imports']) - len(facts['deleted'])} keys are enabled, {len(facts['expiry'])} of them expire at the time asked for")
     before = len(wrong)
-    for key in facts["untouched"]:
+    for key in facts["untouched"] + facts["deleted"]:
         if (metadata := state(key))["KeyState"] != "PendingImport":
             wrong.append(f"{key}: {metadata['KeyState']}, expected PendingImport")
     if len(wrong) == before:
-        print(f"{len(facts['untouched'])} keys of refused and failed requests are as they were")
+        print(f"{len(facts['untouched'])} keys of refused and failed requests and of dry runs are as they were; "
+              f"{len(facts['deleted'])} have given up their material")
     finish(wrong)
 
 
