@@ -25,7 +25,7 @@ pub enum Kind {
     MaterialImported,
     /// Deletions are about to be sent.
     DeletionIntended,
-    /// AWS said that it deleted a material, or that there was none.
+    /// AWS said that it deleted a material, or, for as long as it was asked, that there was none.
     MaterialDeleted,
     /// An attempt did not come to an end; another follows.
     AttemptFailed,

@@ -130,7 +130,7 @@ codes! {
         KeyPendingDeletion = "key_pending_deletion",
         /// The key is in a state that forbids an import.
         KeyInvalidState = "key_invalid_state",
-        /// This version imports no material of that kind.
+        /// AWS takes no imported material of that kind.
         KeyKindNotSupported = "key_kind_not_supported",
         /// The wrapping algorithm is not allowed for the kind.
         WrappingNotAllowed = "wrapping_not_allowed",

@@ -11,7 +11,9 @@ pub struct HeldMaterial {
     pub id: String,
     /// What it is to the key.
     pub state: MaterialState,
-    /// Its end of life; `None`: it is missing, having expired or been deleted.
+    /// Whether its bytes are there: not expired, not deleted.
+    pub is_imported: bool,
+    /// Its end of life, as long as it is there.
     pub expiry: Option<Expiry>,
 }
 
@@ -27,6 +29,7 @@ pub enum MaterialState {
 }
 
 impl HeldMaterial {
+    /// `None`: the entry lacks what its documentation promises.
     pub(super) fn of(entry: &RotationsListEntry) -> Option<Self> {
         let state = match entry.key_material_state()? {
             KeyMaterialState::Current => MaterialState::Current,
@@ -34,11 +37,11 @@ impl HeldMaterial {
             // Also PENDING_MULTI_REGION_IMPORT_AND_ROTATION, and whatever AWS may add: not tied to the key.
             _ => MaterialState::Pending,
         };
-        let is_imported = entry.import_state() == Some(&ImportState::Imported);
         Some(Self {
             id: entry.key_material_id()?.to_owned(),
             state,
-            expiry: expiry(entry.expiration_model(), entry.valid_to().copied()).filter(|_| is_imported),
+            is_imported: *entry.import_state()? == ImportState::Imported,
+            expiry: expiry(entry.expiration_model(), entry.valid_to().copied()),
         })
     }
 

@@ -261,7 +261,11 @@ impl Kms {
                 .send()
                 .await;
             let page = self.counted(OPERATION, answer.map_err(|error| CallError::of(OPERATION, &error, &departure)))?;
-            found.extend(page.rotations().iter().filter_map(HeldMaterial::of));
+            for entry in page.rotations() {
+                // One that cannot be read must not pass for one that is missing.
+                found
+                    .push(HeldMaterial::of(entry).ok_or_else(|| CallError::incomplete(OPERATION, "material's state"))?);
+            }
             marker = page.next_marker;
             if marker.is_none() {
                 return Ok(found);

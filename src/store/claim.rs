@@ -92,6 +92,8 @@ pub struct Progress {
     pub key_material_id: Option<String>,
     /// Which materials a delete means, once that is committed.
     pub delete_ids: Option<Vec<String>>,
+    /// Those of them that AWS said it deleted.
+    pub deleted_ids: Vec<String>,
     /// Sets of import parameters thrown away.
     pub refreshes: u32,
     /// Kept for retries.
@@ -194,7 +196,8 @@ pub const READ: &str = "
            progress.parameters_valid_to, progress.last_error, progress.source_key_id,
            source.id, source.name, source.kind, source.fingerprint, source.fingerprint_version, source.kek_id,
            source.sealed_material, source.sealed_data_key,
-           known.own, known.fingerprints, known.versions, known.names, known.ids, progress.delete_ids
+           known.own, known.fingerprints, known.versions, known.names, known.ids, progress.delete_ids,
+           coalesce(progress.deleted_ids, '{}')
     from unnest($1::bigint[], $2::bigint[]) as head(line_id, seq)
     join job on job.line_id = head.line_id and job.seq = head.seq
     join kms_key on kms_key.id = job.kms_key_id
@@ -238,7 +241,7 @@ pub const READ: &str = "
 /// A takeover leaves a call behind that may still take effect, if its job was about to make one.
 const MARK_LATE: &str = "
     update line
-    set late_until = greatest(line.late_until, keyferry_now() + $3 * interval '1 ms'), late_effect = taken.effect
+    set late_until = greatest(line.late_until, keyferry_now() + $3 * interval '1 ms'), late_effect = coalesce(taken.effect, line.late_effect, 'unknown')
     from unnest($1::bigint[], $2::text[]) as taken(id, effect)
     where line.id = taken.id";
 
@@ -440,6 +443,7 @@ fn claimed_job(row: &Row, heads: &HashMap<i64, Head>) -> Result<ClaimedJob, Stor
             parameters: parameters(row),
             last_error: row.get(23),
             delete_ids: row.get(38),
+            deleted_ids: row.get(39),
         },
         source_key: source_key(row).map_err(broken)?,
         materials: known_materials(row),

@@ -51,7 +51,7 @@ pub struct KeyListing {
     /// When it was erased.
     #[serde(with = "time::serde::rfc3339::option")]
     pub deleted_at: Option<OffsetDateTime>,
-    /// ARNs of the KMS keys that hold, or may hold, its material.
+    /// ARNs of the KMS keys that are, or may be, tied to its material, whether it is there now or not.
     pub used_by: Vec<String>,
 }
 

@@ -395,6 +395,11 @@ async fn keep_progress(transaction: &Transaction<'_>, ends: &[(&Settlement, &Hel
                             parameters_valid_to = null
         where job_id = any($1)";
     const RESET: &str = "update progress set refreshes = 0 where job_id = any($1)";
+    // What was deleted stays deleted for this job, whoever brings it back meanwhile.
+    const DELETED: &str = "
+        update progress set deleted_ids = deleted_ids || string_to_array(deleted.ids, ',')
+        from unnest($1::uuid[], $2::text[]) as deleted(job_id, ids)
+        where progress.job_id = deleted.job_id";
     // Nothing of what is known changes.
     const COUNT: &str = "
         insert into progress (job_id, audit_n) select * from unnest($1::uuid[], $2::integer[])
@@ -433,6 +438,17 @@ async fn keep_progress(transaction: &Transaction<'_>, ends: &[(&Settlement, &Hel
     let chosen = |wanted: &[bool]| -> Vec<Uuid> {
         jobs.iter().zip(wanted).filter(|(_, wanted)| **wanted).map(|(job, _)| *job).collect()
     };
+    let (deleted, ids): (Vec<Uuid>, Vec<String>) = retries
+        .iter()
+        .filter_map(|(end, ..)| match &end.removed {
+            Removed::Materials(ids) => Some((end.job.id, ids.join(","))),
+            Removed::Nothing | Removed::Only => None,
+        })
+        .unzip();
+    if !deleted.is_empty() {
+        let note = transaction.prepare_cached(DELETED).await?;
+        transaction.execute(&note, &[&deleted, &ids]).await?;
+    }
     for (statement, which) in [(DISCARD, chosen(&refresh)), (RESET, chosen(&reset))] {
         if !which.is_empty() {
             let statement = transaction.prepare_cached(statement).await?;

@@ -31,8 +31,10 @@ const SETTLE_AFTER_DEADLINE: time::Duration = time::Duration::days(1);
 pub(super) struct Attempt {
     pub(super) context: Arc<Context>,
     pub(super) steps: Batcher<Step, Result<Prepared, StoreError>>,
-    /// For what takes a core: opening, generating, wrapping.
+    /// For opening and wrapping, which take a core for less than a millisecond.
     pub(super) computing: Arc<Semaphore>,
+    /// For generating, which takes one for seconds, and must not keep the others waiting.
+    pub(super) generating: Arc<Semaphore>,
     pub(super) give_back: CancellationToken,
     pub(super) guard: LeaseGuard,
 }
@@ -138,6 +140,8 @@ impl Run {
         }
         if let Work::Import(Import { expiry: Expiry::At(valid_to), .. }) = job.request.work
             && valid_to <= job.now
+            // What AWS has taken is only looked at.
+            && self.answered.is_none()
         {
             return self.fail(FailureCode::ValidToPassed, "valid_to passed while the job waited; send a new request");
         }
@@ -177,6 +181,8 @@ impl Run {
             return self.fail(FailureCode::KeyKindNotSupported, &message);
         };
         match key.state.as_str() {
+            // What AWS has taken is only looked at, whatever has become of the key since.
+            _ if self.answered.is_some() => {}
             "PendingImport" | "Enabled" => {}
             // AWS deletes material in these states too, and leaves the state as it is.
             "Disabled" | "PendingDeletion" if is_delete => {}
@@ -191,12 +197,16 @@ impl Run {
                 return self.wait_for_aws("DescribeKey", &message, None, FailureCode::KeyInvalidState);
             }
         }
-        // An import that may have taken effect may itself have made it untrue; a delete never does.
-        let may_have_changed_it = !is_delete && (self.in_doubt || self.answered.is_some());
-        if let Some(expected) = &self.job.request.expect_current_material
-            && key.current_material.as_ref() != Some(expected)
-            && !may_have_changed_it
-        {
+        let Some(expected) = &self.job.request.expect_current_material else { return Ok(kind) };
+        if !kind.has_material_ids() {
+            let message = format!(
+                "AWS gives ids to materials of symmetric keys only; leave expect_current_material out for {kind}"
+            );
+            return self.fail(FailureCode::MaterialIdNotAllowed, &message);
+        }
+        // An import that may have taken effect may itself have made it untrue; a delete has committed what it means.
+        let is_past = self.in_doubt || self.answered.is_some() || self.job.progress.delete_ids.is_some();
+        if key.current_material.as_ref() != Some(expected) && !is_past {
             let message = "AWS holds another current material than expect_current_material names";
             return self.fail(FailureCode::UnexpectedCurrentMaterial, message);
         }

@@ -92,10 +92,12 @@ pub async fn run(context: Arc<Context>, stop: CancellationToken) {
     background.spawn(leases.clone().beat(Arc::clone(&context), finished.clone()));
     background.spawn(keep_house(Arc::clone(&context), stop.clone()));
 
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let pool = Pool {
         context: Arc::clone(&context),
         permits: Arc::new(Semaphore::new(settings.concurrency)),
-        computing: Arc::new(Semaphore::new(std::thread::available_parallelism().map_or(1, usize::from))),
+        computing: Arc::new(Semaphore::new(cores)),
+        generating: Arc::new(Semaphore::new(cores.div_ceil(2))),
         leases,
         steps,
         settler,
@@ -124,6 +126,7 @@ struct Pool {
     context: Arc<Context>,
     permits: Arc<Semaphore>,
     computing: Arc<Semaphore>,
+    generating: Arc<Semaphore>,
     leases: Leases,
     steps: Batcher<Step, Result<Prepared, StoreError>>,
     settler: Batcher<Settlement, bool>,
@@ -202,6 +205,7 @@ impl Pool {
             context: Arc::clone(&self.context),
             steps: self.steps.clone(),
             computing: Arc::clone(&self.computing),
+            generating: Arc::clone(&self.generating),
             give_back: self.give_back.clone(),
             guard,
         };
@@ -288,7 +292,7 @@ impl Settlement {
         let failure = Failure {
             code: FailureCode::Unstorable,
             message: "the outcome holds text that Postgres does not store; see the worker's log".into(),
-            aws_changed: true,
+            aws_changed: !self.job.dry_run,
         };
         self.facts.clear();
         self.kind = SettlementKind::Ended { outcome: Err(failure), source_key_id, material };

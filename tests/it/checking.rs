@@ -3,7 +3,7 @@
 use crate::support::broker::{Message, Received};
 use crate::support::checker::violations;
 use crate::support::fake::WORKER;
-use crate::support::snapshot::{Entry, Job, Line, Refusal, Secret, Snapshot, SourceKey};
+use crate::support::snapshot::{Entry, Job, Line, Material, Refusal, Secret, Snapshot, SourceKey};
 use serde_json::{Value, json};
 use uuid::Uuid;
 
@@ -42,7 +42,8 @@ fn sound() -> Snapshot {
         origin: "imported".into(),
         material: (1..=32).collect(),
     };
-    let material = json!({"material_sha256": source.sha256(), "imported": true, "valid_to": null});
+    let material =
+        json!({"material_sha256": source.sha256(), "key_material_id": "m", "imported": true, "valid_to": null});
     let call = |operation: &str, effect: Value| {
         json!({"key_arn": ARN, "access_key": WORKER, "operation": operation, "outcome": "ok", "late": false,
                "fault": null, "effect": effect})
@@ -80,6 +81,12 @@ fn sound() -> Snapshot {
             entry(SOURCE, 1, "source_key_imported", json!({})),
         ],
         source_keys: vec![source],
+        materials: vec![Material {
+            arn: ARN.into(),
+            key_material_id: Some("m".into()),
+            is_certain: true,
+            is_removed: false,
+        }],
         lines: vec![Line { id: 1, head: 2, tail: 1, is_due: false, is_leased: false }],
         left: [("outbox".to_owned(), 0)].into(),
         events: vec![event(JOB, "succeeded", "import", "r1"), event(REFUSAL, "rejected", "unknown", "r2")],
@@ -167,7 +174,7 @@ fn deleted() -> Snapshot {
         "key_arn": ARN, "access_key": WORKER, "operation": "DeleteImportedKeyMaterial", "outcome": "ok", "late": false,
         "fault": null, "effect": {"deleted": {"key_material_id": "m"}},
     }));
-    snapshot.kms_keys[0]["materials"][0]["key_material_id"] = "m".into();
+    snapshot.materials[0].is_removed = true;
     snapshot.kms_keys[0]["materials"][0]["imported"] = false.into();
     snapshot
 }
@@ -185,6 +192,10 @@ fn a_delete_that_is_not_as_its_job_says_is_found() {
     spoilt("I2", &|s| s.kms_keys[0]["materials"][0]["imported"] = true.into());
     spoilt("I2", &|s| s.journal[2]["effect"]["deleted"]["key_material_id"] = "other".into());
     spoilt("I2", &|s| s.journal.swap(1, 2));
+    // The record denies it; the trail does not tell of it; nothing was called.
+    spoilt("I2", &|s| s.materials[0].is_removed = false);
+    spoilt("I2", &|s| s.audit.retain(|entry| !entry.text.contains("material_deleted")));
+    spoilt("I2", &|s| s.journal.truncate(2));
     // Nothing said before that it would be sent, or it was sent once more.
     spoilt("I4", &|s| s.audit.retain(|entry| !entry.text.contains("deletion_intended")));
     spoilt("I4", &|s| s.journal.push(s.journal[2].clone()));
@@ -202,6 +213,7 @@ fn a_dry_run_that_does_something_is_found() {
     // The only job of the key says that it was one.
     spoilt("I2", |s| s.jobs[0].dry_run = true);
     spoilt("I4", |s| s.jobs[0].dry_run = true);
+    spoilt("I2", |s| s.materials[0].is_removed = true);
     spoilt("I7", |s| s.jobs[0].dry_run = true);
 }
 

@@ -99,10 +99,13 @@ async fn it_fails_as_the_real_thing_would() {
         ("origin", &foreign, json!({}), "key_not_external"),
         ("delete", &foreign, json!({"operation": "delete"}), "key_not_external"),
     ] {
-        world.publish(request(id, key, dry(more))).await;
+        world.publish(request(id, key, dry(more.clone()))).await;
         let job = world.failed(id, code).await;
         assert!(!job.aws_changed());
         assert_eq!(world.events_of(id).await[0]["data"]["job"]["dry_run"], true);
+        let real = format!("{id}-real");
+        world.publish(request(&real, key, more)).await;
+        assert_eq!(world.failed(&real, code).await.error, job.error, "the same words");
     }
     world.finish().await;
 }

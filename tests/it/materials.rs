@@ -13,7 +13,7 @@ pub struct Rotated {
     /// AWS's ids of the two.
     pub old: String,
     pub new: String,
-    new_bytes: Vec<u8>,
+    pub new_bytes: Vec<u8>,
 }
 
 pub async fn rotated(tuning: Tuning) -> Rotated {
@@ -178,6 +178,9 @@ async fn keys_without_material_ids_take_none() {
     world.import_key("mac", "HMAC_256", &random(32)).await;
     let id = "ab".repeat(32);
     world.publish(request("import", &arn, json!({"source_key_identifier": "mac", "key_material_id": id}))).await;
+    world
+        .publish(request("expected", &arn, json!({"source_key_identifier": "mac", "expect_current_material": id})))
+        .await;
     world.publish(request("delete", &arn, json!({"operation": "delete", "key_material_id": id}))).await;
     world
         .publish(request("described", &arn, json!({"source_key_identifier": "mac", "key_material_description": "x"})))
@@ -185,6 +188,7 @@ async fn keys_without_material_ids_take_none() {
     for (id, code) in [
         ("import", "material_id_not_allowed"),
         ("delete", "material_id_not_allowed"),
+        ("expected", "material_id_not_allowed"),
         ("described", "description_not_allowed"),
     ] {
         assert!(!world.failed(id, code).await.aws_changed());
@@ -255,5 +259,39 @@ async fn what_aws_shows_late_is_waited_for() {
         let calls = world.fake.journal(&format!("key={arn}&operation={operation}")).await;
         assert_eq!(calls.len(), 1, "what AWS has answered is not sent again: {calls:#?}");
     }
+    world.finish().await;
+}
+
+/// The answer to a reimport is lost, and the key rotated before the next attempt: the same import settles it.
+#[tokio::test]
+async fn a_reimport_in_doubt_is_settled_whatever_is_in_force_by_then() {
+    let mut case = rotated(Tuning::hasty()).await;
+    let third = random(32);
+    case.world.fake.stranger_imports_as(&case.arn, &third, Some(ImportType::NewKeyMaterial), None).await;
+    case.world.fake.fault("ImportKeyMaterial", &case.arn, Some(1), json!({"kind": "hold"})).await;
+    case.ask("r", json!({"source_key_identifier": "new"})).await;
+    case.world.fake.held(1, "ImportKeyMaterial", &case.arn).await;
+    case.world.fake.stranger_rotates(&case.arn).await;
+    let result = case.world.succeeded("r").await.result.unwrap();
+    case.world.fake.release(&case.arn).await;
+    assert_eq!(result["key_material_id"], json!(case.new));
+    assert!(decrypts(&case.world.fake, &case.arn, &third).await);
+    case.world.finish().await;
+}
+
+/// AWS has taken the material; what becomes of the key before it is seen is no failure of the import.
+#[tokio::test]
+async fn a_key_that_is_disabled_after_its_import_was_taken_has_taken_it() {
+    let mut world = World::with_worker(Tuning::default()).await;
+    world.symmetric_key("ours").await;
+    let arn = world.fake.key().await;
+    world.fake.options(json!({"change_lag_ms": 20_000})).await;
+    world.publish(request("r1", &arn, json!({"source_key_identifier": "ours"}))).await;
+    world.until("the import was answered", "select count(*) from progress where imported", 1).await;
+    world.fake.advance(20).await;
+    world.fake.stranger("eu-central-1").disable_key().key_id(&arn).send().await.unwrap();
+    world.fake.advance(20).await;
+    let job = world.ended("r1").await;
+    assert_eq!(job.state, "succeeded", "{job:?}");
     world.finish().await;
 }

@@ -67,7 +67,7 @@ pub(super) fn choose(
         return no(FailureCode::SourceKeyWrongKind, message);
     }
     let role = if kind.has_material_ids() {
-        role_of_one_among_many(key, asked, &job.materials, shown)?
+        role_of_one_among_many(key, asked, &job.materials, shown, job.progress.in_doubt)?
     } else {
         only_the_same_again(key, &job.materials)?;
         MaterialRole::First
@@ -128,6 +128,7 @@ fn role_of_one_among_many(
     asked: &Import,
     known: &[KnownMaterial],
     shown: &KeyDescription,
+    in_doubt: bool,
 ) -> Result<MaterialRole, NoChoice> {
     let own_id =
         known.iter().filter(|held| held.fingerprint == key.fingerprint).find_map(|held| held.key_material_id.as_ref());
@@ -153,7 +154,8 @@ fn role_of_one_among_many(
         };
     }
     match (own_id, &shown.current_material) {
-        (Some(own), Some(current)) if own != current => {
+        // An import that may have taken effect is settled by the same again, whatever is in force by now.
+        (Some(own), Some(current)) if own != current && !in_doubt => {
             let holder = match other_with(current) {
                 Some(other) => format!("that of source key {}", other.source_key_name),
                 None => "one that Keyferry did not import".to_owned(),
@@ -284,15 +286,22 @@ mod tests {
         ] {
             let shown = shown(current, RegionRole::Single);
             let key = stored(KeyKind::SymmetricDefault);
-            let role = role_of_one_among_many(&key, &asked(asked_id), &known, &shown).map_err(|no| no.code);
+            let role = role_of_one_among_many(&key, &asked(asked_id), &known, &shown, false).map_err(|no| no.code);
             assert_eq!(role, expected, "{known:?} {current:?} {asked_id:?}");
         }
     }
 
     #[test]
+    fn what_is_in_doubt_is_settled_by_the_same_again() {
+        let (known, shown) = ([held(OURS, Some("a"))], shown(Some("x"), RegionRole::Single));
+        let role = role_of_one_among_many(&stored(KeyKind::SymmetricDefault), &asked(None), &known, &shown, true);
+        assert_eq!(role, Ok(existing("a")));
+    }
+
+    #[test]
     fn a_replica_is_never_given_new_material() {
         let replica = shown(None, RegionRole::Replica);
-        let role = role_of_one_among_many(&stored(KeyKind::SymmetricDefault), &asked(None), &[], &replica);
+        let role = role_of_one_among_many(&stored(KeyKind::SymmetricDefault), &asked(None), &[], &replica, false);
         assert_eq!(role, Ok(MaterialRole::Existing(None)));
         assert_eq!(generated(&asked(None), &[], &replica).unwrap_err().code, FailureCode::SourceKeyRequired);
     }

@@ -6,7 +6,7 @@ use crate::audit::{Fact, Kind};
 use crate::job::{DeleteTarget, FailureCode, JobResult, KeyKind};
 use crate::kms::{CallError, ErrorKind, HeldMaterial, KeyDescription};
 use crate::store::{Answered, Intent, Removed, Settlement, SettlementKind};
-use serde_json::{Value, json};
+use serde_json::json;
 
 impl Run {
     pub(super) async fn delete(
@@ -23,27 +23,22 @@ impl Run {
         if self.job.request.dry_run {
             return Ok(self.would_delete(kind, &before, ids));
         }
-        if self.answered.is_some() {
-            return self.verify_delete(kind, &before, ids).await;
+        if kind.has_material_ids() && ids.is_empty() {
+            // Without a name a late call could mean what somebody imports later: nothing is sent.
+            return Ok(self.deleted(kind, &before, &ids));
         }
-        let details = json!({"attempt": self.job.attempt, "key_material_ids": ids});
-        let facts = vec![Fact::new(Kind::DeletionIntended, details)];
-        self.commit(Intent::Delete { material_ids: ids.clone() }, effect(&ids), facts).await?;
-        crate::failpoint!("worker.after_prepare");
-        if ids.is_empty() {
-            self.send_delete(None).await?;
+        if self.answered.is_none() {
+            self.commit_delete(&ids).await?;
+            self.send_deletes(&ids).await?;
+            crate::failpoint!("worker.after_delete");
+            let after = self.describe().await?;
+            return self.verify_delete(kind, &after, &ids).await;
         }
-        for id in &ids {
-            self.send_delete(Some(id)).await?;
-        }
-        self.answered = Some(Answered::default());
-        crate::failpoint!("worker.after_delete");
-        let after = self.describe().await?;
-        self.verify_delete(kind, &after, ids).await
+        self.verify_delete(kind, &before, &ids).await
     }
 
-    /// The ids that are meant; none for a key without material ids. The one in force comes first: without it the
-    /// key stops at once.
+    /// The ids that are meant; none for a key without material ids, and for one that has never had material. The one
+    /// in force comes first: without it the key stops at once.
     async fn materials_meant(
         &mut self,
         target: &DeleteTarget,
@@ -58,45 +53,84 @@ impl Run {
             }
             return Ok(Vec::new());
         }
+        if let (DeleteTarget::Current, Some(current)) = (target, &before.current_material) {
+            return Ok(vec![current.clone()]);
+        }
+        let listed = self.listed(before).await?;
+        let is_pending = |id: &String| listed.iter().any(|held| held.id == *id && !held.is_permanent());
         // What jobs have put there is there, even if AWS does not show it yet.
-        let on_record: Vec<String> = self
-            .job
-            .materials
-            .iter()
-            .filter(|held| held.is_own)
-            .filter_map(|held| held.key_material_id.clone())
-            .collect();
+        let on_record = self.job.materials.iter().filter(|held| held.is_own);
+        let on_record: Vec<String> =
+            on_record.filter_map(|held| held.key_material_id.clone()).filter(|id| !is_pending(id)).collect();
         let current = before.current_material.clone().or_else(|| on_record.last().cloned());
         match target {
             DeleteTarget::Current => Ok(current.into_iter().collect()),
             DeleteTarget::All => {
-                let listed = self.materials().await?;
-                let listed = listed.into_iter().filter(HeldMaterial::is_permanent).map(|held| held.id);
+                let permanent = listed.iter().filter(|held| held.is_permanent()).map(|held| held.id.clone());
                 let mut others: Vec<String> =
-                    listed.chain(on_record).filter(|id| Some(id) != current.as_ref()).collect();
+                    permanent.chain(on_record).filter(|id| Some(id) != current.as_ref()).collect();
                 others.sort_unstable();
                 others.dedup();
                 Ok(current.into_iter().chain(others).collect())
             }
-            DeleteTarget::Material(id) if on_record.contains(id) || current.as_ref() == Some(id) => {
+            // Whose it is cannot be told here, and what is deleted now could not come back.
+            DeleteTarget::Material(id) if is_pending(id) => self.fail(
+                FailureCode::MaterialPending,
+                "the material waits for its rotation and is not tied to the key yet; a delete leaves it alone",
+            ),
+            DeleteTarget::Material(id)
+                if listed.iter().any(|held| held.id == *id)
+                    || on_record.contains(id)
+                    || current.as_ref() == Some(id) =>
+            {
                 Ok(vec![id.clone()])
             }
-            DeleteTarget::Material(id) => {
-                let listed = self.materials().await?;
-                match listed.iter().find(|held| held.id == *id) {
-                    Some(held) if held.is_permanent() => Ok(vec![id.clone()]),
-                    // Whose it is cannot be told here, and what is deleted now could not come back.
-                    Some(_) => self.fail(
-                        FailureCode::MaterialPending,
-                        "the material waits for its rotation and is not tied to the key yet; a delete leaves it alone",
-                    ),
-                    None => {
-                        let message = "the key has no material with this key_material_id";
-                        self.wait_for_aws("ListKeyRotations", message, None, FailureCode::MaterialUnknown)
-                    }
-                }
+            DeleteTarget::Material(_) => {
+                let message = "the key has no material with this key_material_id";
+                self.wait_for_aws("ListKeyRotations", message, None, FailureCode::MaterialUnknown)
             }
         }
+    }
+
+    /// A key that waits for its own deletion may not show its materials (UNVERIFIED).
+    async fn listed(&mut self, key: &KeyDescription) -> Or<Vec<HeldMaterial>> {
+        self.not_stopping()?;
+        match self.attempt.context.kms.materials(&self.job.key, &self.attempt.guard).await {
+            Ok(materials) => Ok(materials),
+            Err(error) if error.kind == ErrorKind::InvalidState && key.state == "PendingDeletion" => Ok(Vec::new()),
+            Err(error) => self.read_failed(&error),
+        }
+    }
+
+    async fn commit_delete(&mut self, ids: &[String]) -> Or<()> {
+        let details = json!({"attempt": self.job.attempt, "key_material_ids": self.left_of(ids)});
+        let facts = vec![Fact::new(Kind::DeletionIntended, details)];
+        self.commit(Intent::Delete { material_ids: ids.to_vec() }, effect(ids), facts).await?;
+        crate::failpoint!("worker.after_prepare");
+        self.not_stopping()
+    }
+
+    /// What AWS has not said yet that it deleted. What it has deleted may have been brought back since, and stays.
+    fn left_of(&self, ids: &[String]) -> Vec<String> {
+        ids.iter().filter(|id| !self.job.progress.deleted_ids.contains(id)).cloned().collect()
+    }
+
+    async fn send_deletes(&mut self, ids: &[String]) -> Or<()> {
+        if ids.is_empty() {
+            self.send_delete(None).await?;
+        }
+        for (number, id) in self.left_of(ids).iter().enumerate() {
+            // The first may be in doubt, and is settled; the others were never sent.
+            if number > 0 && self.job.now >= self.job.deadline {
+                let message = "the deadline passed when a part of the materials was deleted; see key_material_ids of \
+                               the audit trail";
+                return self.fail(FailureCode::DeadlineExceeded, message);
+            }
+            self.send_delete(Some(id)).await?;
+        }
+        self.in_doubt = false;
+        self.answered = Some(Answered::default());
+        Ok(())
     }
 
     /// One mutating call. Repeating it is harmless: it names the material.
@@ -107,24 +141,20 @@ impl Run {
         crate::failpoint!("worker.after_answer");
         match answer {
             Ok(deleted) => {
-                // As long as others are to follow, the job has changed AWS and is not at its end.
-                self.in_doubt = true;
-                self.note_removed(id);
-                self.facts.push(Fact::new(
-                    Kind::MaterialDeleted,
-                    json!({
-                        "attempt": self.job.attempt,
-                        "key_material_id": deleted.key_material_id,
-                        "aws_request_id": deleted.aws_request_id,
-                    }),
-                ));
+                self.in_doubt = false;
+                self.note_removed(
+                    id,
+                    json!({"aws_request_id": deleted.aws_request_id, "said": deleted.key_material_id}),
+                );
                 Ok(())
             }
             Err(error) => self.delete_failed(id, &error).await,
         }
     }
 
-    fn note_removed(&mut self, id: Option<&String>) {
+    fn note_removed(&mut self, id: Option<&String>, said: serde_json::Value) {
+        let details = json!({"attempt": self.job.attempt, "key_material_id": id, "answer": said});
+        self.facts.push(Fact::new(Kind::MaterialDeleted, details));
         match (id, &mut self.removed) {
             (None, removed) => *removed = Removed::Only,
             (Some(id), Removed::Materials(ids)) => ids.push(id.clone()),
@@ -138,13 +168,19 @@ impl Run {
             self.in_doubt = true;
             self.unanswered = true;
         }
-        // What AWS answers to the deletion of a material that is not there is UNVERIFIED.
-        if let (Some(id), ErrorKind::NotFound | ErrorKind::InvalidState | ErrorKind::IncorrectKeyMaterial) =
-            (id, error.kind)
-            && is_absent(&self.materials().await?, id)
-        {
-            self.note_removed(Some(id));
-            return Ok(());
+        // What AWS answers to the deletion of a material that is not there is UNVERIFIED. The same answers come while it
+        // has not caught up with itself, so that absence is believed only when it lasts.
+        let may_be_gone =
+            matches!(error.kind, ErrorKind::NotFound | ErrorKind::InvalidState | ErrorKind::IncorrectKeyMaterial);
+        if let (Some(id), true) = (id, may_be_gone) {
+            if !self.has_looked_enough() {
+                return self.wait_for_aws(step, &text, request_id, FailureCode::KeyInvalidState);
+            }
+            if is_absent(&self.materials().await?, id) {
+                self.in_doubt = false;
+                self.note_removed(Some(id), json!({"aws_request_id": request_id, "error": text}));
+                return Ok(());
+            }
         }
         match judge(error) {
             Verdict::Retry(class) => self.retry(class, step, &text, request_id),
@@ -155,36 +191,30 @@ impl Run {
     }
 
     /// Looks until AWS shows that the materials are gone.
-    async fn verify_delete(&mut self, kind: KeyKind, after: &KeyDescription, ids: Vec<String>) -> Or<Settlement> {
-        let is_gone = if kind.has_material_ids() && !ids.is_empty() {
-            self.not_stopping()?;
-            match self.attempt.context.kms.materials(&self.job.key, &self.attempt.guard).await {
-                Ok(materials) => ids.iter().all(|id| is_absent(&materials, id)),
-                // A key that waits for its own deletion may not show its materials (UNVERIFIED): AWS's answer counts.
-                Err(error) if error.kind == ErrorKind::InvalidState && after.state == "PendingDeletion" => true,
-                Err(error) => return self.read_failed(&error),
-            }
+    async fn verify_delete(&mut self, kind: KeyKind, after: &KeyDescription, ids: &[String]) -> Or<Settlement> {
+        let is_gone = if kind.has_material_ids() {
+            let listed = self.listed(after).await?;
+            ids.iter().all(|id| is_absent(&listed, id))
         } else {
             after.expiry.is_none()
         };
-        if !is_gone {
-            let message = format!("AWS deleted the material but still shows it: state {}", after.state);
-            return self.wait_for_aws("verify", &message, None, FailureCode::UnexpectedAnswer);
+        if is_gone {
+            return Ok(self.deleted(kind, after, ids));
         }
-        self.in_doubt = false;
-        let mut result = self.result(after, kind);
+        let message = format!("AWS deleted the material but still shows it: state {}", after.state);
+        self.wait_for_aws("verify", &message, None, FailureCode::UnexpectedAnswer)
+    }
+
+    fn deleted(&mut self, kind: KeyKind, shown: &KeyDescription, ids: &[String]) -> Settlement {
+        let mut result = self.result(shown, kind);
         result["key_material_ids"] = json!(ids);
-        Ok(self.settlement(SettlementKind::Ended {
-            outcome: Ok(JobResult(result)),
-            source_key_id: None,
-            material: None,
-        }))
+        self.settlement(SettlementKind::Ended { outcome: Ok(JobResult(result)), source_key_id: None, material: None })
     }
 
     fn would_delete(&mut self, kind: KeyKind, before: &KeyDescription, ids: Vec<String>) -> Settlement {
-        let materials: Value = self.with_sources(ids);
-        let would = json!({"operation": "delete", "key_materials": materials, "key_state_now": before.state});
-        self.would(before, kind, would, &["whether the worker may call DeleteImportedKeyMaterial"])
+        let own_effect = Some(effect(&ids));
+        let would = json!({"operation": "delete", "key_materials": self.with_sources(ids)});
+        self.would(before, kind, would, own_effect, &["whether the worker may call DeleteImportedKeyMaterial"])
     }
 }
 
@@ -196,5 +226,5 @@ fn effect(ids: &[String]) -> String {
 }
 
 fn is_absent(materials: &[HeldMaterial], id: &str) -> bool {
-    !materials.iter().any(|held| held.id == id && held.expiry.is_some())
+    !materials.iter().any(|held| held.id == id && held.is_imported)
 }

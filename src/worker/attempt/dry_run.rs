@@ -1,13 +1,14 @@
 //! A dry run: every check, read-only calls, a wrap under a throw-away key. It creates and changes nothing.
 
 use super::choose::Choice;
-use super::import::expiry_text;
+use super::import::{effect, expiry_text};
 use super::{Or, Run};
-use crate::job::{FailureCode, Import, JobResult, KeyKind, Wrapping};
+use crate::job::{FailureCode, Import, JobResult, KeyKind, Wrapping, rfc3339};
 use crate::kms::{KeyDescription, MaterialRole};
 use crate::store::{Settlement, SettlementKind};
 use crate::wrap::{throw_away_public_key, wrap};
 use serde_json::{Value, json};
+use std::sync::Arc;
 
 impl Run {
     /// Goes up to the door of an import.
@@ -26,8 +27,11 @@ impl Run {
             None => kind.most_material_bytes(),
         };
         // Not the key's own bytes: nothing is known of a random modulus's strength.
-        let wrapped =
-            self.compute(move || wrap(&vec![0; length], &throw_away_public_key(wrapping.key_spec)?, wrapping)).await?;
+        let wrapped = self
+            .compute(Arc::clone(&self.attempt.computing), move || {
+                wrap(&vec![0; length], &throw_away_public_key(wrapping.key_spec)?, wrapping)
+            })
+            .await?;
         let wrapped = match wrapped {
             Ok(wrapped) => wrapped,
             Err(error) => return self.fail(FailureCode::WrappingNotAllowed, &error.to_string()),
@@ -36,11 +40,13 @@ impl Run {
             MaterialRole::First => (None, None),
             MaterialRole::Existing(id) => (Some("EXISTING_KEY_MATERIAL"), id),
         };
+        // A pair was compared already.
+        let takes_only_the_same = import_type.is_some() || (before.has_had_material() && !kind.is_pair());
         let is_on_record = stored
             .as_ref()
             .is_some_and(|key| self.job.materials.iter().any(|held| held.fingerprint == key.fingerprint));
         let mut left_to_aws = vec!["whether the worker may call GetParametersForImport and ImportKeyMaterial"];
-        if before.has_had_material() && !is_on_record && !kind.is_pair() {
+        if takes_only_the_same && !is_on_record {
             left_to_aws.push("whether the source key is the material that the key was given before");
         }
         let would = json!({
@@ -55,7 +61,8 @@ impl Run {
             "wrapping_key_spec": wrapping.key_spec.as_str(),
             "wrapped_bytes": wrapped.len(),
         });
-        Ok(self.would(before, kind, would, &left_to_aws))
+        let own_effect = stored.as_ref().map(|key| effect(key.id, asked.expiry));
+        Ok(self.would(before, kind, would, own_effect, &left_to_aws))
     }
 
     /// The end of a dry run that nothing refuses.
@@ -64,10 +71,12 @@ impl Run {
         shown: &KeyDescription,
         kind: KeyKind,
         mut would: Value,
+        own_effect: Option<String>,
         left_to_aws: &[&str],
     ) -> Settlement {
         would["left_to_aws"] = json!(left_to_aws);
-        would["waits_until"] = json!(self.job.late.as_ref().map(|(_, until)| crate::job::rfc3339(*until)));
+        let waits_for = self.job.late.as_ref().filter(|(late, _)| own_effect.as_ref() != Some(late));
+        would["waits_until"] = json!(waits_for.map(|(_, until)| rfc3339(*until)));
         let mut result = self.result(shown, kind);
         result["dry_run"] = json!(true);
         result["would"] = would;

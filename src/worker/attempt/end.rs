@@ -56,11 +56,16 @@ impl Run {
         aws_request_id: Option<&str>,
         give_up: FailureCode,
     ) -> Or<T> {
-        let most = if self.answered.is_some() { MOST_LOOKS_AFTER_ANSWER } else { MOST_LOOKS };
-        if self.times(Class::NotYetVisible) >= most {
+        if self.has_looked_enough() {
             return self.fail(give_up, message);
         }
         self.retry(Class::NotYetVisible, step, message, aws_request_id)
+    }
+
+    /// Whether AWS has had its time to catch up with itself.
+    pub(super) fn has_looked_enough(&self) -> bool {
+        let most = if self.answered.is_some() { MOST_LOOKS_AFTER_ANSWER } else { MOST_LOOKS };
+        self.times(Class::NotYetVisible) >= most
     }
 
     /// The job's end.
@@ -134,7 +139,10 @@ impl Run {
     }
 
     fn may_have_changed_aws(&self) -> bool {
-        self.in_doubt || self.answered.is_some()
+        self.in_doubt
+            || self.answered.is_some()
+            || self.removed != Removed::Nothing
+            || !self.job.progress.deleted_ids.is_empty()
     }
 
     fn again(&self, delay: Duration, reason: serde_json::Value) -> SettlementKind {

@@ -12,7 +12,10 @@ use crate::store::{Answered, Intent, Parameters, Prepared, Settlement, Step};
 use crate::wrap::wrap;
 use serde_json::json;
 use std::sync::Arc;
+use tokio::sync::Semaphore;
 
+/// A refusal this close to the material's end of life may be for that alone: AWS has a clock of its own.
+const EXPIRY_MARGIN: time::Duration = time::Duration::minutes(10);
 /// Kept parameters are used while at least this much of their day is left.
 const PARAMETERS_MARGIN: time::Duration = time::Duration::minutes(10);
 
@@ -124,8 +127,11 @@ impl Run {
     async fn generate(&mut self, kind: KeyKind) -> Or<SealedKey> {
         let name = format!("keyferry-{}", self.job.id);
         let context = Arc::clone(&self.attempt.context);
-        let made =
-            self.compute(move || SealedKey::generate(&context.keyring, uuid::Uuid::now_v7(), name, kind)).await?;
+        let made = self
+            .compute(Arc::clone(&self.attempt.generating), move || {
+                SealedKey::generate(&context.keyring, uuid::Uuid::now_v7(), name, kind)
+            })
+            .await?;
         match made {
             Ok(key) => Ok(key),
             Err(error) => {
@@ -258,7 +264,7 @@ impl Run {
                 self.answered = Some(Answered { key_material_id: imported.key_material_id });
                 Ok(())
             }
-            Err(error) => self.import_failed(kind, before, &error),
+            Err(error) => self.import_failed(asked, kind, before, &error),
         }
     }
 
@@ -274,7 +280,7 @@ impl Run {
     }
 
     /// The import did not succeed, or was not answered.
-    fn import_failed<T>(&mut self, kind: KeyKind, before: &KeyDescription, error: &CallError) -> Or<T> {
+    fn import_failed<T>(&mut self, asked: &Import, kind: KeyKind, before: &KeyDescription, error: &CallError) -> Or<T> {
         let (step, text, id) = (error.operation, error.to_string(), error.aws_request_id.as_deref());
         if error.kind.may_have_taken_effect() {
             self.in_doubt = true;
@@ -284,6 +290,12 @@ impl Run {
             if before.role == RegionRole::Replica && self.is_on_record() {
                 // The primary was given it moments ago, and has not yet told the replica.
                 return self.wait_for_aws(step, &text, id, FailureCode::OtherMaterial);
+            }
+            if let Expiry::At(at) = asked.expiry
+                && at - self.job.now < EXPIRY_MARGIN
+            {
+                let message = format!("{text}; valid_to may have passed on the way: send a new request");
+                return self.fail(FailureCode::ValidToPassed, &message);
             }
             if !kind.has_material_ids() {
                 // One material for life: had an import of ours taken effect, this identical one would have been taken.
@@ -324,16 +336,29 @@ impl Run {
         work: impl FnOnce(&PlainKey) -> T + Send + 'static,
     ) -> Or<T> {
         let context = Arc::clone(&self.attempt.context);
-        let done: Result<T, OpenError> = self.compute(move || key.open(&context.keyring).map(|key| work(&key))).await?;
+        let done: Result<T, OpenError> = self
+            .compute(Arc::clone(&self.attempt.computing), move || key.open(&context.keyring).map(|key| work(&key)))
+            .await?;
         match done {
             Ok(done) => Ok(done),
             Err(error) => self.fail(FailureCode::SourceKeyDamaged, &error.to_string()),
         }
     }
 
-    /// Off the async threads, and no more at once than there are cores.
-    pub(super) async fn compute<T: Send + 'static>(&mut self, work: impl FnOnce() -> T + Send + 'static) -> Or<T> {
-        let permit = Arc::clone(&self.attempt.computing).acquire_owned().await;
+    /// Off the async threads, and no more at once than there are permits.
+    pub(super) async fn compute<T: Send + 'static>(
+        &mut self,
+        permits: Arc<Semaphore>,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> Or<T> {
+        let give_back = self.attempt.give_back.clone();
+        let permit = tokio::select! {
+            permit = permits.acquire_owned() => permit,
+            () = give_back.cancelled() => {
+                self.not_stopping()?;
+                return Err(None);
+            }
+        };
         let done = tokio::task::spawn_blocking(move || {
             let _permit = permit;
             work()

@@ -96,21 +96,23 @@ impl Run {
     }
 }
 
+/// States in which a key shows that its material is there. It may have been disabled since AWS took the material.
+fn has_material(state: &str) -> bool {
+    matches!(state, "Enabled" | "Disabled" | "PendingDeletion")
+}
+
 /// `DescribeKey` is enough when the key has one material.
 fn shows(key: &KeyDescription, expiry: Expiry, material_id: Option<&str>) -> bool {
     let is_current = material_id.is_none() || key.current_material.as_deref() == material_id;
-    key.state == "Enabled" && key.expiry == Some(expiry) && is_current
+    has_material(&key.state) && key.expiry == Some(expiry) && is_current
 }
 
 /// A key with several materials shows the earliest expiry of all, and is pending import while any of them
 /// is missing; `ListKeyRotations` shows each. The others that are missing, once this one is there: `None`, not yet.
 fn missing_beside(materials: &[HeldMaterial], id: &str, expiry: Expiry, key: &KeyDescription) -> Option<Vec<String>> {
-    let is_there = materials.iter().any(|held| held.id == id && held.expiry == Some(expiry));
-    let missing: Vec<String> = materials
-        .iter()
-        .filter(|held| held.is_permanent() && held.expiry.is_none())
-        .map(|held| held.id.clone())
-        .collect();
+    let is_there = materials.iter().any(|held| held.id == id && held.is_imported && held.expiry == Some(expiry));
+    let missing: Vec<String> =
+        materials.iter().filter(|held| held.is_permanent() && !held.is_imported).map(|held| held.id.clone()).collect();
     // With nothing missing the state lags behind.
-    (is_there && (key.state == "Enabled" || !missing.is_empty())).then_some(missing)
+    (is_there && (has_material(&key.state) || !missing.is_empty())).then_some(missing)
 }

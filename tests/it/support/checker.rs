@@ -5,17 +5,20 @@ use super::fake::WORKER;
 use super::snapshot::{Job, Secret, Snapshot};
 use base64::Engine as _;
 use base64::engine::general_purpose::{STANDARD, STANDARD_NO_PAD, URL_SAFE_NO_PAD};
-use serde_json::Value;
+use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 use uuid::Uuid;
 
 /// Codes that end a job before anything but read-only calls was made.
-const PREFLIGHT: [&str; 13] = [
+const PREFLIGHT: [&str; 16] = [
     "source_key_unknown",
     "source_key_wrong_kind",
     "source_key_required",
+    "source_key_deleted",
+    "key_not_customer_managed",
+    "key_not_found",
     "key_not_external",
     "key_disabled",
     "key_pending_deletion",
@@ -35,6 +38,8 @@ pub fn violations(snapshot: &Snapshot) -> Vec<String> {
     let mut found = Vec::new();
     every_message_has_one_end(snapshot, &mut found);
     keys_hold_what_jobs_brought(snapshot, &mut found);
+    the_record_is_true(snapshot, &mut found);
+    deletes_left_nothing(snapshot, &mut found);
     every_outcome_was_told(snapshot, &mut found);
     the_audit_trail_is_whole(snapshot, &mut found);
     nothing_secret_shows(snapshot, &mut found);
@@ -123,6 +128,7 @@ impl Deed {
             (Self::Import { sha256, valid_to }, Effect::Import { sha256: seen, valid_to: until }) => {
                 sha256 == seen && valid_to == until
             }
+            // Keys without material ids have one, which the double names all the same.
             (Self::Delete(ids), Effect::Delete(id)) => ids.is_empty() || ids.contains(id),
             _ => false,
         }
@@ -181,6 +187,42 @@ fn keys_hold_what_jobs_brought(snapshot: &Snapshot, found: &mut Vec<String>) {
         let was_given = allowed.iter().any(|(deed, _)| matches!(deed, Deed::Import { .. }));
         if !was_given && !was_touched && key["materials"].as_array().is_some_and(|held| !held.is_empty()) {
             found.push(format!("I2: {arn} holds material although no job brought any"));
+        }
+    }
+}
+
+/// I2: the record says of each material whether it is there, as far as only the worker has touched it since.
+fn the_record_is_true(snapshot: &Snapshot, found: &mut Vec<String>) {
+    for material in snapshot.materials.iter().filter(|material| material.is_certain) {
+        let names_it = |change: &Value| match &material.key_material_id {
+            Some(id) => change["key_material_id"] == id.as_str(),
+            None => true,
+        };
+        let last = snapshot.journal.iter().rfind(|entry| {
+            entry["key_arn"] == material.arn.as_str()
+                && ["imported", "deleted"].iter().any(|kind| entry["effect"].get(kind).is_some_and(names_it))
+        });
+        let Some(last) = last.filter(|last| last["access_key"] == WORKER) else { continue };
+        if last["effect"].get("deleted").is_some() != material.is_removed {
+            found.push(format!("I2: the record says {material:?}, KMS saw last: {}", last["effect"]));
+        }
+    }
+}
+
+/// I2: a delete that succeeded has, directly after its last call, left none of what it meant.
+fn deletes_left_nothing(snapshot: &Snapshot, found: &mut Vec<String>) {
+    for job in snapshot.jobs.iter().filter(|job| job.operation == "delete" && job.state == "succeeded") {
+        let Some(Deed::Delete(ids)) = Deed::of(snapshot, job) else { continue };
+        let told: BTreeSet<String> = entries_of(snapshot, job)
+            .filter(|entry| entry["kind"] == "material_deleted")
+            .filter_map(|entry| Some(entry["details"]["key_material_id"].as_str()?.to_owned()))
+            .collect();
+        if ids.iter().any(|id| !told.contains(id)) {
+            found.push(format!("I2: request {} meant to delete {ids:?}, and tells of {told:?}", job.request_id));
+        }
+        let calls = calls(snapshot, &job.arn, Some("DeleteImportedKeyMaterial"));
+        if calls < ids.len().max(1) {
+            found.push(format!("I2: request {} deleted {ids:?} in {calls} calls", job.request_id));
         }
     }
 }
@@ -297,7 +339,10 @@ fn the_audit_trail_is_whole(snapshot: &Snapshot, found: &mut Vec<String>) {
             found.push(format!("I4: request {}: its trail denies that AWS was changed", job.request_id));
         }
         let is_told = match job.operation.as_str() {
-            _ if job.dry_run => ["material_chosen", "import_intended", "deletion_intended"].map(count) == [0; 3],
+            // A dry run is accepted and ends; what it saw is in its result.
+            _ if job.dry_run => kinds.iter().all(|kind| ["accepted", "attempt_failed", &job.state].contains(kind)),
+            // Nothing was meant where there has never been material.
+            "delete" if job.result.as_ref().is_some_and(|result| result["key_material_ids"] == json!([])) => true,
             "delete" => count("deletion_intended") > 0 || job.state == "failed",
             _ => (count("material_chosen") == 1 && count("parameters_obtained") > 0) || job.state == "failed",
         };

@@ -113,6 +113,11 @@ impl Fake {
         self.post("faults", order).await;
     }
 
+    /// Orders a fault in the control interface's own words.
+    pub async fn order(&self, order: Value) {
+        self.post("faults", order).await;
+    }
+
     /// Takes all orders back.
     pub async fn clear_faults(&self) {
         Self::read(self.client.delete(format!("{}/_fake/faults", self.url))).await;

@@ -115,6 +115,15 @@ fn der_items(mut der: &[u8]) -> Vec<Vec<u8>> {
     items
 }
 
+/// What is on record of a material of a KMS key.
+#[derive(Clone, Debug)]
+pub struct Material {
+    pub arn: String,
+    pub key_material_id: Option<String>,
+    pub is_certain: bool,
+    pub is_removed: bool,
+}
+
 /// A line's row.
 #[derive(Clone, Debug)]
 pub struct Line {
@@ -143,6 +152,7 @@ pub struct Snapshot {
     pub refusals: Vec<Refusal>,
     pub audit: Vec<Entry>,
     pub source_keys: Vec<SourceKey>,
+    pub materials: Vec<Material>,
     pub lines: Vec<Line>,
     /// What is left in tables and queues that empty themselves.
     pub left: BTreeMap<String, i64>,
@@ -168,6 +178,7 @@ impl Snapshot {
             refusals: refusals(client).await,
             audit: audit(client).await,
             source_keys: source_keys(client, store, kek).await,
+            materials: materials(client).await,
             lines: lines(client).await,
             texts: texts(client).await,
             left,
@@ -223,6 +234,21 @@ pub async fn refusals(client: &Client) -> Vec<Refusal> {
 async fn audit(client: &Client) -> Vec<Entry> {
     let rows = client.query("select subject, n, entry from audit_entry order by subject, n", &[]).await.unwrap();
     rows.iter().map(|row| Entry { subject: row.get(0), n: row.get(1), text: row.get(2) }).collect()
+}
+
+async fn materials(client: &Client) -> Vec<Material> {
+    let sql = "
+        select arn, key_material_id, imported_at is not null, removed_at is not null
+        from kms_material join kms_key on kms_key.id = kms_key_id";
+    let rows = client.query(sql, &[]).await.unwrap();
+    rows.iter()
+        .map(|row| Material {
+            arn: row.get(0),
+            key_material_id: row.get(1),
+            is_certain: row.get(2),
+            is_removed: row.get(3),
+        })
+        .collect()
 }
 
 async fn lines(client: &Client) -> Vec<Line> {

@@ -388,16 +388,21 @@ impl World {
         job
     }
 
-    /// The same for a job that looks again and again before it gives up. The store's clock runs ahead meanwhile.
+    /// The same for a job that looks again and again before it gives up.
     pub async fn failed_after_looking(&self, request_id: &str, code: &str) -> Job {
+        self.ended_after_looking(request_id).await;
+        self.failed(request_id, code).await
+    }
+
+    /// The job of a request that looks again and again, once it has ended. The store's clock runs ahead meanwhile.
+    pub async fn ended_after_looking(&self, request_id: &str) -> Job {
         eventually(&format!("{request_id} gives up"), || async {
             self.db.advance(Duration::from_secs(16)).await;
             // For the worker to see it, and to end its attempt under the lease that it was given.
             tokio::time::sleep(Duration::from_millis(150)).await;
             self.job(request_id).await.filter(|job| job.state != "waiting")
         })
-        .await;
-        self.failed(request_id, code).await
+        .await
     }
 
     /// All refusals, once there are so many.
