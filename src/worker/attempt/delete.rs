@@ -142,18 +142,17 @@ impl Run {
         match answer {
             Ok(deleted) => {
                 self.in_doubt = false;
-                self.note_removed(
-                    id,
-                    json!({"aws_request_id": deleted.aws_request_id, "said": deleted.key_material_id}),
-                );
+                let answer =
+                    json!({"aws_request_id": deleted.aws_request_id, "key_material_id": deleted.key_material_id});
+                self.note_removed(id, &answer);
                 Ok(())
             }
             Err(error) => self.delete_failed(id, &error).await,
         }
     }
 
-    fn note_removed(&mut self, id: Option<&String>, said: serde_json::Value) {
-        let details = json!({"attempt": self.job.attempt, "key_material_id": id, "answer": said});
+    fn note_removed(&mut self, id: Option<&String>, answer: &serde_json::Value) {
+        let details = json!({"attempt": self.job.attempt, "key_material_id": id, "answer": answer});
         self.facts.push(Fact::new(Kind::MaterialDeleted, details));
         match (id, &mut self.removed) {
             (None, removed) => *removed = Removed::Only,
@@ -178,7 +177,7 @@ impl Run {
             }
             if is_absent(&self.materials().await?, id) {
                 self.in_doubt = false;
-                self.note_removed(Some(id), json!({"aws_request_id": request_id, "error": text}));
+                self.note_removed(Some(id), &json!({"aws_request_id": request_id, "error": text}));
                 return Ok(());
             }
         }
@@ -212,9 +211,9 @@ impl Run {
     }
 
     fn would_delete(&mut self, kind: KeyKind, before: &KeyDescription, ids: Vec<String>) -> Settlement {
-        let own_effect = Some(effect(&ids));
+        let own_effect = effect(&ids);
         let would = json!({"operation": "delete", "key_materials": self.with_sources(ids)});
-        self.would(before, kind, would, own_effect, &["whether the worker may call DeleteImportedKeyMaterial"])
+        self.would(before, kind, would, Some(&own_effect), &["whether the worker may call DeleteImportedKeyMaterial"])
     }
 }
 

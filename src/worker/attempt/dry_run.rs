@@ -62,7 +62,7 @@ impl Run {
             "wrapped_bytes": wrapped.len(),
         });
         let own_effect = stored.as_ref().map(|key| effect(key.id, asked.expiry));
-        Ok(self.would(before, kind, would, own_effect, &left_to_aws))
+        Ok(self.would(before, kind, would, own_effect.as_ref(), &left_to_aws))
     }
 
     /// The end of a dry run that nothing refuses.
@@ -71,11 +71,11 @@ impl Run {
         shown: &KeyDescription,
         kind: KeyKind,
         mut would: Value,
-        own_effect: Option<String>,
+        own_effect: Option<&String>,
         left_to_aws: &[&str],
     ) -> Settlement {
         would["left_to_aws"] = json!(left_to_aws);
-        let waits_for = self.job.late.as_ref().filter(|(late, _)| own_effect.as_ref() != Some(late));
+        let waits_for = self.job.late.as_ref().filter(|(late, _)| own_effect != Some(late));
         would["waits_until"] = json!(waits_for.map(|(_, until)| rfc3339(*until)));
         let mut result = self.result(shown, kind);
         result["dry_run"] = json!(true);
