@@ -4,6 +4,8 @@ mod fault;
 mod keyring;
 mod local;
 mod material;
+#[cfg(test)]
+mod mutations;
 mod pair;
 mod pem;
 mod plain;

@@ -28,7 +28,7 @@ impl NamedCurve for p521::NistP521 {}
 /// A new pair.
 pub(super) fn generate<C: NamedCurve>() -> Result<Pair, getrandom::Error> {
     let key = SecretKey::<C>::try_generate()?;
-    write(&key).ok_or(getrandom::Error::UNEXPECTED)
+    write(&key, &key.public_key()).ok_or(getrandom::Error::UNEXPECTED)
 }
 
 /// Reads what the envelope holds. The public key is computed anew; one that was given has to be the same.
@@ -52,12 +52,12 @@ pub(super) fn parse<C: NamedCurve>(curve: Curve, pkcs8: &PrivateKeyInfoRef<'_>) 
             return Err(MaterialFault::ForeignPublicKey);
         }
     }
-    write(&key).ok_or(MaterialFault::Malformed)
+    write(&key, &public_key).ok_or(MaterialFault::Malformed)
 }
 
 /// Writes the pair: the curve's name in the algorithm alone, the public key uncompressed.
-fn write<C: NamedCurve>(key: &SecretKey<C>) -> Option<Pair> {
-    Pair::new(key.to_pkcs8_der().ok(), key.public_key().to_public_key_der().ok())
+fn write<C: NamedCurve>(key: &SecretKey<C>, public_key: &PublicKey<C>) -> Option<Pair> {
+    Pair::new(key.to_pkcs8_der().ok(), public_key.to_public_key_der().ok())
 }
 
 fn check_curve<C: NamedCurve>(needed: Curve, parameters: AnyRef<'_>) -> Result<(), MaterialFault> {
