@@ -153,9 +153,9 @@ impl KeyKind {
     pub fn most_material_bytes(self) -> usize {
         match self.shape() {
             Shape::Bytes(length) => length,
-            Shape::Rsa(bits) if bits <= 2048 => 1218,
-            Shape::Rsa(bits) if bits <= 3072 => 1794,
-            Shape::Rsa(_) => 2375,
+            Shape::Rsa(bits) if bits <= 2048 => 1222,
+            Shape::Rsa(bits) if bits <= 3072 => 1798,
+            Shape::Rsa(_) => 2378,
             Shape::Ecc(Curve::K256) => 135,
             Shape::Ecc(Curve::P256) => 138,
             Shape::Ecc(Curve::P384) => 185,

@@ -21,7 +21,9 @@ pub enum MaterialFault {
         needed: usize,
     },
     /// PEM text.
-    #[error("the material is PEM text; give DER: openssl pkcs8 -topk8 -nocrypt -in key.pem -outform DER -out key.der")]
+    #[error(
+        "the material is PEM text; say so (keyferry keys import --encoding pem), or give DER: openssl pkcs8 -topk8 -nocrypt -in key.pem -outform DER -out key.der"
+    )]
     Pem,
     /// Text that is not one whole PEM block.
     #[error("the material is not one whole PEM block, from -----BEGIN PRIVATE KEY----- to the end")]
@@ -153,9 +155,11 @@ impl MaterialFault {
             Self::Pkcs1 => "material_is_pkcs1",
             Self::Sec1 => "material_is_sec1",
             Self::PublicKey => "material_is_public_key",
-            Self::IndefiniteLength | Self::TrailingBytes | Self::Truncated | Self::NotPkcs8 | Self::Malformed => {
-                "material_not_pkcs8"
-            }
+            Self::IndefiniteLength => "material_indefinite_length",
+            Self::TrailingBytes => "material_trailing_bytes",
+            Self::Truncated => "material_truncated",
+            Self::NotPkcs8 => "material_not_pkcs8",
+            Self::Malformed => "material_malformed",
             Self::WrongAlgorithm { .. } => "material_wrong_algorithm",
             Self::WrongCurve { .. } => "material_wrong_curve",
             Self::ExplicitCurve => "material_explicit_curve",
@@ -164,7 +168,8 @@ impl MaterialFault {
             Self::MultiPrime => "material_multi_prime",
             Self::BadExponent => "material_bad_exponent",
             Self::ScalarOutOfRange => "material_scalar_out_of_range",
-            Self::ForeignPublicKey | Self::Inconsistent => "material_inconsistent",
+            Self::ForeignPublicKey => "material_foreign_public_key",
+            Self::Inconsistent => "material_inconsistent",
         }
     }
 }

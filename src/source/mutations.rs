@@ -20,6 +20,7 @@ fn check(kind: KeyKind, bytes: &[u8]) -> bool {
     match PlainKey::parse(kind, KeyMaterial::new(bytes.to_vec())) {
         Ok(key) => {
             let kept = key.material().expose();
+            assert!(kept.len() <= kind.most_material_bytes(), "{kind}: {}", kept.len());
             let again = PlainKey::parse(kind, KeyMaterial::new(kept.to_vec())).unwrap();
             assert_eq!((again.material().expose(), again.public_key()), (kept, key.public_key()));
             true

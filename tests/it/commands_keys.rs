@@ -109,7 +109,7 @@ async fn material_that_is_refused_is_refused_by_a_code() {
         ("ECC_NIST_P256", "pem", p256, "material_not_pem"),
         ("ECC_NIST_P256", "raw", &p256[29..], "material_is_sec1"),
         ("ECC_NIST_P256", "raw", &p256[1..], "material_not_pkcs8"),
-        ("ECC_NIST_P256", "raw", &foreign, "material_inconsistent"),
+        ("ECC_NIST_P256", "raw", &foreign, "material_foreign_public_key"),
         ("ECC_NIST_P384", "raw", p256, "material_wrong_curve"),
         ("RSA_2048", "raw", p256, "material_wrong_algorithm"),
         ("RSA_2048", "raw", &rsa[26..], "material_is_pkcs1"),

@@ -164,8 +164,8 @@ fn what_openssl_writes_otherwise_is_refused_by_its_code() {
         ("brainpool", p256_kind, curve("brainpoolP256r1"), "material_wrong_curve"),
         ("SM2", p256_kind, curve("SM2"), "material_wrong_curve"),
         ("secp256k1 for P-256", p256_kind, curve("secp256k1"), "material_wrong_curve"),
-        ("cut off", p256_kind, p256[..100].to_vec(), "material_not_pkcs8"),
-        ("a line break behind", p256_kind, [p256.as_slice(), b"\n"].concat(), "material_not_pkcs8"),
+        ("cut off", p256_kind, p256[..100].to_vec(), "material_truncated"),
+        ("a line break behind", p256_kind, [p256.as_slice(), b"\n"].concat(), "material_trailing_bytes"),
         ("a secret", p256_kind, vec![7; 32], "material_not_pkcs8"),
     ] {
         assert_eq!(parse(kind, &given).unwrap_err(), code, "{name}");
