@@ -9,7 +9,7 @@ use crate::kms::{CallError, ErrorKind, ImportCall, KeyDescription, MaterialRole,
 use crate::retry::Class;
 use crate::source::{OpenError, PlainKey, SealedKey};
 use crate::store::{Answered, Intent, Parameters, Prepared, Settlement, Step};
-use crate::wrap::wrap;
+use crate::wrap::{WrapError, wrap};
 use serde_json::json;
 use std::sync::Arc;
 use tokio::sync::Semaphore;
@@ -222,6 +222,10 @@ impl Run {
         self.public_key = own_public_key;
         match wrapped {
             Ok(wrapped) => Ok(wrapped),
+            Err(error @ WrapError::Random) => {
+                let message = error.to_string();
+                self.retry(Class::Transient, "wrap", &message, None)
+            }
             Err(error) => {
                 // A set that cannot be used: ask for another, once.
                 let message = error.to_string();
