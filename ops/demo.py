@@ -52,6 +52,29 @@ def new_pair(kind):
                              serialization.NoEncryption())
 
 
+def register(directory, keys):
+    """Registers keys on the KMIP server, by the client that comes with it: name, kind, bytes each."""
+    from kmip import enums
+    from kmip.pie import objects
+    from kmip.pie.client import ProxyKmipClient
+
+    usage, algorithm = enums.CryptographicUsageMask, enums.CryptographicAlgorithm
+    files = {name: str(directory / "kmip" / file) for name, file in
+             [("ca", "ca.crt"), ("cert", "client.crt"), ("key", "client.key")]}
+    with ProxyKmipClient(hostname="127.0.0.1", port=int(os.environ["DEMO_KMIP_PORT"]), config_file=os.devnull,
+                         ssl_version="PROTOCOL_TLSv1_2", kmip_version=enums.KMIPVersion.KMIP_1_2, **files) as server:
+        for name, kind, material in keys:
+            if kind == SYMMETRIC:
+                masks = [usage.ENCRYPT, usage.DECRYPT]
+                thing = objects.SymmetricKey(algorithm.AES, 256, material, masks, name=name)
+            elif kind == "HMAC_256":
+                masks = [usage.MAC_GENERATE, usage.MAC_VERIFY]
+                thing = objects.SymmetricKey(algorithm.HMAC_SHA256, 256, material, masks, name=name)
+            else:
+                thing = objects.PrivateKey(algorithm.EC, 256, material, enums.KeyFormatType.PKCS_8, [usage.SIGN], name=name)
+            server.activate(server.register(thing))
+
+
 # --- plan -------------------------------------------------------------------------------------------------------
 
 
@@ -76,9 +99,21 @@ def plan(directory):
                 file.write(new_pair(kind).hex() if kind in PAIRS else secrets.token_hex(LENGTHS[kind]))
             source_keys[name] = kind
     symmetric = [name for name, kind in source_keys.items() if kind == SYMMETRIC]
+    # Keys that stay on the KMIP server, and are fetched from there by each job.
+    on_server = []
+    for kind, count in [(SYMMETRIC, 8), ("HMAC_256", 4), ("ECC_NIST_P256", 4)]:
+        for number in range(1, count + 1):
+            material = new_pair(kind) if kind in PAIRS else secrets.token_bytes(LENGTHS[kind])
+            on_server.append((f"vault-{kind.lower().replace('_', '-')}-{number:02}", kind, material))
+    register(directory, on_server)
+    for name, _, material in on_server:
+        path = directory / "source-keys" / f"{name}.hex"
+        with open(path, "x", opener=lambda p, flags: os.open(p, flags, 0o600)) as file:
+            file.write(material.hex())
 
     requests, expected = [], {}
     named, enabled, untouched, refused, expiry, deleted = {}, [], [], [], {}, []
+    again_from_server = []
 
     def ask(outcome, code, key, **fields):
         request = {"id": f"demo-{len(requests) + 1:03}", "key": key, **fields}
@@ -103,6 +138,14 @@ def plan(directory):
         names = [name for name, its_kind in source_keys.items() if its_kind == kind]
         for name, key in zip(names, kms_keys(len(names), kind)):
             succeed(key, name)
+    # Named keys of the KMIP server, each into two KMS keys.
+    for name, kind, _ in on_server:
+        for key in kms_keys(2, kind):
+            fields = {"source_key_tier": "dsm", "source_key_identifier": f"demo/{name}"}
+            succeed(key, **fields)
+            named[key] = name
+            if kind == SYMMETRIC:
+                again_from_server.append((key, fields))
     # First imports of keys that Keyferry generates.
     for key in kms_keys(60) + kms_keys(30, region=US):
         succeed(key)
@@ -125,6 +168,9 @@ def plan(directory):
     for key in kms_keys(3):
         untouched.append(key)
         ask("failed", "source_key_unknown", key, source_key_identifier="no-such-key")
+    for key in kms_keys(3):
+        untouched.append(key)
+        ask("failed", "source_key_unknown", key, source_key_tier="dsm", source_key_identifier="demo/nothing")
     for key in kms_keys(3, origin="AWS_KMS"):
         ask("failed", "key_not_external", key)
     for key in kms_keys(2, "RSA_2048"):
@@ -140,7 +186,9 @@ def plan(directory):
     random.shuffle(requests)
 
     # After their first imports: the same material again, with a later expiry where it expires.
-    fixed = [key for key in named if key not in expiry]
+    for key, fields in again_from_server:
+        succeed(key, **fields)
+    fixed = [key for key in named if key not in expiry and not named[key].startswith("vault-")]
     again = random.sample(fixed, 48)
     for key in again[:36]:
         succeed(key, named[key])
@@ -164,11 +212,12 @@ def plan(directory):
         for name, kind in source_keys.items():
             file.write(f"{name} {kind} {directory / 'source-keys' / name}.hex\n")
     with open(directory / "plan.json", "w") as file:
-        facts = {"expected": expected, "copies": len(copies), "named": named, "kinds": source_keys, "expiry": expiry,
+        facts = {"expected": expected, "copies": len(copies), "named": named, "kinds": source_keys | {name: kind for name, kind, _ in on_server},
+                 "expiry": expiry,
                  "imports": collections.Counter(enabled), "untouched": untouched + refused, "refused": refused,
                  "deleted": deleted}
         json.dump(facts, file, indent=1)
-    print(f"{len({*enabled, *untouched, *refused}) + 3} KMS keys, {len(source_keys)} source keys, "
+    print(f"{len({*enabled, *untouched, *refused}) + 3} KMS keys, {len(source_keys) + len(on_server)} source keys, {len(on_server)} of them on the KMIP server, "
           f"{len(requests)} requests and {len(copies)} copies of some of them")
 
 

@@ -21,7 +21,7 @@ PYTHON=/usr/bin/python3
 POLICY_RC=/usr/sbin/policy-rc.d
 
 # One environment for all scripts. Pinned, so that a new release elsewhere breaks nothing here.
-PYTHON_PACKAGES=(awscli==1.46.3 botocore==1.44.5 cryptography==50.0.2)
+PYTHON_PACKAGES=(awscli==1.46.3 botocore==1.44.5 cryptography==50.0.2 pykmip==0.11.0 sqlalchemy==2.1.9)
 
 say() { printf '%s\n' "$*" >&2; }
 die() {
@@ -416,6 +416,117 @@ rabbitmq_stop() {
     rm -rf "$dir"
 }
 
+# --- KMIP -------------------------------------------------------------------------------------------------------
+
+kmip_load() {
+    # shellcheck source=/dev/null
+    [[ -f $1/kmip/state ]] && source "$1/kmip/state"
+}
+
+# Whether a process is of this server: its number alone may have been given to another since.
+kmip_process() { grep -qzsx "KEYFERRY_KMIP=$KMIP_PORT" "/proc/$1/environ"; }
+
+kmip_running() { kmip_load "$1" && kmip_process "${KMIP_PID:-0}"; }
+
+# PyKMIP speaks TLS 1.2 alone, and with an RSA certificate only suites that rustls does not have: hence ECDSA. It wants
+# clientAuth in a client's certificate, whose common name owns the objects. `other` is another owner, `stranger` has another
+# authority, `expired` ended yesterday.
+make_kmip_certificates() (
+    cd "$1"
+    cat >openssl.cnf <<'CNF'
+[req]
+distinguished_name = dn
+[dn]
+[ca]
+basicConstraints = critical, CA:TRUE
+keyUsage = critical, keyCertSign
+subjectKeyIdentifier = hash
+[server]
+basicConstraints = critical, CA:FALSE
+keyUsage = critical, digitalSignature
+extendedKeyUsage = serverAuth
+subjectAltName = DNS:localhost, IP:127.0.0.1
+[client]
+basicConstraints = critical, CA:FALSE
+keyUsage = critical, digitalSignature
+extendedKeyUsage = clientAuth
+CNF
+    new=(-newkey ec -pkeyopt ec_paramgen_curve:P-256 -noenc -config openssl.cnf)
+    authority() {
+        openssl req -x509 "${new[@]}" -extensions ca -subj "/CN=$2" -days 825 -keyout "$1.key" -out "$1.crt"
+    }
+    # signed NAME SECTION SUBJECT AUTHORITY DAYS
+    signed() {
+        openssl req -new "${new[@]}" -subj "$3" -keyout "$1.key" -out "$1.csr"
+        openssl x509 -req -in "$1.csr" -CA "$4.crt" -CAkey "$4.key" -CAcreateserial -days "$5" \
+            -extfile openssl.cnf -extensions "$2" -out "$1.crt"
+    }
+    {
+        authority ca 'Keyferry private KMIP CA'
+        authority wrong-ca 'Another private CA'
+        signed server server /CN=localhost ca 825
+        signed client client /CN=keyferry ca 825
+        signed other client /CN=other ca 825
+        signed stranger client /CN=keyferry wrong-ca 825
+        signed expired client /CN=keyferry ca -1
+    } 2>openssl.log || die "openssl: $(cat openssl.log)"
+    rm -f ca.key wrong-ca.key ./*.srl ./*.csr openssl.cnf openssl.log
+    chmod 600 ./*.key
+)
+
+# kmip_start DIR: PyKMIP, after python_venv. Sets KMIP_PORT. Certificates and log are in DIR/kmip.
+kmip_start() {
+    local dir=$1/kmip
+    if kmip_running "$1"; then return; fi
+    kmip_stop "$1"
+    mkdir -p "$dir/policy"
+    make_kmip_certificates "$dir"
+    KMIP_PORT=$(free_port)
+    cat >"$dir/server.conf" <<CONF
+[server]
+hostname = 127.0.0.1
+port = $KMIP_PORT
+certificate_path = $dir/server.crt
+key_path = $dir/server.key
+ca_path = $dir/ca.crt
+auth_suite = TLS1.2
+policy_path = $dir/policy
+database_path = $dir/database
+enable_tls_client_auth = True
+logging_level = INFO
+CONF
+    (
+        # A session of its own, so that Ctrl-C reaches the script and not the server under the tests.
+        exec setsid env KEYFERRY_KMIP="$KMIP_PORT" "$TARGET/venv/bin/pykmip-server" -f "$dir/server.conf" \
+            -l "$dir/server.log" </dev/null >"$dir/start.log" 2>&1 9>&-
+    ) &
+    KMIP_PID=$!
+    declare -p KMIP_PORT KMIP_PID | sed 's/^declare -[^ ]*/declare -g/' >"$dir/state"
+    until_ok 10 kmip_process "$KMIP_PID" || die "PyKMIP did not start: $(tail -n20 "$dir/start.log")"
+    until_ok 60 kmip_ready "$1" || die "PyKMIP was not ready within a minute: $(tail -n20 "$dir/start.log")"
+}
+
+kmip_ready() {
+    kmip_process "$KMIP_PID" || die "PyKMIP stopped while starting: $(tail -n20 "$1/kmip/start.log" "$1/kmip/server.log")"
+    port_open "$KMIP_PORT"
+}
+
+# kmip_stop DIR: ends it at once (asked politely it takes ten seconds) and removes its data; the log stays as DIR/kmip.log.
+kmip_stop() {
+    local dir=$1/kmip
+    (
+        kmip_load "$1" || exit 0
+        if kmip_process "$KMIP_PID"; then kill -KILL -- "-$KMIP_PID" 2>/dev/null || true; fi
+        cat "$dir/start.log" "$dir/server.log" >"$1/kmip.log" 2>/dev/null || true
+    )
+    rm -rf "$dir"
+}
+
+# kmip_seed DIR: the objects that tests ask for, with what they hold in DIR/kmip/seed.json.
+kmip_seed() {
+    [[ -f $1/kmip/seed.json ]] || "$TARGET/venv/bin/python" "$ROOT/tests/it/kmip_seed.py" "$KMIP_PORT" "$1/kmip"
+}
+
 # --- both -------------------------------------------------------------------------------------------------------
 
 # services_start DIR: both servers at once, and the roles with passwords. Sets all the variables above and
@@ -455,6 +566,7 @@ services_stop() {
     pids+=($!)
     rabbitmq_stop "$@" &
     pids+=($!)
+    kmip_stop "$1"
     wait "${pids[@]}"
     rm -f "$1/passwords"
 }
@@ -463,6 +575,12 @@ services_stop() {
 TEST_VARIABLES=(KEYFERRY_TEST_POSTGRES KEYFERRY_TEST_POSTGRES_CA KEYFERRY_TEST_OWNER_PASSWORD
     KEYFERRY_TEST_WORKER_PASSWORD KEYFERRY_TEST_READER_PASSWORD KEYFERRY_TEST_AMQP KEYFERRY_TEST_RABBITMQ_API
     KEYFERRY_TEST_AWS_CLI KEYFERRY_TEST_PYTHON)
+# The same for tests of the dsm tier. After kmip_start or kmip_load.
+export_kmip_variables() {
+    export KEYFERRY_TEST_KMIP=127.0.0.1:$KMIP_PORT
+    # Certificates, keys and seed.json.
+    export KEYFERRY_TEST_KMIP_DIR=$1/kmip
+}
 export_test_variables() {
     export KEYFERRY_TEST_POSTGRES=postgres://postgres:$PG_PASSWORD@127.0.0.1:$PG_PORT/postgres
     export KEYFERRY_TEST_POSTGRES_CA=$PG_CA

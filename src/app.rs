@@ -6,7 +6,7 @@ use crate::intake::Intake;
 use crate::kms::Kms;
 use crate::outbox::Relay;
 use crate::policy::Targets;
-use crate::source::{Kek, KekError, Keyring};
+use crate::source::{Dsm, Kek, KekError, Keyring};
 use crate::store::{SchemaError, Store, StoreError};
 use crate::telemetry::{Health, Metrics, Part, serve_admin};
 use crate::worker::{self, Context};
@@ -63,6 +63,14 @@ pub async fn open_keyring(loaded: &Loaded, store: &Store) -> Result<Keyring, Sta
     Ok(Keyring::open(kek, &stored)?)
 }
 
+/// The connections of the dsm tier. Reads their files, connects nowhere; without any, the tier is not configured.
+pub fn open_dsm(loaded: &Loaded, metrics: &Metrics) -> Result<Dsm, StartError> {
+    for warning in loaded.dsm_key_file_warnings() {
+        tracing::warn!("{warning}");
+    }
+    Ok(Dsm::new(&loaded.settings.dsm, loaded.settings.dsm_default.as_deref(), metrics)?)
+}
+
 /// Runs the worker until `stop`, then ends it in order: intake, jobs under way, events, and the rest.
 pub async fn serve(loaded: &Loaded, stop: CancellationToken) -> Result<(), StartError> {
     let settings = &loaded.settings;
@@ -73,6 +81,7 @@ pub async fn serve(loaded: &Loaded, stop: CancellationToken) -> Result<(), Start
     let store = open_store(loaded).await?;
     let keyring = Arc::new(open_keyring(loaded, &store).await?);
     let metrics = Metrics::new()?;
+    let dsm = Arc::new(open_dsm(loaded, &metrics)?);
     let health = Health::default();
     health.set(Part::Store, true);
     let (jobs, events) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
@@ -91,6 +100,7 @@ pub async fn serve(loaded: &Loaded, stop: CancellationToken) -> Result<(), Start
         keyring: Arc::clone(&keyring),
         policy,
         targets: targets.clone(),
+        dsm: Arc::clone(&dsm),
         url: amqp_url.clone(),
         options: Options {
             queue: settings.rabbitmq.queue.clone(),
@@ -115,6 +125,7 @@ pub async fn serve(loaded: &Loaded, stop: CancellationToken) -> Result<(), Start
         store,
         kms,
         keyring,
+        dsm,
         policy,
         targets,
         settings: settings.worker.clone(),

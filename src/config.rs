@@ -1,10 +1,16 @@
 //! Typed settings: one TOML file, every setting overridable by `KEYFERRY_SECTION__NAME`.
 
+mod dsm;
+
+pub use dsm::{DsmConnection, DsmProtocol};
+
 use crate::policy::Policy;
 use figment::Figment;
 use figment::providers::{Env, Format as _, Serialized, Toml};
 use secrecy::{ExposeSecret as _, SecretString};
 use serde::{Deserialize, Serialize, Serializer};
+use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -24,6 +30,10 @@ pub struct Settings {
     pub rabbitmq: RabbitMq,
     /// The local key store.
     pub keys: Keys,
+    /// Connections to KMIP servers, by name.
+    pub dsm: BTreeMap<String, DsmConnection>,
+    /// Which of them is meant where a key's reference names none. The only one needs no saying.
+    pub dsm_default: Option<String>,
     /// Accounts and Regions that requests may name.
     pub targets: Vec<Target>,
     /// The pool of jobs under way.
@@ -167,7 +177,7 @@ pub enum ConfigError {
     #[error("the setting {name} is wrong: expected {expected}")]
     Invalid {
         /// Dotted name.
-        name: &'static str,
+        name: Cow<'static, str>,
         /// The rule.
         expected: &'static str,
     },
@@ -180,6 +190,16 @@ pub enum ConfigError {
         path: PathBuf,
         /// Why.
         error: std::io::Error,
+    },
+    /// A file that a setting names, and that is not what it should be.
+    #[error("the setting {name} names {}, which cannot be used: {reason}", path.display())]
+    Unusable {
+        /// Dotted name.
+        name: String,
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        reason: String,
     },
 }
 
@@ -201,7 +221,9 @@ impl Loaded {
         };
         // The worker's own variables have a section; others of this prefix are not settings.
         let environment = Env::prefixed("KEYFERRY_")
-            .filter(|name| name.as_str().contains("__") || name == "policy" || name == "targets")
+            .filter(|name| {
+                name.as_str().contains("__") || ["policy", "targets", "dsm_default"].iter().any(|own| name == *own)
+            })
             .split("__");
         // Only the file that nobody named may be missing: then the environment says it all.
         let text = if path.exists() { Toml::file_exact(&path) } else { Toml::string("") };
@@ -245,16 +267,29 @@ impl Loaded {
     /// What is wrong with who may read the key-encryption key's file. No more than a warning: containers are often
     /// handed files with rights that they cannot choose.
     pub fn kek_file_warning(&self) -> Option<String> {
-        use std::os::unix::fs::PermissionsExt as _;
         let path = self.settings.keys.kek_file.as_ref()?;
-        let mode = std::fs::metadata(path).ok()?.permissions().mode() & 0o777;
-        (mode & 0o077 != 0).then(|| {
+        open_to_others(path).map(|mode| {
             format!(
                 "the file {} of keys.kek_file is open to more than its owner (mode {mode:o}): \
                  who can read it can open every source key; chmod 600 unless something else keeps others away",
                 path.display()
             )
         })
+    }
+
+    /// The same of the private keys of dsm connections.
+    pub fn dsm_key_file_warnings(&self) -> Vec<String> {
+        let warning = |(name, connection): (&String, &DsmConnection)| {
+            let path = &connection.key_file;
+            open_to_others(path).map(|mode| {
+                format!(
+                    "the file {} of dsm.{name}.key_file is open to more than its owner (mode {mode:o}): who can read it \
+                     can fetch every key that this client may; chmod 600 unless something else keeps others away",
+                    path.display()
+                )
+            })
+        };
+        self.settings.dsm.iter().filter_map(warning).collect()
     }
 
     /// The text of the key-encryption key, from the setting or its file.
@@ -264,7 +299,9 @@ impl Loaded {
             tracing::warn!("{warning}");
         }
         match (&keys.kek, &keys.kek_file) {
-            (Some(_), Some(_)) => Err(ConfigError::Invalid { name: "keys", expected: "kek or kek_file, not both" }),
+            (Some(_), Some(_)) => {
+                Err(ConfigError::Invalid { name: "keys".into(), expected: "kek or kek_file, not both" })
+            }
             (Some(kek), None) => Ok(kek.clone()),
             (None, Some(path)) => std::fs::read_to_string(path)
                 .map(SecretString::from)
@@ -283,7 +320,7 @@ impl Loaded {
     }
 
     fn check(&self) -> Result<(), ConfigError> {
-        let Settings { worker, database, rabbitmq, targets, .. } = &self.settings;
+        let Settings { worker, database, rabbitmq, targets, dsm, dsm_default, .. } = &self.settings;
         // AMQP carries no longer name.
         let is_name = |name: &str| (1..=255).contains(&name.len());
         let rules: [(&'static str, bool, &'static str); 10] = [
@@ -309,8 +346,11 @@ impl Loaded {
             ("targets.regions", targets.iter().all(|target| !target.regions.is_empty()), "at least one Region"),
         ];
         match rules.into_iter().find(|(_, holds, _)| !holds) {
-            Some((name, _, expected)) => Err(ConfigError::Invalid { name, expected }),
-            None => Ok(()),
+            Some((name, _, expected)) => Err(ConfigError::Invalid { name: name.into(), expected }),
+            None => match dsm::broken_rule(dsm, dsm_default.as_deref()) {
+                Some((name, expected)) => Err(ConfigError::Invalid { name: name.into(), expected }),
+                None => Ok(()),
+            },
         }
     }
 }
@@ -386,6 +426,13 @@ impl Default for Log {
     fn default() -> Self {
         Self { filter: "info".into(), format: LogFormat::Human }
     }
+}
+
+/// The rights of a file that more than its owner has.
+fn open_to_others(path: &Path) -> Option<u32> {
+    use std::os::unix::fs::PermissionsExt as _;
+    let mode = std::fs::metadata(path).ok()?.permissions().mode() & 0o777;
+    (mode & 0o077 != 0).then_some(mode)
 }
 
 /// Nothing: every section brings its own defaults. Figment wants a base to name in its errors.
@@ -467,6 +514,21 @@ mod tests {
         });
     }
 
+    fn dsm(name: &str, further: &str) -> String {
+        format!(
+            "[dsm.{name}]\nservers = [\"h:5696\"]\nca_file = \"ca\"\ncert_file = \"cert\"\nkey_file = \"key\"\n{further}"
+        )
+    }
+
+    #[test]
+    fn a_dsm_connection_is_read() {
+        let loaded = read(&dsm("prod-eu", "protocol = \"1.4\"")).unwrap();
+        let connection = &loaded.settings.dsm["prod-eu"];
+        assert_eq!((connection.protocol, connection.max_connections), (DsmProtocol::V1_4, 4));
+        assert_eq!(read(&dsm("a", "protocol = 2.0")).unwrap().settings.dsm["a"].protocol, DsmProtocol::V2_0);
+        assert_eq!(read(&dsm("a", "")).unwrap().settings.dsm["a"].protocol, DsmProtocol::Auto);
+    }
+
     #[test]
     fn a_wrong_setting_is_named() {
         for (text, named) in [
@@ -477,6 +539,13 @@ mod tests {
             ("policy = \"deny\"", "policy"),
             ("[rabbitmq]\nqueue = \"\"", "rabbitmq.queue"),
             ("[[targets]]\naccount = \"1\"\nregions = [\"r\"]", "targets.account"),
+            ("dsm_default = \"a\"", "dsm_default"),
+            ("[dsm.a]\nservers = [\"h\"]", "ca_file"),
+            (&dsm("A", ""), "dsm.A"),
+            (&dsm("a", "protocol = \"1.1\""), "1.4"),
+            (&dsm("a", "max_connections = 0"), "dsm.a.max_connections"),
+            (&dsm("a", "request_timeout_ms = 1"), "dsm.a.request_timeout_ms"),
+            (&dsm("a", "").replace("h:5696", "h:x"), "dsm.a.servers"),
         ] {
             let error = read(text).unwrap_err().to_string();
             assert!(error.contains(named), "{text}: {error}");

@@ -3,10 +3,10 @@
 use crate::amqp::SessionError;
 use crate::ingress::rabbitmq::{Options, Session};
 use crate::ingress::{Delivery, Settlement};
-use crate::job::{KeyArn, KeyRef, Refusal, RefusalCode, Rejected, Request, id_hash};
+use crate::job::{Import, KeyArn, KeyRef, Refusal, RefusalCode, Rejected, Request, SourceKeyRef, Work, id_hash};
 use crate::policy::{Policy, Targets, Verdict as PolicyVerdict};
 use crate::retry::{Attempts, Class};
-use crate::source::Keyring;
+use crate::source::{Dsm, DsmError, Keyring};
 use crate::store::{Candidate, MessageDigest, NewJob, NewRefusal, Store, StoreError, Verdict, bisect};
 use crate::telemetry::{Health, Metrics, Part};
 use secrecy::{ExposeSecret as _, SecretString};
@@ -34,6 +34,8 @@ pub struct Intake {
     pub policy: Policy,
     /// Which accounts and Regions may be named.
     pub targets: Targets,
+    /// Which connections of the dsm tier there are.
+    pub dsm: Arc<Dsm>,
     /// The broker.
     pub url: SecretString,
     /// The queue and its prefetch.
@@ -196,6 +198,23 @@ impl Intake {
         Ok(verdicts)
     }
 
+    /// A tier, or a connection of one, that is not configured.
+    fn judge_tier(&self, request: &Request) -> Result<(), Refusal> {
+        let Work::Import(Import { source_key: SourceKeyRef::Dsm(reference), .. }) = &request.work else {
+            return Ok(());
+        };
+        self.dsm.knows(reference).map_err(|error| {
+            let message = match error {
+                // The name is the message's own word, and is not repeated.
+                DsmError::UnknownConnection { configured, .. } => {
+                    format!("source_key_identifier: names no dsm connection that is configured here: {configured}")
+                }
+                error => format!("source_key_tier: {error}"),
+            };
+            Refusal::of("source_key_tier", RefusalCode::TierNotConfigured, message)
+        })
+    }
+
     /// Times, targets and policy. None asks AWS or a source.
     fn judge(
         &self,
@@ -223,7 +242,7 @@ impl Intake {
             Some(_) if self.policy.judge(ANONYMOUS, &request) == PolicyVerdict::Denied => {
                 Refusal::whole(RefusalCode::NotAllowed, "the policy does not allow this; ask its keeper")
             }
-            Some(key) => match request.judge_times(now) {
+            Some(key) => match request.judge_times(now).and_then(|()| self.judge_tier(&request)) {
                 Err(refusal) => refusal,
                 Ok(()) => {
                     return Candidate::Job(NewJob {

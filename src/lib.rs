@@ -11,7 +11,7 @@
 //!     +---- Settlement: ack, or dead letter <-----+                        |
 //!                                                 v                        |
 //!  worker::run --> store::claim (lease) --> worker::attempt                |
-//!                    may run? -> DescribeKey -> choose -> GetParametersForImport
+//!                    may run? -> DescribeKey -> source key (store, or KMIP server) -> GetParametersForImport
 //!                    -> store::prepare -> wrap -> ImportKeyMaterial -> verify
 //!                    (a delete: which materials -> store::prepare -> DeleteImportedKeyMaterial -> verify)
 //!                                                 |                        |
@@ -26,7 +26,7 @@
 //! | [`job`] | what a valid request is, how its job may end; no I/O | - |
 //! | [`policy`] | who may ask for what, which targets exist; pure | `job` |
 //! | [`retry`] | error class and attempt in, delay out; the only user of `backoff` | - |
-//! | [`source`] | obtains key material, holds it briefly, zeroises it | `job` |
+//! | [`source`] | obtains key material, holds it briefly, zeroises it | `job`; for servers `config`, `retry`, `telemetry`, `tls` |
 //! | [`wrap`](mod@wrap) | wraps material under a public key; pure | `job` |
 //! | [`audit`] | what is recorded | `job` |
 //! | [`kms`] | performs one AWS call truthfully | `job`, `telemetry` |

@@ -206,7 +206,7 @@ fn name(text: &str) -> Result<String, String> {
 }
 
 /// Every kind, with what it needs.
-fn kind() -> impl TypedValueParser<Value = KeyKind> {
+pub(super) fn kind() -> impl TypedValueParser<Value = KeyKind> {
     let names = KeyKind::ALL.map(|kind| PossibleValue::new(kind.as_str()).help(kind.shape().to_string()));
     PossibleValuesParser::new(names).try_map(|name| KeyKind::parse(&name).ok_or("unknown kind"))
 }

@@ -6,13 +6,14 @@
 mod jobs;
 mod keys;
 mod output;
+mod source;
 mod submit;
 
 use crate::app::{self, StartError};
 use crate::config::{ConfigError, Loaded};
 use crate::source::MaterialFault;
 use crate::store;
-use crate::telemetry::start_logs;
+use crate::telemetry::{Metrics, start_logs};
 use crate::topology::{Management, Names, own_names};
 use anyhow::Context as _;
 use clap::{Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
@@ -64,6 +65,9 @@ enum Command {
     /// Keep the source keys of the local store.
     #[command(subcommand)]
     Keys(keys::Keys),
+    /// Look at the servers that keys come from.
+    #[command(subcommand)]
+    Source(source::Source),
     /// The broker's queues, exchanges, bindings and policies.
     #[command(subcommand)]
     Topology(Topology),
@@ -160,6 +164,7 @@ async fn run(cli: Cli) -> Result<(), Failed> {
         Command::Submit(submit) => submit.run(&loaded, output).await?,
         Command::Jobs(jobs) => jobs.run(&loaded, output).await?,
         Command::Keys(keys) => keys.run(&loaded, output).await?,
+        Command::Source(source) => source.run(&loaded, output).await?,
         Command::Topology(topology) => topology.run(&loaded, output).await?,
         Command::Config(config) => config.run(&loaded, output)?,
     }
@@ -207,6 +212,8 @@ impl Config {
                 warn_of_kek_file(loaded);
                 let kek = loaded.kek()?;
                 crate::source::Kek::parse(secrecy::ExposeSecret::expose_secret(&kek))?;
+                app::open_dsm(loaded, &Metrics::new()?)?;
+                warn_of_dsm_key_files(loaded);
                 output.value(&serde_json::json!({"ok": true}), |_| "the settings are complete".into());
             }
         }
@@ -217,6 +224,12 @@ impl Config {
 /// For commands that keep no log.
 fn warn_of_kek_file(loaded: &Loaded) {
     if let Some(warning) = loaded.kek_file_warning() {
+        eprintln!("keyferry: warning: {warning}");
+    }
+}
+
+fn warn_of_dsm_key_files(loaded: &Loaded) {
+    for warning in loaded.dsm_key_file_warnings() {
         eprintln!("keyferry: warning: {warning}");
     }
 }

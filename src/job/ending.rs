@@ -35,6 +35,11 @@ macro_rules! codes {
             /// Every code.
             pub const ALL: &'static [Self] = &[$(Self::$variant,)*];
 
+            /// Reads the stable text.
+            pub fn parse(text: &str) -> Option<Self> {
+                Self::ALL.iter().copied().find(|code| code.as_str() == text)
+            }
+
             /// The stable text of the code.
             pub fn as_str(self) -> &'static str {
                 match self { $(Self::$variant => $text,)* }
@@ -112,8 +117,88 @@ codes! {
         SourceKeyWrongKind = "source_key_wrong_kind",
         /// The KMS key holds material already, so the source key must be named.
         SourceKeyRequired = "source_key_required",
-        /// The sealed material does not open.
+        /// The sealed material does not open, or the server's key block does not hold together.
         SourceKeyDamaged = "source_key_damaged",
+        /// Several keys on the server have this name.
+        SourceKeyAmbiguous = "source_key_ambiguous",
+        /// The server does not hold the key as active.
+        SourceKeyWrongState = "source_key_wrong_state",
+        /// The server does not let the key be used so.
+        SourceKeyWrongUsage = "source_key_wrong_usage",
+        /// The server keeps the key's bytes to itself.
+        SourceKeyNotExportable = "source_key_not_exportable",
+        /// The server gives the key wrapped only.
+        SourceKeyWrapped = "source_key_wrapped",
+        /// The server gives other bytes than the job has chosen.
+        SourceKeyChanged = "source_key_changed",
+        /// No KMIP server is configured any more.
+        DsmNotConfigured = "dsm_not_configured",
+        /// The connection is not configured any more.
+        DsmConnectionUnknown = "dsm_connection_unknown",
+        /// No server of the connection answers.
+        DsmUnavailable = "dsm_unavailable",
+        /// The server's certificate is not what the settings demand.
+        DsmUntrusted = "dsm_untrusted",
+        /// The server does not take the client's certificate.
+        DsmUnauthenticated = "dsm_unauthenticated",
+        /// The server does not give this client the key.
+        DsmDenied = "dsm_denied",
+        /// The server answers what KMIP does not allow.
+        DsmProtocol = "dsm_protocol",
+        /// Not material of the kind: larger than any encoding of any key.
+        MaterialTooLarge = "material_too_large",
+        /// Not material of the kind: raw bytes, and not as many as the kind demands.
+        MaterialWrongLength = "material_wrong_length",
+        /// Not material of the kind: PEM text.
+        MaterialIsPem = "material_is_pem",
+        /// Not material of the kind: text that is not one whole PEM block.
+        MaterialNotPem = "material_not_pem",
+        /// Not material of the kind: base64 text of something.
+        MaterialIsBase64 = "material_is_base64",
+        /// Not material of the kind: hex text of something.
+        MaterialIsHex = "material_is_hex",
+        /// Not material of the kind: a JSON Web Key (RFC 7517).
+        MaterialIsJwk = "material_is_jwk",
+        /// Not material of the kind: PKCS#8 under a password.
+        MaterialIsEncrypted = "material_is_encrypted",
+        /// Not material of the kind: PKCS#12 or PKCS#7: a container.
+        MaterialIsContainer = "material_is_container",
+        /// Not material of the kind: a bare `RSAPrivateKey` (RFC 8017).
+        MaterialIsPkcs1 = "material_is_pkcs1",
+        /// Not material of the kind: a bare `ECPrivateKey` (RFC 5915).
+        MaterialIsSec1 = "material_is_sec1",
+        /// Not material of the kind: a public key, a certificate or a request for one.
+        MaterialIsPublicKey = "material_is_public_key",
+        /// Not material of the kind: BER of indefinite length (X.690, 8.1.3.6).
+        MaterialIndefiniteLength = "material_indefinite_length",
+        /// Not material of the kind: DER with bytes behind it.
+        MaterialTrailingBytes = "material_trailing_bytes",
+        /// Not material of the kind: DER that ends too early.
+        MaterialTruncated = "material_truncated",
+        /// Not material of the kind: none of the above, and not PKCS#8.
+        MaterialNotPkcs8 = "material_not_pkcs8",
+        /// Not material of the kind: PKCS#8 around something that is not the key that it announces.
+        MaterialMalformed = "material_malformed",
+        /// Not material of the kind: a private key of another algorithm.
+        MaterialWrongAlgorithm = "material_wrong_algorithm",
+        /// Not material of the kind: a private key on another curve.
+        MaterialWrongCurve = "material_wrong_curve",
+        /// Not material of the kind: a curve written out in numbers.
+        MaterialExplicitCurve = "material_explicit_curve",
+        /// Not material of the kind: an EC key that does not say its curve.
+        MaterialMissingCurve = "material_missing_curve",
+        /// Not material of the kind: an RSA modulus of another size.
+        MaterialWrongModulus = "material_wrong_modulus",
+        /// Not material of the kind: an RSA key of more than two primes.
+        MaterialMultiPrime = "material_multi_prime",
+        /// Not material of the kind: a public exponent that is even, or below 3, or above 2^33 - 1.
+        MaterialBadExponent = "material_bad_exponent",
+        /// Not material of the kind: an EC private key that is no scalar of its curve.
+        MaterialScalarOutOfRange = "material_scalar_out_of_range",
+        /// Not material of the kind: a public key beside the private key that does not belong to it.
+        MaterialForeignPublicKey = "material_foreign_public_key",
+        /// Not material of the kind: RSA numbers that do not belong together.
+        MaterialInconsistent = "material_inconsistent",
         /// The KMS key holds, or held, other material.
         OtherMaterial = "other_material",
         /// `expect_current_material` does not hold.

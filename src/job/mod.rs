@@ -1,6 +1,7 @@
 //! What a valid request is and how its job may end. No I/O, no clock of its own.
 
 mod arn;
+mod dsm_key;
 mod ending;
 mod event;
 mod key_kind;
@@ -9,6 +10,7 @@ mod request;
 mod wrapping;
 
 pub use arn::KeyArn;
+pub use dsm_key::{DsmKeyRef, NotAKeyRef};
 pub use ending::{Failure, FailureCode, JobResult, Refusal, RefusalCode};
 pub use event::{Event, JobSummary, failure_json, rfc3339};
 pub use key_kind::{Curve, KeyKind, Partition, Shape};

@@ -2,7 +2,7 @@
 
 mod fields;
 
-use super::{KeyArn, Refusal, RefusalCode, WrappingAlgorithm, WrappingKeySpec};
+use super::{DsmKeyRef, KeyArn, Refusal, RefusalCode, WrappingAlgorithm, WrappingKeySpec};
 use fields::Fields;
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
@@ -202,6 +202,8 @@ pub enum KeyRef {
 pub enum SourceKeyRef {
     /// A key of the local store, by name or id; `None`: a new key is generated.
     Local(Option<String>),
+    /// A key that a KMIP server holds.
+    Dsm(DsmKeyRef),
 }
 
 /// Whether the material expires.
@@ -496,14 +498,22 @@ fn read_source_key(fields: &mut Fields, given: &mut Map<String, Value>) -> Resul
     }
     let identifier = fields.optional_string("source_key_identifier")?;
     if let Some(name) = &identifier {
-        check("source_key_identifier", is_token(name), "1 to 128 of A-Z a-z 0-9 . _ : -")?;
         given.insert("source_key_identifier".into(), json!(name));
     }
     match tier.as_deref() {
-        None | Some("local") => Ok(SourceKeyRef::Local(identifier)),
+        None | Some("local") => {
+            let is_name = identifier.as_deref().is_none_or(is_token);
+            check("source_key_identifier", is_name, "1 to 128 of A-Z a-z 0-9 . _ : -")?;
+            Ok(SourceKeyRef::Local(identifier))
+        }
         Some("dsm") => {
-            let message = "source_key_tier: dsm is not configured here; use local";
-            Err(Refusal::of("source_key_tier", RefusalCode::TierNotConfigured, message))
+            let field = "source_key_identifier";
+            let Some(key) = identifier else {
+                let message = "source_key_identifier: required for the tier dsm, which generates no keys";
+                return Err(Refusal::of(field, RefusalCode::MissingField, message));
+            };
+            let invalid = |expected| Refusal::of(field, RefusalCode::InvalidValue, format!("{field}: {expected}"));
+            DsmKeyRef::parse(&key).map(SourceKeyRef::Dsm).map_err(invalid)
         }
         Some(_) => {
             let expected = "source_key_tier: expected local or dsm";

@@ -1,6 +1,7 @@
 //! The key-encryption key and the fingerprint key.
 
 use super::{KeyMaterial, PlainKey};
+use crate::job::KeyKind;
 use aes_gcm::aead::{Aead, KeyInit, Payload};
 use aes_gcm::{Aes256Gcm, Nonce};
 use base64::Engine as _;
@@ -125,11 +126,20 @@ impl Keyring {
 
     /// The fingerprint of a key: by its bytes, a pair by its public key, since one private key has many encodings.
     pub fn fingerprint(&self, key: &PlainKey) -> Fingerprint {
-        let kind = key.kind().as_str().as_bytes();
-        let hash = match key.public_key() {
-            Some(public_key) => keyed_hash(&self.fingerprint.key, &[b"public key", kind, public_key]),
-            None => keyed_hash(&self.fingerprint.key, &[b"material", kind, key.material().expose()]),
-        };
+        match key.public_key() {
+            Some(public_key) => self.fingerprint_of_public_key(key.kind(), public_key),
+            None => self.keyed(&[b"material", key.kind().as_str().as_bytes(), key.material().expose()]),
+        }
+    }
+
+    /// The fingerprint of the pair that has this public key, a DER `SubjectPublicKeyInfo`: what AWS shows is compared
+    /// with it, and no private key is opened for that.
+    pub fn fingerprint_of_public_key(&self, kind: KeyKind, public_key: &[u8]) -> Fingerprint {
+        self.keyed(&[b"public key", kind.as_str().as_bytes(), public_key])
+    }
+
+    fn keyed(&self, parts: &[&[u8]]) -> Fingerprint {
+        let hash = keyed_hash(&self.fingerprint.key, parts);
         Fingerprint { version: self.fingerprint.version, hash: hash.to_vec() }
     }
 
@@ -205,7 +215,6 @@ fn unseal(key: &KeyMaterial, aad: &[u8], sealed: &[u8]) -> Option<KeyMaterial> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::job::KeyKind;
 
     fn keyring() -> Keyring {
         let kek = Kek::parse(&hex::encode([7; 32])).unwrap();

@@ -1,5 +1,6 @@
 //! Obtains key material from a tier, holds it briefly, zeroises it.
 
+mod dsm;
 mod fault;
 mod keyring;
 mod local;
@@ -11,6 +12,7 @@ mod pem;
 mod plain;
 mod recognise;
 
+pub use dsm::{Dsm, DsmError, FetchedKey, ServerDetails, ServerReport};
 pub use fault::{MaterialFault, Oid};
 pub use keyring::{Fingerprint, Kek, KekError, Keyring, SealedFingerprintKey};
 pub use local::{OpenError, SealedKey};

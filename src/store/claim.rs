@@ -1,6 +1,6 @@
 //! Claims: lines with work, each under a lease, with all that the head's job needs.
 
-use super::{Store, StoreError};
+use super::{DsmChoice, Store, StoreError};
 use crate::job::{ImportParameters, KeyArn, KeyKind, Request, RequestId, Wrapping, WrappingAlgorithm, WrappingKeySpec};
 use crate::source::{Fingerprint, SealedKey};
 use deadpool_postgres::Transaction;
@@ -82,6 +82,8 @@ pub struct ClaimedJob {
 pub struct Progress {
     /// Whether the choice of the source key is committed.
     pub is_chosen: bool,
+    /// The choice, if it is a key on a KMIP server.
+    pub dsm: Option<DsmChoice>,
     /// What its mutating call does.
     pub effect: Option<String>,
     /// A mutating call may have taken effect.
@@ -109,10 +111,30 @@ pub struct KnownMaterial {
     pub is_own: bool,
     /// Keyed hash.
     pub fingerprint: Fingerprint,
+    /// `local` or `dsm`.
+    pub source_tier: String,
     /// The source key's name.
     pub source_key_name: String,
     /// AWS's id of it; symmetric keys only.
     pub key_material_id: Option<String>,
+}
+
+impl KnownMaterial {
+    /// The source key as a sentence names it.
+    pub fn source(&self) -> String {
+        match self.source_tier.as_str() {
+            "local" => format!("source key {}", self.source_key_name),
+            tier => format!("{tier} key {}", self.source_key_name),
+        }
+    }
+
+    /// The request's fields that name it.
+    pub fn as_fields(&self) -> String {
+        match self.source_tier.as_str() {
+            "local" => format!("source_key_identifier = {}", self.source_key_name),
+            tier => format!("source_key_tier = {tier}, source_key_identifier = {}", self.source_key_name),
+        }
+    }
 }
 
 /// Takes up to `$1` due lines: lanes that have any, the longest unserved first, an equal share each.
@@ -197,19 +219,22 @@ pub const READ: &str = "
            source.id, source.name, source.kind, source.fingerprint, source.fingerprint_version, source.kek_id,
            source.sealed_material, source.sealed_data_key,
            known.own, known.fingerprints, known.versions, known.names, known.ids, progress.delete_ids,
-           coalesce(progress.deleted_ids, '{}')
+           coalesce(progress.deleted_ids, '{}'), known.tiers,
+           progress.dsm_connection, progress.dsm_key_id, progress.dsm_key_name, progress.dsm_fingerprint,
+           progress.dsm_fingerprint_version
     from unnest($1::bigint[], $2::bigint[]) as head(line_id, seq)
     join job on job.line_id = head.line_id and job.seq = head.seq
     join kms_key on kms_key.id = job.kms_key_id
     left join progress on progress.job_id = job.id
     -- An import names its source key, or the material whose source key is on record; a delete has none. Parsed once.
     cross join lateral (
-        select request ->> 'source_key_identifier' as name,
+        select case when request ->> 'source_key_tier' is distinct from 'dsm'
+                    then request ->> 'source_key_identifier' end as name,
                case when request ->> 'source_key_identifier' is null and request ->> 'operation' is distinct from 'delete'
                     then request ->> 'key_material_id' end as material_id
         from (select job.request::jsonb as request offset 0) as parsed
-        where progress.source_key_id is null
-        union all select null, null where progress.source_key_id is not null
+        where progress.source_key_id is null and progress.dsm_key_id is null
+        union all select null, null where progress.source_key_id is not null or progress.dsm_key_id is not null
     ) as asked
     left join lateral (
         select * from (
@@ -224,18 +249,21 @@ pub const READ: &str = "
             select source_key.* from kms_key as other
             join kms_material as held on held.kms_key_id = other.id
             join source_key on source_key.id = case when held.source_tier = 'local' then held.source_key_id::uuid end
-            where other.line_id = job.line_id and held.key_material_id = asked.material_id
+            where asked.material_id is not null
+              and other.line_id = job.line_id and held.key_material_id = asked.material_id
         ) as found limit 1
     ) as source on true
     left join lateral (
-        select array_agg(held.kms_key_id = kms_key.id order by held.imported_at) as own,
-               array_agg(held.fingerprint order by held.imported_at) as fingerprints,
-               array_agg(held.fingerprint_version order by held.imported_at) as versions,
-               array_agg(held.source_key_name order by held.imported_at) as names,
-               array_agg(held.key_material_id order by held.imported_at) as ids
-        from kms_key as other join kms_material as held on held.kms_key_id = other.id
-        -- What is uncertain proves nothing.
-        where other.line_id = job.line_id and held.imported_at is not null
+        -- Sorted once, not by each aggregate.
+        select array_agg(own) as own, array_agg(fingerprint) as fingerprints, array_agg(fingerprint_version) as versions,
+               array_agg(source_key_name) as names, array_agg(source_tier) as tiers, array_agg(key_material_id) as ids
+        from (
+            select held.*, held.kms_key_id = kms_key.id as own
+            from kms_key as other join kms_material as held on held.kms_key_id = other.id
+            -- What is uncertain proves nothing.
+            where other.line_id = job.line_id and held.imported_at is not null
+            order by held.imported_at
+        ) as held
     ) as known on true";
 
 /// A takeover leaves a call behind that may still take effect, if its job was about to make one.
@@ -434,7 +462,8 @@ fn claimed_job(row: &Row, heads: &HashMap<i64, Head>) -> Result<ClaimedJob, Stor
         key_id: row.get(10),
         key_created_at: row.get(11),
         progress: Progress {
-            is_chosen: row.get::<_, Option<Uuid>>(24).is_some(),
+            is_chosen: row.get::<_, Option<Uuid>>(24).is_some() || row.get::<_, Option<&str>>(42).is_some(),
+            dsm: dsm_choice(row),
             effect: row.get(13),
             in_doubt: row.get(14),
             answered: row.get(15),
@@ -477,15 +506,25 @@ fn source_key(row: &Row) -> Result<Option<SealedKey>, &'static str> {
     }))
 }
 
+fn dsm_choice(row: &Row) -> Option<DsmChoice> {
+    Some(DsmChoice {
+        connection: row.get::<_, Option<String>>(41)?,
+        key_id: row.get::<_, Option<String>>(42)?,
+        key_name: row.get(43),
+        fingerprint: Fingerprint { hash: row.get::<_, Option<Vec<u8>>>(44)?, version: row.get(45) },
+    })
+}
+
 fn known_materials(row: &Row) -> Vec<KnownMaterial> {
     let Some(own) = row.get::<_, Option<Vec<bool>>>(33) else { return Vec::new() };
     let (hashes, versions): (Vec<Vec<u8>>, Vec<i32>) = (row.get(34), row.get(35));
-    let (names, ids): (Vec<String>, Vec<Option<String>>) = (row.get(36), row.get(37));
-    let columns = own.into_iter().zip(hashes).zip(versions).zip(names).zip(ids);
+    let (names, ids, tiers): (Vec<String>, Vec<Option<String>>, Vec<String>) = (row.get(36), row.get(37), row.get(40));
+    let columns = own.into_iter().zip(hashes).zip(versions).zip(names).zip(ids).zip(tiers);
     columns
-        .map(|((((is_own, hash), version), source_key_name), key_material_id)| KnownMaterial {
+        .map(|(((((is_own, hash), version), source_key_name), key_material_id), source_tier)| KnownMaterial {
             is_own,
             fingerprint: Fingerprint { version, hash },
+            source_tier,
             source_key_name,
             key_material_id,
         })

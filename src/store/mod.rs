@@ -20,7 +20,7 @@ pub use bisect::bisect;
 pub use claim::{ClaimedJob, JOIN_PAGE, KnownMaterial, Lease, Progress, Renewed, Scan};
 pub use keys::{KeyDeletion, KeyListing, NewSourceKey, SourceKeyOrigin};
 pub use outbox::{OutboxRow, Queue};
-pub use prepare::{Intent, Prepared, Step};
+pub use prepare::{Chosen, DsmChoice, Intent, Prepared, Step};
 pub use read::{JobFilter, JobView};
 pub use schema::{Migrated, SchemaError, migrate};
 pub use settle::{Answered, Material, Parameters, Removed, RetryState, Settlement, SettlementKind};

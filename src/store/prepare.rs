@@ -5,10 +5,11 @@ use super::lock::{Held, lock};
 use super::{Lease, Store, StoreError, together};
 use crate::audit::Fact;
 use crate::job::ImportParameters;
-use crate::source::SealedKey;
+use crate::source::{Fingerprint, SealedKey};
 use deadpool_postgres::Transaction;
 use futures_util::FutureExt as _;
 use std::collections::{HashMap, HashSet};
+use tokio_postgres::types::ToSql;
 use uuid::Uuid;
 
 /// What a job is about to do.
@@ -32,7 +33,7 @@ pub enum Intent {
     /// To import one source key and no other.
     Import {
         /// The source key.
-        source_key_id: Uuid,
+        source: Chosen,
         /// The same, if it was generated for this job and is stored with the choice.
         generated: Option<Box<SealedKey>>,
         /// Parameters to keep; `None`: those kept before are still in use.
@@ -45,11 +46,40 @@ pub enum Intent {
     },
 }
 
+/// Which source key a job has chosen.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Chosen {
+    /// One of the local store.
+    Local(Uuid),
+    /// One that a KMIP server holds.
+    Dsm(DsmChoice),
+}
+
+/// A key on a KMIP server. The fingerprint tells whether the server gives the same bytes again.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DsmChoice {
+    /// The name of the connection.
+    pub connection: String,
+    /// The server's unique identifier.
+    pub key_id: String,
+    /// The name that it was asked for by, if any.
+    pub key_name: Option<String>,
+    /// Keyed hash of the material.
+    pub fingerprint: Fingerprint,
+}
+
 impl Step {
     fn source_key_id(&self) -> Option<Uuid> {
         match &self.intent {
-            Intent::Import { source_key_id, .. } => Some(*source_key_id),
-            Intent::Delete { .. } => None,
+            Intent::Import { source: Chosen::Local(id), .. } => Some(*id),
+            Intent::Import { source: Chosen::Dsm(_), .. } | Intent::Delete { .. } => None,
+        }
+    }
+
+    fn dsm(&self) -> Option<&DsmChoice> {
+        match &self.intent {
+            Intent::Import { source: Chosen::Dsm(choice), .. } => Some(choice),
+            Intent::Import { source: Chosen::Local(_), .. } | Intent::Delete { .. } => None,
         }
     }
 
@@ -149,15 +179,21 @@ async fn write_progress(
     // A choice that was committed before stays: the caller has read it and brings the same.
     const WRITE: &str = "
         insert into progress (job_id, source_key_id, effect, in_doubt, audit_n, wrapping_algorithm, wrapping_key_spec,
-                              public_key, import_token, parameters_valid_to, delete_ids)
+                              public_key, import_token, parameters_valid_to, delete_ids,
+                              dsm_connection, dsm_key_id, dsm_key_name, dsm_fingerprint, dsm_fingerprint_version)
         select job_id, source_key_id, effect, true, audit_n, algorithm, key_spec, public_key, import_token, valid_to,
-               string_to_array(delete_ids, ',')
+               string_to_array(delete_ids, ','), connection, key_id, key_name, fingerprint, version
         from unnest($1::uuid[], $2::uuid[], $3::text[], $4::integer[], $5::text[], $6::text[], $7::bytea[], $8::bytea[],
-                    $9::timestamptz[], $10::text[])
+                    $9::timestamptz[], $10::text[], $11::text[], $12::text[], $13::text[], $14::bytea[], $15::integer[])
              as new(job_id, source_key_id, effect, audit_n, algorithm, key_spec, public_key, import_token, valid_to,
-                    delete_ids)
+                    delete_ids, connection, key_id, key_name, fingerprint, version)
         on conflict (job_id) do update set
             source_key_id = coalesce(progress.source_key_id, excluded.source_key_id),
+            dsm_connection = coalesce(progress.dsm_connection, excluded.dsm_connection),
+            dsm_key_id = coalesce(progress.dsm_key_id, excluded.dsm_key_id),
+            dsm_key_name = coalesce(progress.dsm_key_name, excluded.dsm_key_name),
+            dsm_fingerprint = coalesce(progress.dsm_fingerprint, excluded.dsm_fingerprint),
+            dsm_fingerprint_version = coalesce(progress.dsm_fingerprint_version, excluded.dsm_fingerprint_version),
             delete_ids = coalesce(progress.delete_ids, excluded.delete_ids),
             effect = excluded.effect,
             in_doubt = true,
@@ -186,12 +222,31 @@ async fn write_progress(
     let ends: Vec<Option<time::OffsetDateTime>> =
         steps.iter().map(|step| step.parameters().map(|set| set.valid_to)).collect();
     let delete_ids: Vec<Option<String>> = steps.iter().map(|step| step.delete_ids()).collect();
+    let dsm: Vec<Option<&DsmChoice>> = steps.iter().map(|step| step.dsm()).collect();
+    let connections: Vec<Option<&str>> = dsm.iter().map(|key| key.map(|key| key.connection.as_str())).collect();
+    let key_ids: Vec<Option<&str>> = dsm.iter().map(|key| key.map(|key| key.key_id.as_str())).collect();
+    let key_names: Vec<Option<&str>> = dsm.iter().map(|key| key.and_then(|key| key.key_name.as_deref())).collect();
+    let fingerprints: Vec<Option<&[u8]>> =
+        dsm.iter().map(|key| key.map(|key| key.fingerprint.hash.as_slice())).collect();
+    let versions: Vec<Option<i32>> = dsm.iter().map(|key| key.map(|key| key.fingerprint.version)).collect();
+    let values: [&(dyn ToSql + Sync); 15] = [
+        &jobs,
+        &sources,
+        &effects,
+        &counts,
+        &algorithms,
+        &specs,
+        &public_keys,
+        &tokens,
+        &ends,
+        &delete_ids,
+        &connections,
+        &key_ids,
+        &key_names,
+        &fingerprints,
+        &versions,
+    ];
     let write = transaction.prepare_cached(WRITE).await?;
-    transaction
-        .execute(
-            &write,
-            &[&jobs, &sources, &effects, &counts, &algorithms, &specs, &public_keys, &tokens, &ends, &delete_ids],
-        )
-        .await?;
+    transaction.execute(&write, &values).await?;
     Ok(())
 }

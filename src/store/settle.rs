@@ -116,8 +116,10 @@ pub enum Parameters {
 pub struct Material {
     /// Keyed hash.
     pub fingerprint: Fingerprint,
-    /// The source key.
-    pub source_key_id: Uuid,
+    /// The source key's tier, `local` or `dsm`.
+    pub source_tier: &'static str,
+    /// The source key: its id, of a dsm key the connection's name and the server's identifier.
+    pub source_key_id: String,
     /// Its name.
     pub source_key_name: String,
     /// The id that AWS gave it.
@@ -305,18 +307,23 @@ impl Ended {
         const WRITE: &str = "
             insert into kms_material (kms_key_id, fingerprint, fingerprint_version, source_tier, source_key_id,
                                       source_key_name, key_material_id, valid_to, imported_at, job_id)
-            select key_id, fingerprint, version, 'local', source_id, name, material_id, valid_to,
+            select key_id, fingerprint, version, tier, source_id, name, material_id, valid_to,
                    case when certain then $10::timestamptz end, job_id
             from unnest($1::uuid[], $2::bytea[], $3::integer[], $4::text[], $5::text[], $6::text[], $7::timestamptz[],
-                        $8::boolean[], $9::uuid[])
-                 as new(key_id, fingerprint, version, source_id, name, material_id, valid_to, certain, job_id)
+                        $8::boolean[], $9::uuid[], $11::text[])
+                 as new(key_id, fingerprint, version, source_id, name, material_id, valid_to, certain, job_id, tier)
             order by key_id, fingerprint
             on conflict (kms_key_id, fingerprint) do update set
-                source_key_id = excluded.source_key_id,
-                source_key_name = excluded.source_key_name,
-                key_material_id = coalesce(excluded.key_material_id, kms_material.key_material_id),
+                -- What is uncertain takes nothing back of what is certain.
+                source_tier = case when excluded.imported_at is null and kms_material.imported_at is not null
+                                   then kms_material.source_tier else excluded.source_tier end,
+                source_key_id = case when excluded.imported_at is null and kms_material.imported_at is not null
+                                     then kms_material.source_key_id else excluded.source_key_id end,
+                source_key_name = case when excluded.imported_at is null and kms_material.imported_at is not null
+                                       then kms_material.source_key_name else excluded.source_key_name end,
                 valid_to = case when excluded.imported_at is null and kms_material.imported_at is not null
                                 then kms_material.valid_to else excluded.valid_to end,
+                key_material_id = coalesce(excluded.key_material_id, kms_material.key_material_id),
                 imported_at = coalesce(excluded.imported_at, kms_material.imported_at),
                 -- It is there, or may be.
                 removed_at = null,
@@ -338,6 +345,7 @@ impl Ended {
                         &m.certain,
                         &m.jobs,
                         &self.now,
+                        &m.tiers,
                     ],
                 )
                 .await?;
@@ -351,6 +359,7 @@ struct MaterialRows {
     keys: Vec<Uuid>,
     fingerprints: Vec<Vec<u8>>,
     versions: Vec<i32>,
+    tiers: Vec<&'static str>,
     sources: Vec<String>,
     names: Vec<String>,
     ids: Vec<Option<String>>,
@@ -364,7 +373,8 @@ impl MaterialRows {
         self.keys.push(end.key_id);
         self.fingerprints.push(material.fingerprint.hash.clone());
         self.versions.push(material.fingerprint.version);
-        self.sources.push(material.source_key_id.to_string());
+        self.tiers.push(material.source_tier);
+        self.sources.push(material.source_key_id.clone());
         self.names.push(material.source_key_name.clone());
         self.ids.push(material.key_material_id.clone());
         self.ends.push(material.valid_to);

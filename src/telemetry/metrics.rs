@@ -1,6 +1,8 @@
 //! Every metric of the process. Labels come from closed sets only.
 
-use prometheus::{IntCounter, IntCounterVec, IntGauge, Opts, Registry, TextEncoder};
+use prometheus::{
+    HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
+};
 
 /// Handles of all metrics; a clone counts into the same series.
 #[derive(Clone, Debug)]
@@ -26,6 +28,16 @@ pub struct Metrics {
     pub amqp_sessions: IntCounterVec,
     /// Jobs under way.
     pub jobs_running: IntGauge,
+    /// KMIP operations by connection, operation and outcome: ok, refused, failed. Connections are those of the settings.
+    pub dsm_requests: IntCounterVec,
+    /// Round trips to KMIP servers by connection; a message may hold several operations.
+    pub dsm_request_seconds: HistogramVec,
+    /// Connections open to KMIP servers, by connection.
+    pub dsm_connections: IntGaugeVec,
+    /// Idle connections that a KMIP server had closed, by connection.
+    pub dsm_reconnects: IntCounterVec,
+    /// Whether a KMIP server answered when it was last asked, by connection and server.
+    pub dsm_servers_up: IntGaugeVec,
 }
 
 impl Metrics {
@@ -42,6 +54,16 @@ impl Metrics {
             registry.register(Box::new(counter.clone()))?;
             Ok::<_, prometheus::Error>(counter)
         };
+        let gauges = |name: &str, help: &str, labels: &[&str]| {
+            let gauge = IntGaugeVec::new(Opts::new(name, help), labels)?;
+            registry.register(Box::new(gauge.clone()))?;
+            Ok::<_, prometheus::Error>(gauge)
+        };
+        // A server in the same room answers in milliseconds; a request is given up after a minute at most.
+        let seconds = HistogramOpts::new("keyferry_dsm_request_seconds", "Round trips to KMIP servers.")
+            .buckets(vec![0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0]);
+        let dsm_request_seconds = HistogramVec::new(seconds, &["connection"])?;
+        registry.register(Box::new(dsm_request_seconds.clone()))?;
         let jobs_running = IntGauge::new("keyferry_jobs_running", "Jobs under way in this process.")?;
         registry.register(Box::new(jobs_running.clone()))?;
         let build = IntGauge::with_opts(
@@ -68,6 +90,23 @@ impl Metrics {
             )?,
             amqp_sessions: counters("keyferry_amqp_sessions_total", "Sessions opened with the broker.", &["role"])?,
             jobs_running,
+            dsm_requests: counters(
+                "keyferry_dsm_requests_total",
+                "KMIP operations.",
+                &["connection", "operation", "outcome"],
+            )?,
+            dsm_request_seconds,
+            dsm_connections: gauges("keyferry_dsm_connections", "Connections open to KMIP servers.", &["connection"])?,
+            dsm_reconnects: counters(
+                "keyferry_dsm_reconnects_total",
+                "Idle connections that a KMIP server had closed.",
+                &["connection"],
+            )?,
+            dsm_servers_up: gauges(
+                "keyferry_dsm_server_up",
+                "Whether a KMIP server answered when it was last asked.",
+                &["connection", "server"],
+            )?,
             registry,
         };
         for verdict in ["accepted", "duplicate", "refused"] {

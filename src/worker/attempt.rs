@@ -9,17 +9,19 @@ mod dry_run;
 mod end;
 mod import;
 mod judge;
+mod source_key;
 mod verify;
 
 use super::Context;
 use super::batcher::Batcher;
 use crate::audit::Fact;
-use crate::job::{Expiry, FailureCode, Import, KeyKind, Partition, Work};
+use crate::job::{Expiry, FailureCode, Import, KeyKind, Partition, SourceKeyRef, Work};
 use crate::kms::{HeldMaterial, KeyDescription, LeaseGuard};
 use crate::policy::Verdict;
-use crate::source::SealedKey;
+use crate::source::PlainKey;
 use crate::store::{Answered, ClaimedJob, Parameters, Prepared, Removed, Settlement, SettlementKind, Step, StoreError};
 pub(super) use end::Broken;
+use source_key::SourceKey;
 use std::sync::Arc;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
@@ -51,9 +53,9 @@ struct Run {
     job: ClaimedJob,
     facts: Vec<Fact>,
     /// The chosen key, once it is.
-    source_key: Option<SealedKey>,
-    /// The chosen key's public key, once it was opened; pairs only.
-    public_key: Option<Vec<u8>>,
+    source_key: Option<SourceKey>,
+    /// The bytes of a key that a KMIP server gave in this attempt, until they are wrapped.
+    fetched: Option<PlainKey>,
     /// What the mutating calls do, once that is committed.
     effect: Option<String>,
     /// A mutating call of this or an earlier attempt may have taken effect.
@@ -82,7 +84,7 @@ impl Attempt {
             parameters: if progress.parameters.is_some() { Parameters::Kept } else { Parameters::Absent },
             effect: progress.effect.clone(),
             source_key: None,
-            public_key: None,
+            fetched: None,
             has_committed: false,
             attempt: self,
             facts: Vec::new(),
@@ -129,15 +131,10 @@ impl Run {
                 return self.fail(FailureCode::OutcomeUnknown, message);
             }
         }
-        if let Some((late, until)) = &job.late
-            && self.own_effect().as_ref() != Some(late)
-            // A dry run changes nothing that a late call could undo.
-            && !job.request.dry_run
-        {
-            // A call of an earlier job may still take effect, and would undo this one.
-            self.attempt.context.metrics.lines_closed.inc();
-            return Err(self.settled(SettlementKind::PutBack { until: *until, deadline: job.deadline }));
+        if self.effect_is_known_early() {
+            self.judge_late(self.own_effect().as_ref())?;
         }
+        let job = &self.job;
         if let Work::Import(Import { expiry: Expiry::At(valid_to), .. }) = job.request.work
             && valid_to <= job.now
             // What AWS has taken is only looked at.
@@ -146,6 +143,25 @@ impl Run {
             return self.fail(FailureCode::ValidToPassed, "valid_to passed while the job waited; send a new request");
         }
         Ok(())
+    }
+
+    /// A call of an earlier job may still take effect, and would undo this one, unless it does the same.
+    fn judge_late(&mut self, own_effect: Option<&String>) -> Or<()> {
+        match &self.job.late {
+            // A dry run changes nothing that a late call could undo.
+            Some((late, until)) if own_effect != Some(late) && !self.job.request.dry_run => {
+                self.attempt.context.metrics.lines_closed.inc();
+                let (until, deadline) = (*until, self.job.deadline);
+                Err(self.settled(SettlementKind::PutBack { until, deadline }))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Which object on a KMIP server a name means is known only when it was fetched.
+    fn effect_is_known_early(&self) -> bool {
+        let Work::Import(asked) = &self.job.request.work else { return true };
+        self.effect.is_some() || !matches!(asked.source_key, SourceKeyRef::Dsm(_))
     }
 
     async fn describe(&mut self) -> Or<KeyDescription> {
@@ -216,7 +232,7 @@ impl Run {
     /// What the mutating calls do, as far as it can be told already.
     fn own_effect(&self) -> Option<String> {
         let computed = || match &self.job.request.work {
-            Work::Import(asked) => Some(import::effect(self.job.source_key.as_ref()?.id, asked.expiry)),
+            Work::Import(asked) => Some(import::effect(&self.job.source_key.as_ref()?.id.to_string(), asked.expiry)),
             Work::Delete(_) => None,
         };
         self.effect.clone().or_else(computed)

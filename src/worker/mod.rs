@@ -12,7 +12,7 @@ use crate::job::{Failure, FailureCode};
 use crate::kms::{Kms, LeaseGuard};
 use crate::policy::{Policy, Targets};
 use crate::retry::{Attempts, Class};
-use crate::source::Keyring;
+use crate::source::{Dsm, Keyring};
 use crate::store::{
     ClaimedJob, JOIN_PAGE, Prepared, Scan, Settlement, SettlementKind, Step, Store, StoreError, bisect,
 };
@@ -47,6 +47,8 @@ pub struct Context {
     pub kms: Kms,
     /// The keys of the local tier.
     pub keyring: Arc<Keyring>,
+    /// The servers of the dsm tier.
+    pub dsm: Arc<Dsm>,
     /// Asked again at each claim.
     pub policy: Policy,
     /// Accounts and Regions that may be touched.

@@ -1,6 +1,13 @@
-//! The product's own source files of the parser, and nothing else of it.
+//! The product's own source files of the parser of key material and of KMIP's answers, and nothing else of it.
 
 #![allow(dead_code, missing_docs)]
+
+#[path = "../../src/config"]
+pub mod config {
+    mod dsm;
+
+    pub use dsm::DsmProtocol;
+}
 
 #[path = "../../src/job"]
 pub mod job {
@@ -11,6 +18,19 @@ pub mod job {
 
 #[path = "../../src/source"]
 pub mod source {
+    pub mod dsm {
+        mod answers;
+        mod key_block;
+        mod messages;
+        mod tags;
+        mod transparent;
+        mod ttlv;
+
+        pub mod mutations {
+            pub mod oracle;
+            pub mod samples;
+        }
+    }
     mod fault;
     mod material;
     mod pair;

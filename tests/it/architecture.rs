@@ -16,7 +16,7 @@ const EDGES: &[(&str, &[&str])] = &[
     ("outbox", &["amqp", "retry", "store", "telemetry"]),
     ("policy", &["job"]),
     ("retry", &[]),
-    ("source", &["job"]),
+    ("source", &["config", "job", "retry", "telemetry", "tls"]),
     ("store", &["audit", "config", "job", "source", "tls"]),
     ("telemetry", &["config"]),
     ("tls", &[]),

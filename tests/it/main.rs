@@ -11,6 +11,8 @@ mod commands;
 mod commands_keys;
 mod deletes;
 mod dry_run;
+mod dsm_jobs;
+mod dsm_source;
 mod failed;
 mod happy;
 mod kills;

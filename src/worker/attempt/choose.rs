@@ -1,35 +1,11 @@
 //! Which source key an import takes, and as what AWS is to take it. Pure: it judges by the request, by our record of the
 //! key's materials and by what `DescribeKey` shows.
 
+use super::source_key::SourceKey;
 use crate::job::{FailureCode, Import, KeyKind, SourceKeyRef};
 use crate::kms::{KeyDescription, MaterialRole, RegionRole};
-use crate::source::{Fingerprint, SealedKey};
+use crate::source::Fingerprint;
 use crate::store::{ClaimedJob, KnownMaterial};
-
-/// What an import brings, and as what.
-#[derive(Debug)]
-pub(super) struct Choice {
-    pub(super) source: Source,
-    pub(super) role: MaterialRole,
-}
-
-/// Where the bytes come from.
-#[derive(Debug)]
-pub(super) enum Source {
-    /// From a key of the store.
-    Stored(Box<SealedKey>),
-    /// From the generator: the key has never held material.
-    Generated,
-}
-
-impl Source {
-    pub(super) fn stored(&self) -> Option<&SealedKey> {
-        match self {
-            Self::Stored(key) => Some(key),
-            Self::Generated => None,
-        }
-    }
-}
 
 /// Why there is no choice. Nothing was changed.
 #[derive(Debug, PartialEq, Eq)]
@@ -38,41 +14,41 @@ pub(super) struct NoChoice {
     pub(super) message: String,
 }
 
-/// Chooses for a job whose request asks for an import.
+/// As what AWS is to take the source key, or, without one, a key that is generated.
 pub(super) fn choose(
     job: &ClaimedJob,
     asked: &Import,
     kind: KeyKind,
     shown: &KeyDescription,
-) -> Result<Choice, NoChoice> {
+    source: Option<&SourceKey>,
+) -> Result<MaterialRole, NoChoice> {
     if asked.key_material_id.is_some() && !kind.has_material_ids() {
         let message =
             format!("AWS gives ids to materials of symmetric keys only; leave key_material_id out for {kind}");
-        return Err(NoChoice { code: FailureCode::MaterialIdNotAllowed, message });
+        return no(FailureCode::MaterialIdNotAllowed, message);
     }
-    let Some(key) = &job.source_key else {
-        return generated(asked, &job.materials, shown).map(|role| Choice { source: Source::Generated, role });
-    };
-    if key.sealed_material.is_none() {
-        return no(FailureCode::SourceKeyDeleted, format!("the source key {} was deleted", key.name));
+    let Some(key) = source else { return generated(asked, &job.materials, shown) };
+    if let SourceKey::Local(key) = key {
+        if key.sealed_material.is_none() {
+            return no(FailureCode::SourceKeyDeleted, format!("the source key {} was deleted", key.name));
+        }
+        if key.kind != kind {
+            let message = format!(
+                "the source key {} is of kind {} ({}), the KMS key needs {kind} ({})",
+                key.name,
+                key.kind,
+                key.kind.shape(),
+                kind.shape()
+            );
+            return no(FailureCode::SourceKeyWrongKind, message);
+        }
     }
-    if key.kind != kind {
-        let message = format!(
-            "the source key {} is of kind {} ({}), the KMS key needs {kind} ({})",
-            key.name,
-            key.kind,
-            key.kind.shape(),
-            kind.shape()
-        );
-        return no(FailureCode::SourceKeyWrongKind, message);
-    }
-    let role = if kind.has_material_ids() {
-        role_of_one_among_many(key, asked, &job.materials, shown, job.progress.in_doubt)?
+    if kind.has_material_ids() {
+        role_of_one_among_many(key, asked, &job.materials, shown, job.progress.in_doubt)
     } else {
         only_the_same_again(key, &job.materials)?;
-        MaterialRole::First
-    };
-    Ok(Choice { source: Source::Stored(Box::new(key.clone())), role })
+        Ok(MaterialRole::First)
+    }
 }
 
 fn no<T>(code: FailureCode, message: String) -> Result<T, NoChoice> {
@@ -81,10 +57,14 @@ fn no<T>(code: FailureCode, message: String) -> Result<T, NoChoice> {
 
 /// A key is generated only where there has never been one.
 fn generated(asked: &Import, known: &[KnownMaterial], shown: &KeyDescription) -> Result<MaterialRole, NoChoice> {
-    let SourceKeyRef::Local(named) = &asked.source_key;
-    if named.is_some() {
+    if matches!(asked.source_key, SourceKeyRef::Local(Some(_))) {
         let message = "there is no local key with this source_key_identifier; see keyferry keys list";
         return no(FailureCode::SourceKeyUnknown, message.into());
+    }
+    let meant = known.iter().find(|held| held.key_material_id == asked.key_material_id);
+    if let (Some(_), Some(held)) = (&asked.key_material_id, meant) {
+        let message = format!("the material came from {}: name that", held.source());
+        return no(FailureCode::SourceKeyRequired, message);
     }
     if asked.key_material_id.is_some() {
         let message = "Keyferry did not import the material that key_material_id names: \
@@ -93,9 +73,8 @@ fn generated(asked: &Import, known: &[KnownMaterial], shown: &KeyDescription) ->
     }
     if let Some(last) = known.last() {
         let message = format!(
-            "the key holds material already and takes only the same again: name its source key, \
-             source_key_identifier = {}",
-            last.source_key_name
+            "the key holds material already and takes only the same again: name its source key, {}",
+            last.as_fields()
         );
         return no(FailureCode::SourceKeyRequired, message);
     }
@@ -113,9 +92,9 @@ fn generated(asked: &Import, known: &[KnownMaterial], shown: &KeyDescription) ->
 }
 
 /// HMAC keys and pairs have one material for life.
-fn only_the_same_again(key: &SealedKey, known: &[KnownMaterial]) -> Result<(), NoChoice> {
-    match comparable(known, &key.fingerprint).last() {
-        Some(last) if !known.iter().any(|held| held.fingerprint == key.fingerprint) => {
+fn only_the_same_again(key: &SourceKey, known: &[KnownMaterial]) -> Result<(), NoChoice> {
+    match comparable(known, key.fingerprint()).last() {
+        Some(last) if !known.iter().any(|held| held.fingerprint == *key.fingerprint()) => {
             no(FailureCode::OtherMaterial, other_material(last))
         }
         _ => Ok(()),
@@ -124,29 +103,31 @@ fn only_the_same_again(key: &SealedKey, known: &[KnownMaterial]) -> Result<(), N
 
 /// Which of a symmetric key's materials the source key is.
 fn role_of_one_among_many(
-    key: &SealedKey,
+    key: &SourceKey,
     asked: &Import,
     known: &[KnownMaterial],
     shown: &KeyDescription,
     in_doubt: bool,
 ) -> Result<MaterialRole, NoChoice> {
-    let own_id =
-        known.iter().filter(|held| held.fingerprint == key.fingerprint).find_map(|held| held.key_material_id.as_ref());
+    let own_id = known
+        .iter()
+        .filter(|held| held.fingerprint == *key.fingerprint())
+        .find_map(|held| held.key_material_id.as_ref());
     let other_with = |id: &str| {
-        comparable(known, &key.fingerprint)
-            .find(|held| held.key_material_id.as_deref() == Some(id) && held.fingerprint != key.fingerprint)
+        comparable(known, key.fingerprint())
+            .find(|held| held.key_material_id.as_deref() == Some(id) && held.fingerprint != *key.fingerprint())
     };
     if let Some(id) = &asked.key_material_id {
         return match (own_id, other_with(id)) {
             (_, Some(other)) => {
                 let message = format!(
-                    "the material {id} came from source key {}; name that one, or leave source_key_identifier out",
-                    other.source_key_name
+                    "the material {id} came from {}; name that one, or leave source_key_identifier out",
+                    other.source()
                 );
                 no(FailureCode::OtherMaterial, message)
             }
             (Some(own), None) if own != id => {
-                let message = format!("source key {} is the material {own} of this key, not {id}", key.name);
+                let message = format!("{} key {} is the material {own} of this key, not {id}", key.tier(), key.name());
                 no(FailureCode::OtherMaterial, message)
             }
             // Where there is no record, AWS compares.
@@ -157,13 +138,14 @@ fn role_of_one_among_many(
         // An import that may have taken effect is settled by the same again, whatever is in force by now.
         (Some(own), Some(current)) if own != current && !in_doubt => {
             let holder = match other_with(current) {
-                Some(other) => format!("that of source key {}", other.source_key_name),
+                Some(other) => format!("that of {}", other.source()),
                 None => "one that Keyferry did not import".to_owned(),
             };
             let message = format!(
-                "the key's current material is {holder}; source key {} is an older one: to import that again, \
+                "the key's current material is {holder}; {} key {} is an older one: to import that again, \
                  give key_material_id = {own}",
-                key.name
+                key.tier(),
+                key.name()
             );
             no(FailureCode::OtherMaterial, message)
         }
@@ -173,7 +155,7 @@ fn role_of_one_among_many(
             // Not on record: AWS compares. NEW is never sent, so it cannot become a pending rotation by surprise.
             None => Ok(MaterialRole::Existing(Some(current.clone()))),
         },
-        (None, None) => match comparable(known, &key.fingerprint).last() {
+        (None, None) => match comparable(known, key.fingerprint()).last() {
             Some(last) => no(FailureCode::OtherMaterial, other_material(last)),
             // A replica never takes NEW; whether it may be left out there is UNVERIFIED.
             None if shown.role == RegionRole::Replica => Ok(MaterialRole::Existing(None)),
@@ -191,13 +173,14 @@ fn comparable<'a>(
 }
 
 fn other_material(held: &KnownMaterial) -> String {
-    format!("the KMS key holds the material of source key {}; it takes only that one again", held.source_key_name)
+    format!("the KMS key holds the material of {}; it takes only that one again", held.source())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::job::Expiry;
+    use crate::source::SealedKey;
     use serde_json::Value;
     use uuid::Uuid;
 
@@ -208,8 +191,8 @@ mod tests {
         Fingerprint { version: 1, hash: vec![of] }
     }
 
-    fn stored(kind: KeyKind) -> SealedKey {
-        SealedKey {
+    fn stored(kind: KeyKind) -> SourceKey {
+        SourceKey::Local(SealedKey {
             id: Uuid::nil(),
             name: "ours".into(),
             kind,
@@ -217,13 +200,14 @@ mod tests {
             kek_id: String::new(),
             sealed_material: Some(Vec::new()),
             sealed_data_key: Some(Vec::new()),
-        }
+        })
     }
 
     fn held(of: u8, id: Option<&str>) -> KnownMaterial {
         KnownMaterial {
             is_own: true,
             fingerprint: fingerprint(of),
+            source_tier: "local".into(),
             source_key_name: if of == OURS { "ours".into() } else { "theirs".into() },
             key_material_id: id.map(str::to_owned),
         }

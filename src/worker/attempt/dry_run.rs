@@ -1,6 +1,5 @@
 //! A dry run: every check, read-only calls, a wrap under a throw-away key. It creates and changes nothing.
 
-use super::choose::Choice;
 use super::import::{effect, expiry_text};
 use super::{Or, Run};
 use crate::job::{FailureCode, Import, JobResult, KeyKind, Wrapping, rfc3339};
@@ -17,13 +16,13 @@ impl Run {
         asked: &Import,
         kind: KeyKind,
         before: &KeyDescription,
-        choice: Choice,
+        role: MaterialRole,
         wrapping: Wrapping,
     ) -> Or<Settlement> {
-        let stored = choice.source.stored().cloned();
-        let length = match stored.clone() {
+        let source = self.source_key.clone();
+        let length = match source.clone() {
             // Opened, so that a damaged seal is found.
-            Some(key) => self.with_opened(key, |key| key.material().expose().len()).await?,
+            Some(key) => self.with_plain(key, |key| key.material().expose().len()).await?,
             None => kind.most_material_bytes(),
         };
         // Not the key's own bytes: nothing is known of a random modulus's strength.
@@ -36,32 +35,35 @@ impl Run {
             Ok(wrapped) => wrapped,
             Err(error) => return self.fail(FailureCode::WrappingNotAllowed, &error.to_string()),
         };
-        let (import_type, material_id) = match choice.role {
+        let (import_type, material_id) = match role {
             MaterialRole::First => (None, None),
             MaterialRole::Existing(id) => (Some("EXISTING_KEY_MATERIAL"), id),
         };
         // A pair was compared already.
         let takes_only_the_same = import_type.is_some() || (before.has_had_material() && !kind.is_pair());
-        let is_on_record = stored
+        let is_on_record = source
             .as_ref()
-            .is_some_and(|key| self.job.materials.iter().any(|held| held.fingerprint == key.fingerprint));
+            .is_some_and(|key| self.job.materials.iter().any(|held| held.fingerprint == *key.fingerprint()));
         let mut left_to_aws = vec!["whether the worker may call GetParametersForImport and ImportKeyMaterial"];
         if takes_only_the_same && !is_on_record {
             left_to_aws.push("whether the source key is the material that the key was given before");
         }
-        let would = json!({
+        let mut would = json!({
             "operation": "import",
             "import_type": import_type,
             "key_material_id": material_id,
-            "generate": stored.is_none(),
-            "local_key_id": stored.as_ref().map(|key| key.id),
-            "local_key_name": stored.as_ref().map(|key| &key.name),
+            "generate": source.is_none(),
             "expiry": expiry_text(asked.expiry),
             "wrapping_algorithm": wrapping.algorithm.as_str(),
             "wrapping_key_spec": wrapping.key_spec.as_str(),
             "wrapped_bytes": wrapped.len(),
         });
-        let own_effect = stored.as_ref().map(|key| effect(key.id, asked.expiry));
+        if let Some(key) = &source {
+            let tier = key.tier();
+            would[format!("{tier}_key_id")] = json!(key.id());
+            would[format!("{tier}_key_name")] = json!(key.name());
+        }
+        let own_effect = source.as_ref().map(|key| effect(&key.id(), asked.expiry));
         Ok(self.would(before, kind, would, own_effect.as_ref(), &left_to_aws))
     }
 

@@ -1,11 +1,11 @@
 //! The ends of an attempt: retried with a bound, failed with a reason, given back.
 
 use super::judge::{Verdict, judge};
+use super::source_key::SourceKey;
 use super::{End, Or, Run};
 use crate::job::{Expiry, Failure, FailureCode, JobSummary, ScarceCall, Work};
 use crate::kms::CallError;
 use crate::retry::{self, Class};
-use crate::source::SealedKey;
 use crate::store::{ClaimedJob, Material, Parameters, Removed, RetryState, Settlement, SettlementKind};
 use serde_json::json;
 use std::time::Duration;
@@ -71,14 +71,14 @@ impl Run {
     /// The job's end.
     pub(super) fn fail<T>(&mut self, code: FailureCode, message: &str) -> Or<T> {
         let aws_changed = self.may_have_changed_aws();
-        let source = self.source_key.clone().or_else(|| self.job.source_key.clone());
+        let source = self.source_key.clone().or_else(|| self.chosen_source_key());
         let id = self.answered.clone().and_then(|answer| answer.key_material_id);
         let material =
             source.as_ref().filter(|_| aws_changed).map(|key| self.material(key, id, self.answered.is_some()));
         let failure = Failure { code, message: message.to_owned(), aws_changed };
         tracing::warn!(job.id = %self.job.id, key = %self.job.key, error.code = code.as_str(), "job failed: {message}");
         // A dry run brings nothing, whichever key it looked at.
-        let source_key_id = source.filter(|_| !self.job.request.dry_run).map(|key| key.id);
+        let source_key_id = source.filter(|_| !self.job.request.dry_run).and_then(|key| key.local_id());
         Err(self.settled(SettlementKind::Ended { outcome: Err(failure), source_key_id, material }))
     }
 
@@ -103,7 +103,7 @@ impl Run {
     }
 
     /// The record of what this job puts, or may have put, on the key.
-    pub(super) fn material(&self, key: &SealedKey, key_material_id: Option<String>, is_certain: bool) -> Material {
+    pub(super) fn material(&self, key: &SourceKey, key_material_id: Option<String>, is_certain: bool) -> Material {
         let valid_to = match &self.job.request.work {
             Work::Import(asked) => match asked.expiry {
                 Expiry::At(at) => Some(at),
@@ -112,9 +112,10 @@ impl Run {
             Work::Delete(_) => None,
         };
         Material {
-            fingerprint: key.fingerprint.clone(),
-            source_key_id: key.id,
-            source_key_name: key.name.clone(),
+            fingerprint: key.fingerprint().clone(),
+            source_tier: key.tier(),
+            source_key_id: key.id(),
+            source_key_name: key.name(),
             key_material_id,
             valid_to,
             is_certain,

@@ -1,18 +1,18 @@
 //! An import: choose, compare, parameters, commit, wrap, send, verify.
 
-use super::choose::{Choice, Source, choose};
+use super::choose::choose;
 use super::judge::{Verdict, judge};
+use super::source_key::SourceKey;
 use super::{Or, Run, sha256_hex};
 use crate::audit::{Fact, Kind};
 use crate::job::{Expiry, FailureCode, Import, ImportParameters, KeyKind, Wrapping, rfc3339};
 use crate::kms::{CallError, ErrorKind, ImportCall, KeyDescription, MaterialRole, RegionRole};
 use crate::retry::Class;
-use crate::source::{OpenError, PlainKey, SealedKey};
+use crate::source::SealedKey;
 use crate::store::{Answered, Intent, Parameters, Prepared, Settlement, Step};
 use crate::wrap::{WrapError, wrap};
 use serde_json::json;
 use std::sync::Arc;
-use tokio::sync::Semaphore;
 
 /// A refusal this close to the material's end of life may be for that alone: AWS has a clock of its own.
 const EXPIRY_MARGIN: time::Duration = time::Duration::minutes(10);
@@ -20,7 +20,7 @@ const EXPIRY_MARGIN: time::Duration = time::Duration::minutes(10);
 const PARAMETERS_MARGIN: time::Duration = time::Duration::minutes(10);
 
 /// What an import does: equal texts mean that repeating one changes nothing.
-pub(super) fn effect(source_key_id: uuid::Uuid, expiry: Expiry) -> String {
+pub(super) fn effect(source_key_id: &str, expiry: Expiry) -> String {
     format!("import {source_key_id} {}", expiry_text(expiry))
 }
 
@@ -34,33 +34,45 @@ pub(super) fn expiry_text(expiry: Expiry) -> String {
 impl Run {
     pub(super) async fn import(&mut self, asked: &Import, kind: KeyKind, before: KeyDescription) -> Or<Settlement> {
         if self.answered.is_some() {
-            self.source_key.clone_from(&self.job.source_key);
+            self.source_key = self.chosen_source_key();
             return self.verify_import(asked, kind, before).await;
         }
-        let choice = match choose(&self.job, asked, kind, &before) {
-            Ok(choice) => choice,
+        let source = self.named_source_key(asked, kind).await?;
+        if !self.effect_is_known_early() {
+            let own_effect = source.as_ref().map(|key| effect(&key.id(), asked.expiry));
+            self.judge_late(own_effect.as_ref())?;
+        }
+        let role = match choose(&self.job, asked, kind, &before, source.as_ref()) {
+            Ok(role) => role,
             Err(none) => return self.fail(none.code, &none.message),
         };
-        self.source_key = choice.source.stored().cloned();
+        self.source_key.clone_from(&source);
         let wrapping = self.choose_wrapping(asked, kind)?;
         self.compare_public_key(kind, &before).await?;
         if self.job.request.dry_run {
-            return self.would_import(asked, kind, &before, choice, wrapping).await;
+            return self.would_import(asked, kind, &before, role, wrapping).await;
         }
-        let Choice { source, role } = choice;
         let (parameters, are_new) = self.parameters(wrapping).await?;
-        let (key, is_new) = match source {
-            Source::Stored(key) => (*key, false),
+        let (key, generated) = if let Some(key) = source {
+            (key, None)
+        } else {
             // After the parameters: a key of RSA takes seconds, and would be thrown away with a throttled call.
-            Source::Generated => (self.generate(kind).await?, true),
+            let key = self.generate(kind).await?;
+            (SourceKey::Local(key.clone()), Some(Box::new(key)))
         };
         self.source_key = Some(key.clone());
-        self.commit_import(asked, &key, is_new, &parameters, are_new).await?;
+        self.commit_import(asked, &key, generated, &parameters, are_new).await?;
         let wrapped = self.wrap(key, &parameters).await?;
         self.send_import(asked, kind, &before, role, &parameters, wrapped).await?;
         crate::failpoint!("worker.after_import");
         let after = self.describe().await?;
         self.verify_import(asked, kind, after).await
+    }
+
+    /// The key that was chosen before.
+    pub(super) fn chosen_source_key(&self) -> Option<SourceKey> {
+        let local = self.job.source_key.clone().map(SourceKey::Local);
+        self.job.progress.dsm.clone().map(SourceKey::Dsm).or(local)
     }
 
     fn choose_wrapping(&mut self, asked: &Import, kind: KeyKind) -> Or<Wrapping> {
@@ -88,25 +100,18 @@ impl Run {
             Err(error) if error.kind == ErrorKind::InvalidState => return Ok(()),
             Err(error) => return self.read_failed(&error),
         };
-        if self.own_public_key().await? == Some(theirs) {
+        if self.is_own_public_key(kind, &theirs) {
             return Ok(());
         }
         // A pair has one material for life: an import of ours has not taken effect, and never can.
         self.in_doubt = false;
         let message = format!(
-            "AWS's GetPublicKey shows another pair than source key {}; a KMS key takes only the pair that it was given \
+            "AWS's GetPublicKey shows another pair than {} key {}; a KMS key takes only the pair that it was given \
              first: name that source key, or use another KMS key",
-            key.name
+            key.tier(),
+            key.name()
         );
         self.fail(FailureCode::OtherMaterial, &message)
-    }
-
-    /// The public key of the chosen pair.
-    pub(super) async fn own_public_key(&mut self) -> Or<Option<Vec<u8>>> {
-        if let (None, Some(key)) = (&self.public_key, self.source_key.clone()) {
-            self.public_key = self.with_opened(key, |key| key.public_key().map(<[u8]>::to_vec)).await?;
-        }
-        Ok(self.public_key.clone())
     }
 
     /// The set kept from an earlier attempt while it is good, else a fresh one, and whether it is fresh.
@@ -146,8 +151,8 @@ impl Run {
     async fn commit_import(
         &mut self,
         asked: &Import,
-        key: &SealedKey,
-        is_new: bool,
+        key: &SourceKey,
+        generated: Option<Box<SealedKey>>,
         parameters: &ImportParameters,
         are_new: bool,
     ) -> Or<()> {
@@ -160,10 +165,10 @@ impl Run {
             Fact::new(
                 Kind::MaterialChosen,
                 json!({
-                    "tier": "local",
-                    "source_key_id": key.id,
-                    "source_key_name": key.name,
-                    "generated": is_new,
+                    "tier": key.tier(),
+                    "source_key_id": key.id(),
+                    "source_key_name": key.name(),
+                    "generated": generated.is_some(),
                     "attempt": attempt,
                     "expiry": expiry,
                 }),
@@ -182,11 +187,11 @@ impl Run {
             ));
         }
         let intent = Intent::Import {
-            source_key_id: key.id,
-            generated: is_new.then(|| Box::new(key.clone())),
+            source: key.chosen(),
+            generated,
             parameters: are_new.then(|| Box::new(parameters.clone())),
         };
-        self.commit(intent, effect(key.id, asked.expiry), facts).await?;
+        self.commit(intent, effect(&key.id(), asked.expiry), facts).await?;
         self.parameters = Parameters::Kept;
         crate::failpoint!("worker.after_prepare");
         self.not_stopping()
@@ -212,14 +217,9 @@ impl Run {
         }
     }
 
-    async fn wrap(&mut self, key: SealedKey, parameters: &ImportParameters) -> Or<Vec<u8>> {
+    async fn wrap(&mut self, key: SourceKey, parameters: &ImportParameters) -> Or<Vec<u8>> {
         let (public_key, wrapping) = (parameters.public_key.clone(), parameters.wrapping);
-        let (wrapped, own_public_key) = self
-            .with_opened(key, move |key| {
-                (wrap(key.material().expose(), &public_key, wrapping), key.public_key().map(<[u8]>::to_vec))
-            })
-            .await?;
-        self.public_key = own_public_key;
+        let wrapped = self.with_plain(key, move |key| wrap(key.material().expose(), &public_key, wrapping)).await?;
         match wrapped {
             Ok(wrapped) => Ok(wrapped),
             Err(error @ WrapError::Random) => {
@@ -318,7 +318,7 @@ impl Run {
     fn is_on_record(&self) -> bool {
         self.source_key
             .as_ref()
-            .is_some_and(|key| self.job.materials.iter().any(|held| held.fingerprint == key.fingerprint))
+            .is_some_and(|key| self.job.materials.iter().any(|held| held.fingerprint == *key.fingerprint()))
     }
 
     /// Throws the parameters away and tries at once with fresh ones. Refused a second time it is the end, unless an
@@ -331,46 +331,5 @@ impl Run {
         };
         self.parameters = Parameters::Refused;
         self.retry(class, step, message, aws_request_id)
-    }
-
-    /// Opens a sealed key and uses it off the async threads. What is opened is gone when `work` returns.
-    pub(super) async fn with_opened<T: Send + 'static>(
-        &mut self,
-        key: SealedKey,
-        work: impl FnOnce(&PlainKey) -> T + Send + 'static,
-    ) -> Or<T> {
-        let context = Arc::clone(&self.attempt.context);
-        let done: Result<T, OpenError> = self
-            .compute(Arc::clone(&self.attempt.computing), move || key.open(&context.keyring).map(|key| work(&key)))
-            .await?;
-        match done {
-            Ok(done) => Ok(done),
-            Err(error) => self.fail(FailureCode::SourceKeyDamaged, &error.to_string()),
-        }
-    }
-
-    /// Off the async threads, and no more at once than there are permits.
-    pub(super) async fn compute<T: Send + 'static>(
-        &mut self,
-        permits: Arc<Semaphore>,
-        work: impl FnOnce() -> T + Send + 'static,
-    ) -> Or<T> {
-        let give_back = self.attempt.give_back.clone();
-        let permit = tokio::select! {
-            permit = permits.acquire_owned() => permit,
-            () = give_back.cancelled() => {
-                self.not_stopping()?;
-                return Err(None);
-            }
-        };
-        let done = tokio::task::spawn_blocking(move || {
-            let _permit = permit;
-            work()
-        })
-        .await;
-        match done {
-            Ok(done) => Ok(done),
-            Err(_) => self.retry(Class::Transient, "compute", "a computation broke off", None),
-        }
     }
 }

@@ -32,24 +32,27 @@ impl Run {
             }
         }
         if kind.is_pair() {
-            let public_key = self.verify_public_key().await?;
+            let public_key = self.verify_public_key(kind).await?;
             result["public_key"] = json!(STANDARD.encode(public_key));
         }
         let source = self.source_key.clone();
-        result["local_key_id"] = json!(source.as_ref().map(|key| key.id));
-        result["local_key_name"] = json!(source.as_ref().map(|key| &key.name));
+        if let Some(key) = &source {
+            let tier = key.tier();
+            result[format!("{tier}_key_id")] = json!(key.id());
+            result[format!("{tier}_key_name")] = json!(key.name());
+        }
         result["key_expiration"] = json!(asked.expiry != Expiry::Never);
         if let Some(id) = &material_id {
             result["key_material_id"] = json!(id);
             result["aws_param"]["KeyMaterialId"] = json!(id);
         }
         let material = source.as_ref().map(|source| self.material(source, material_id, true));
-        let source_key_id = source.map(|key| key.id);
+        let source_key_id = source.and_then(|key| key.local_id());
         Ok(self.settlement(SettlementKind::Ended { outcome: Ok(JobResult(result)), source_key_id, material }))
     }
 
     /// After an import `GetPublicKey` gives exactly the public key of the imported pair.
-    async fn verify_public_key(&mut self) -> Or<Vec<u8>> {
+    async fn verify_public_key(&mut self, kind: KeyKind) -> Or<Vec<u8>> {
         self.not_stopping()?;
         let theirs = match self.attempt.context.kms.public_key(&self.job.key, &self.attempt.guard).await {
             Ok(theirs) => theirs,
@@ -59,7 +62,7 @@ impl Run {
             }
             Err(error) => return self.read_failed(&error),
         };
-        if self.own_public_key().await?.as_ref() == Some(&theirs) {
+        if self.is_own_public_key(kind, &theirs) {
             return Ok(theirs);
         }
         let message = "AWS answered that it took the pair, and GetPublicKey shows another; do not use the key";
@@ -85,14 +88,15 @@ impl Run {
 
     /// Each material with the source key that it came from, as far as that is on record.
     pub(super) fn with_sources(&self, ids: Vec<String>) -> Value {
-        let source = |id: &str| {
-            self.job
-                .materials
-                .iter()
-                .find(|held| held.key_material_id.as_deref() == Some(id))
-                .map(|held| &held.source_key_name)
+        let named = |id: String| {
+            let held = self.job.materials.iter().find(|held| held.key_material_id.as_ref() == Some(&id));
+            let mut material = json!({"key_material_id": id});
+            if let Some(held) = held {
+                material[format!("{}_key_name", held.source_tier)] = json!(held.source_key_name);
+            }
+            material
         };
-        ids.into_iter().map(|id| json!({"local_key_name": source(&id), "key_material_id": id})).collect()
+        ids.into_iter().map(named).collect()
     }
 }
 

@@ -7,7 +7,7 @@ use keyferry::job::{
 };
 use keyferry::source::{Kek, Keyring, PlainKey, SealedKey};
 use keyferry::store::{
-    Candidate, ClaimedJob, Intent, Material, NewJob, NewRefusal, NewSourceKey, Parameters, Removed, RetryState,
+    Candidate, Chosen, ClaimedJob, Intent, Material, NewJob, NewRefusal, NewSourceKey, Parameters, Removed, RetryState,
     Settlement, SettlementKind, SourceKeyOrigin, Step, Store, Verdict,
 };
 use serde_json::{Value, json};
@@ -178,7 +178,11 @@ pub fn step(job: &ClaimedJob, key: &SealedKey) -> Step {
     Step {
         lease: job.lease,
         job_id: job.id,
-        intent: Intent::Import { source_key_id: key.id, generated: None, parameters: Some(Box::new(parameters(job))) },
+        intent: Intent::Import {
+            source: Chosen::Local(key.id),
+            generated: None,
+            parameters: Some(Box::new(parameters(job))),
+        },
         effect: format!("import {} never", key.id),
         facts: vec![Fact::new(Kind::ImportIntended, json!({"attempt": job.attempt}))],
     }
@@ -201,7 +205,7 @@ fn parameters(job: &ClaimedJob) -> ImportParameters {
 pub fn generating_step(job: &ClaimedJob) -> (Step, SealedKey) {
     let key = sealed(&format!("keyferry-{}", job.id));
     let intent = Intent::Import {
-        source_key_id: key.id,
+        source: Chosen::Local(key.id),
         generated: Some(Box::new(key.clone())),
         parameters: Some(Box::new(parameters(job))),
     };
@@ -212,7 +216,8 @@ pub fn generating_step(job: &ClaimedJob) -> (Step, SealedKey) {
 pub fn material(key: &SealedKey, is_certain: bool) -> Material {
     Material {
         fingerprint: key.fingerprint.clone(),
-        source_key_id: key.id,
+        source_tier: "local",
+        source_key_id: key.id.to_string(),
         source_key_name: key.name.clone(),
         key_material_id: None,
         valid_to: None,

@@ -9,7 +9,7 @@ use crate::support::db::TestDb;
 use keyferry::audit::{Fact, Kind};
 use keyferry::job::KeyArn;
 use keyferry::store::{
-    Answered, Intent, Material, Parameters, Prepared, Removed, RetryState, Settlement, SettlementKind, Step,
+    Answered, Chosen, Intent, Material, Parameters, Prepared, Removed, RetryState, Settlement, SettlementKind, Step,
 };
 use serde_json::json;
 use std::time::Duration;
@@ -195,7 +195,7 @@ async fn the_choice_of_material_is_made_once() {
     let (first, chosen) = generating_step(&job);
     let (mut second, _) = generating_step(&job);
     let another = Box::new(sealed("another"));
-    second.intent = Intent::Import { source_key_id: another.id, generated: Some(another), parameters: None };
+    second.intent = Intent::Import { source: Chosen::Local(another.id), generated: Some(another), parameters: None };
     assert_eq!(store.prepare(&[&first]).await.unwrap(), [Prepared::Ready]);
     db.advance(LEASE * 2).await;
     let successor = claim_one(&store).await;

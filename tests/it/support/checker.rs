@@ -2,7 +2,7 @@
 
 use super::broker::Message;
 use super::fake::WORKER;
-use super::snapshot::{Job, Secret, Snapshot};
+use super::snapshot::{Job, Secret, Snapshot, SourceKey};
 use base64::Engine as _;
 use base64::engine::general_purpose::{STANDARD, STANDARD_NO_PAD, URL_SAFE_NO_PAD};
 use serde_json::{Value, json};
@@ -119,8 +119,12 @@ impl Deed {
             let ids = intended["details"]["key_material_ids"].as_array()?;
             return Some(Self::Delete(ids.iter().filter_map(|id| Some(id.as_str()?.to_owned())).collect()));
         }
-        let source = snapshot.source_keys.iter().find(|key| Some(key.id) == job.source_key_id)?;
-        Some(Self::Import { sha256: source.sha256(), valid_to: job.valid_to })
+        let local = snapshot.source_keys.iter().find(|key| Some(key.id) == job.source_key_id).map(SourceKey::sha256);
+        let of_dsm = || {
+            let chosen = entries_of(snapshot, job).find(|entry| entry["kind"] == "material_chosen")?;
+            snapshot.dsm_keys.get(chosen["details"]["source_key_id"].as_str()?).cloned()
+        };
+        Some(Self::Import { sha256: local.or_else(of_dsm)?, valid_to: job.valid_to })
     }
 
     fn allows(&self, effect: &Effect) -> bool {

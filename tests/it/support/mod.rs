@@ -5,6 +5,7 @@ pub mod broker;
 pub mod checker;
 pub mod db;
 pub mod fake;
+pub mod kmip;
 pub mod process;
 pub mod proof;
 pub mod snapshot;

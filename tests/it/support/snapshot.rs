@@ -152,6 +152,8 @@ pub struct Snapshot {
     pub refusals: Vec<Refusal>,
     pub audit: Vec<Entry>,
     pub source_keys: Vec<SourceKey>,
+    /// SHA-256 of the material of keys on KMIP servers, by connection and identifier.
+    pub dsm_keys: BTreeMap<String, String>,
     pub materials: Vec<Material>,
     pub lines: Vec<Line>,
     /// What is left in tables and queues that empty themselves.

@@ -9,6 +9,8 @@ use super::snapshot::{Job, Refusal, Secret, Snapshot, jobs, refusals};
 use super::{eventually, http, keyferry, variable};
 use rustix::process::Signal;
 use serde_json::{Value, json};
+use sha2::Digest as _;
+use std::collections::BTreeMap;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 use tempfile::TempDir;
@@ -131,6 +133,7 @@ pub struct World {
     events: Vec<Received>,
     dead: Vec<Received>,
     secrets: Vec<Secret>,
+    dsm_keys: BTreeMap<String, String>,
     directory: TempDir,
 }
 
@@ -162,10 +165,12 @@ impl World {
             events: Vec::new(),
             dead: Vec::new(),
             secrets: vec![Secret { name: "the key-encryption key".into(), bytes: bytes.to_vec() }],
+            dsm_keys: BTreeMap::new(),
             directory,
         };
         world.write("kek", &world.kek);
         world.write("keyferry.toml", &world.settings(tuning));
+        world.write("settings.toml", &world.settings(tuning));
         world
     }
 
@@ -227,6 +232,12 @@ impl World {
     /// Writes a file of this world.
     pub fn write(&self, name: &str, text: &str) {
         std::fs::write(self.path(name), text).unwrap();
+    }
+
+    /// Adds to the settings of processes that start from now on; what was added before is replaced.
+    pub fn configure(&self, more: &str) {
+        let own = std::fs::read_to_string(self.path("settings.toml")).unwrap();
+        self.write("keyferry.toml", &format!("{own}\n{more}"));
     }
 
     /// The program with this world's settings and nothing else of this process's environment.
@@ -354,6 +365,12 @@ impl World {
     /// Says that one message was another spelling of one before.
     pub fn note_respelt(&mut self) {
         self.respelt += 1;
+    }
+
+    /// Tells what a KMIP server holds, as it goes to KMS: by `connection/identifier`.
+    pub fn note_dsm_key(&mut self, id: &str, material: &[u8]) {
+        self.dsm_keys.insert(id.to_owned(), hex::encode(sha2::Sha256::digest(material)));
+        self.note_secret(&format!("the dsm key {id}"), material);
     }
 
     /// Names bytes that must be found nowhere.
@@ -500,6 +517,7 @@ impl World {
         snapshot.events.clone_from(&self.events);
         snapshot.dead = self.dead.iter().map(|message| message.body.clone()).collect();
         snapshot.secrets.clone_from(&self.secrets);
+        snapshot.dsm_keys.clone_from(&self.dsm_keys);
         snapshot.journal = self.fake.journal("").await;
         snapshot.kms_keys = self.fake.keys().await;
         snapshot
