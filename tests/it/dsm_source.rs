@@ -100,7 +100,7 @@ async fn what_cannot_be_used_is_refused_for_what_it_is() {
     ] {
         let error = tier.fetch(key, kind).await.unwrap_err();
         assert_eq!(error.code(), code, "{key}: {error}");
-        assert!(error.to_string().contains(says) && !error.is_transient(), "{key}: {error}");
+        assert!(error.to_string().contains(says) && error.retry().is_none(), "{key}: {error}");
     }
     let (one, other) = (registered("twin-1").0, registered("twin-2").0);
     match tier.fault("twin").await {
@@ -119,7 +119,7 @@ async fn what_cannot_be_used_is_refused_for_what_it_is() {
 async fn an_object_of_another_owner_is_not_had() {
     let (id, holds) = registered("of-another");
     let error = Tier::usual().fault(&id).await;
-    assert_eq!((error.code(), error.is_transient()), ("dsm_denied", false), "{error}");
+    assert_eq!((error.code(), error.retry().is_some()), ("dsm_denied", false), "{error}");
     let others = Tier::new(settings(&[&address()], "other"));
     let fetched = others.fetch("of-another", SymmetricDefault).await.unwrap();
     assert_eq!(fetched.key.material().expose(), holds);
@@ -252,7 +252,7 @@ async fn a_server_that_is_away_is_left_alone_for_a_while_and_then_asked_again() 
     line.cut();
     let error =
         eventually("the cut is noticed", || async { tier.fetch("aes-256", SymmetricDefault).await.err() }).await;
-    assert!(error.code() == "dsm_unavailable" && error.is_transient(), "{error}");
+    assert!(error.code() == "dsm_unavailable" && error.retry().is_some(), "{error}");
     let up = format!("keyferry_dsm_server_up{{connection=\"prod\",server=\"{}\"}}", line.address);
     assert!(tier.metric(&up) < 0.5);
     line.mend();
@@ -306,7 +306,7 @@ async fn one_bad_answer_is_the_fault_of_one_job_alone() {
         jobs.spawn(async move {
             if at % 2 == 0 {
                 let error = tier.fault("666").await;
-                assert!(error.code() == "dsm_protocol" && !error.is_transient(), "{error}");
+                assert!(error.code() == "dsm_protocol" && error.retry().is_none(), "{error}");
             } else if let Err(error) = tier.fetch("1", SymmetricDefault).await {
                 panic!("{error}");
             }
@@ -335,7 +335,7 @@ async fn a_server_that_swallows_everything_holds_nobody_for_longer_than_one_conn
         }
         while let Some(ended) = jobs.join_next().await {
             let error = ended.unwrap();
-            assert!(matches!(error, DsmError::Unavailable { .. }) && error.is_transient(), "{error}");
+            assert!(matches!(error, DsmError::Unavailable { .. }) && error.retry().is_some(), "{error}");
             assert!(error.to_string().contains("1000 ms"), "{error}");
         }
         assert!(started.elapsed() < most, "{:?}", started.elapsed());
@@ -647,7 +647,7 @@ async fn servers_that_know_less_are_understood() {
         })
         .await;
         let error = Tier::new(settings(&[&double.address], "client")).fault("1").await;
-        assert_eq!((error.code(), error.is_transient()), (code, is_transient), "{reason:#x}: {error}");
+        assert_eq!((error.code(), error.retry().is_some()), (code, is_transient), "{reason:#x}: {error}");
     }
     // A key whose value the server keeps.
     let double = Double::start(|_| {
@@ -684,7 +684,7 @@ async fn connections_are_chosen_by_name() {
     let metrics = Metrics::new().unwrap();
     let none = Dsm::new(&BTreeMap::new(), None, &metrics).unwrap();
     let key = DsmKeyRef::parse("aes-256").unwrap();
-    assert!(!none.is_configured());
+    assert_eq!(none.knows(&key).unwrap_err().code(), "dsm_not_configured");
     assert_eq!(none.fetch(&key, SymmetricDefault).await.unwrap_err().code(), "dsm_not_configured");
     let both = Tier::of([("one", settings(&[&address()], "client")), ("two", settings(&[&address()], "other"))]);
     let error = both.fault("aes-256").await;

@@ -215,9 +215,4 @@ impl DsmError {
             _ => None,
         }
     }
-
-    /// Whether time can heal it.
-    pub fn is_transient(&self) -> bool {
-        self.retry().is_some()
-    }
 }

@@ -82,11 +82,6 @@ impl Dsm {
         Ok(Self { connections, default })
     }
 
-    /// Whether any connection is configured.
-    pub fn is_configured(&self) -> bool {
-        !self.connections.is_empty()
-    }
-
     /// Whether a reference names a connection that is configured.
     pub fn knows(&self, reference: &DsmKeyRef) -> Result<(), DsmError> {
         self.connection(reference.connection()).map(drop)

@@ -69,7 +69,7 @@ impl Run {
     pub(super) async fn named_source_key(&mut self, asked: &Import, kind: KeyKind) -> Or<Option<SourceKey>> {
         match &asked.source_key {
             SourceKeyRef::Local(_) => Ok(self.job.source_key.clone().map(SourceKey::Local)),
-            SourceKeyRef::Dsm(reference) => self.fetch(&reference.clone(), kind).await.map(Some),
+            SourceKeyRef::Dsm(reference) => self.fetch(reference, kind).await.map(Some),
         }
     }
 
