@@ -71,6 +71,15 @@ pub struct Deleted {
     pub aws_request_id: Option<String>,
 }
 
+/// Sends a call through the lease's gate. A macro: each of the SDK's builders is a type of its own.
+macro_rules! send {
+    ($kms:expr, $operation:expr, $request:expr, $guard:expr) => {{
+        let (gate, departure) = $kms.gate($guard);
+        let answer = $request.customize().interceptor(gate).send().await;
+        answer.map_err(|error| CallError::of($operation, &error, &departure))
+    }};
+}
+
 /// Clients for the configured Regions.
 #[derive(Debug)]
 pub struct Kms {
@@ -105,18 +114,11 @@ impl Kms {
     /// `DescribeKey`. Read-only.
     pub async fn describe(&self, key: &KeyArn, guard: &LeaseGuard) -> Result<KeyDescription, CallError> {
         const OPERATION: &str = "DescribeKey";
-        let (gate, departure) = self.gate(guard);
-        let answer = self
-            .client(key, OPERATION)?
-            .describe_key()
-            .key_id(key.to_string())
-            .customize()
-            .interceptor(gate)
-            .send()
-            .await;
+        let request = self.client(key, OPERATION)?.describe_key().key_id(key.to_string());
+        let answer = send!(self, OPERATION, request, guard);
         self.counted(
             OPERATION,
-            answer.map_err(|error| CallError::of(OPERATION, &error, &departure)).and_then(|answer| {
+            answer.and_then(|answer| {
                 let metadata = answer.key_metadata.ok_or_else(|| CallError::incomplete(OPERATION, "KeyMetadata"))?;
                 Ok(KeyDescription::of(&metadata))
             }),
@@ -131,20 +133,16 @@ impl Kms {
         guard: &LeaseGuard,
     ) -> Result<ImportParameters, CallError> {
         const OPERATION: &str = "GetParametersForImport";
-        let (gate, departure) = self.gate(guard);
-        let answer = self
+        let request = self
             .client(key, OPERATION)?
             .get_parameters_for_import()
             .key_id(key.to_string())
             .wrapping_algorithm(AlgorithmSpec::from(wrapping.algorithm.as_str()))
-            .wrapping_key_spec(WrappingKeySpec::from(wrapping.key_spec.as_str()))
-            .customize()
-            .interceptor(gate)
-            .send()
-            .await;
+            .wrapping_key_spec(WrappingKeySpec::from(wrapping.key_spec.as_str()));
+        let answer = send!(self, OPERATION, request, guard);
         self.counted(
             OPERATION,
-            answer.map_err(|error| CallError::of(OPERATION, &error, &departure)).and_then(|answer| {
+            answer.and_then(|answer| {
                 let aws_request_id = answer.request_id().map(str::to_owned);
                 let part = |name| CallError::incomplete(OPERATION, name);
                 Ok(ImportParameters {
@@ -164,7 +162,6 @@ impl Kms {
     /// `ImportKeyMaterial`. An error whose [`ErrorKind::may_have_taken_effect`] holds leaves the outcome open.
     pub async fn import(&self, key: &KeyArn, call: ImportCall<'_>, guard: &LeaseGuard) -> Result<Imported, CallError> {
         const OPERATION: &str = "ImportKeyMaterial";
-        let (gate, departure) = self.gate(guard);
         let request = self
             .client(key, OPERATION)?
             .import_key_material()
@@ -182,10 +179,11 @@ impl Kms {
             MaterialRole::First => request,
             MaterialRole::Existing(id) => request.import_type(ImportType::ExistingKeyMaterial).set_key_material_id(id),
         };
-        let answer = request.set_key_material_description(call.description).customize().interceptor(gate).send().await;
+        let request = request.set_key_material_description(call.description);
+        let answer = send!(self, OPERATION, request, guard);
         self.counted(
             OPERATION,
-            answer.map_err(|error| CallError::of(OPERATION, &error, &departure)).map(|answer| Imported {
+            answer.map(|answer| Imported {
                 aws_request_id: answer.request_id().map(str::to_owned),
                 key_material_id: answer.key_material_id,
             }),
@@ -202,19 +200,15 @@ impl Kms {
         guard: &LeaseGuard,
     ) -> Result<Deleted, CallError> {
         const OPERATION: &str = "DeleteImportedKeyMaterial";
-        let (gate, departure) = self.gate(guard);
-        let answer = self
+        let request = self
             .client(key, OPERATION)?
             .delete_imported_key_material()
             .key_id(key.to_string())
-            .set_key_material_id(material_id.map(str::to_owned))
-            .customize()
-            .interceptor(gate)
-            .send()
-            .await;
+            .set_key_material_id(material_id.map(str::to_owned));
+        let answer = send!(self, OPERATION, request, guard);
         self.counted(
             OPERATION,
-            answer.map_err(|error| CallError::of(OPERATION, &error, &departure)).map(|answer| Deleted {
+            answer.map(|answer| Deleted {
                 aws_request_id: answer.request_id().map(str::to_owned),
                 key_material_id: answer.key_material_id,
             }),
@@ -224,18 +218,11 @@ impl Kms {
     /// `GetPublicKey`: the DER `SubjectPublicKeyInfo` of a pair. Read-only.
     pub async fn public_key(&self, key: &KeyArn, guard: &LeaseGuard) -> Result<Vec<u8>, CallError> {
         const OPERATION: &str = "GetPublicKey";
-        let (gate, departure) = self.gate(guard);
-        let answer = self
-            .client(key, OPERATION)?
-            .get_public_key()
-            .key_id(key.to_string())
-            .customize()
-            .interceptor(gate)
-            .send()
-            .await;
+        let request = self.client(key, OPERATION)?.get_public_key().key_id(key.to_string());
+        let answer = send!(self, OPERATION, request, guard);
         self.counted(
             OPERATION,
-            answer.map_err(|error| CallError::of(OPERATION, &error, &departure)).and_then(|answer| {
+            answer.and_then(|answer| {
                 Ok(answer.public_key.ok_or_else(|| CallError::incomplete(OPERATION, "PublicKey"))?.into_inner())
             }),
         )
@@ -250,17 +237,13 @@ impl Kms {
         let client = self.client(key, OPERATION)?;
         let (mut found, mut marker) = (Vec::new(), None);
         for _ in 0..MOST_PAGES {
-            let (gate, departure) = self.gate(guard);
-            let answer = client
+            let request = client
                 .list_key_rotations()
                 .key_id(key.to_string())
                 .include_key_material(IncludeKeyMaterial::AllKeyMaterial)
-                .set_marker(marker)
-                .customize()
-                .interceptor(gate)
-                .send()
-                .await;
-            let page = self.counted(OPERATION, answer.map_err(|error| CallError::of(OPERATION, &error, &departure)))?;
+                .set_marker(marker);
+            let answer = send!(self, OPERATION, request, guard);
+            let page = self.counted(OPERATION, answer)?;
             for entry in page.rotations() {
                 // One that cannot be read must not pass for one that is missing.
                 found
