@@ -1,10 +1,11 @@
 //! Composition: settings in, a running worker out, and its orderly end.
 
 use crate::config::{ConfigError, Loaded};
-use crate::ingress::rabbitmq::Options;
+use crate::ingress::rabbitmq::Queue;
 use crate::intake::Intake;
 use crate::kms::Kms;
 use crate::outbox::Relay;
+use crate::outbox::rabbitmq::Exchange;
 use crate::policy::Targets;
 use crate::source::{Dsm, Kek, KekError, Keyring};
 use crate::store::{SchemaError, Store, StoreError};
@@ -82,7 +83,7 @@ pub async fn serve(loaded: &Loaded, stop: CancellationToken) -> Result<(), Start
     let keyring = Arc::new(open_keyring(loaded, &store).await?);
     let metrics = Metrics::new()?;
     let dsm = Arc::new(open_dsm(loaded, &metrics)?);
-    let health = Health::default();
+    let health = Health::of(&[Part::Store, Part::RabbitMq, Part::Events]);
     health.set(Part::Store, true);
     let (jobs, events) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
     let regions = loaded.targets()?.iter().flat_map(|target| target.regions.iter().cloned());
@@ -95,28 +96,28 @@ pub async fn serve(loaded: &Loaded, stop: CancellationToken) -> Result<(), Start
     let admin = tokio::spawn(admin);
     tracing::info!(admin.address = %address, jobs.concurrency = settings.worker.concurrency, "starting");
 
+    let connect_timeout = Duration::from_millis(settings.rabbitmq.connect_timeout_ms);
     let intake = Intake {
+        ingress: Queue {
+            url: amqp_url.clone(),
+            name: settings.rabbitmq.queue.clone(),
+            prefetch: settings.rabbitmq.prefetch,
+            connect_timeout,
+        },
         store: store.clone(),
         keyring: Arc::clone(&keyring),
         policy,
         targets: targets.clone(),
         dsm: Arc::clone(&dsm),
-        url: amqp_url.clone(),
-        options: Options {
-            queue: settings.rabbitmq.queue.clone(),
-            prefetch: settings.rabbitmq.prefetch,
-            connect_timeout: Duration::from_millis(settings.rabbitmq.connect_timeout_ms),
-        },
         metrics: metrics.clone(),
         health: health.clone(),
+        part: Part::RabbitMq,
         jobs: Arc::clone(&jobs),
         events: Arc::clone(&events),
     };
     let relay = Relay {
+        destination: Exchange { url: amqp_url, name: settings.rabbitmq.exchange.clone(), timeout: connect_timeout },
         store: store.clone(),
-        url: amqp_url,
-        exchange: settings.rabbitmq.exchange.clone(),
-        timeout: Duration::from_millis(settings.rabbitmq.connect_timeout_ms),
         metrics: metrics.clone(),
         health: health.clone(),
         events: Arc::clone(&events),

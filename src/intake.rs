@@ -1,15 +1,12 @@
 //! Parse, authorise, accept or refuse, settle: one batch after the other.
 
-use crate::amqp::SessionError;
-use crate::ingress::rabbitmq::{Options, Session};
-use crate::ingress::{Delivery, Settlement};
+use crate::ingress::{Delivery, Ingress, Session as _, SessionFault, Settlement};
 use crate::job::{Import, KeyArn, KeyRef, Refusal, RefusalCode, Rejected, Request, SourceKeyRef, Work, id_hash};
 use crate::policy::{Policy, Targets, Verdict as PolicyVerdict};
 use crate::retry::{Attempts, Class};
 use crate::source::{Dsm, DsmError, Keyring};
 use crate::store::{Candidate, MessageDigest, NewJob, NewRefusal, Store, StoreError, Verdict, bisect};
 use crate::telemetry::{Health, Metrics, Part};
-use secrecy::{ExposeSecret as _, SecretString};
 use std::collections::HashMap;
 use std::sync::Arc;
 use time::OffsetDateTime;
@@ -21,11 +18,12 @@ use uuid::Uuid;
 const BATCH: usize = 200;
 /// Who asks, while brokers' identities are ignored.
 pub const ANONYMOUS: &str = "anonymous";
-const INGRESS: &str = "rabbitmq";
 
-/// What intake works with.
+/// What the intake of one queue works with.
 #[derive(Debug)]
-pub struct Intake {
+pub struct Intake<I> {
+    /// The queue.
+    pub ingress: I,
     /// Where verdicts become durable.
     pub store: Store,
     /// For keyed hashes of bodies.
@@ -36,21 +34,19 @@ pub struct Intake {
     pub targets: Targets,
     /// Which connections of the dsm tier there are.
     pub dsm: Arc<Dsm>,
-    /// The broker.
-    pub url: SecretString,
-    /// The queue and its prefetch.
-    pub options: Options,
     /// Counters.
     pub metrics: Metrics,
     /// Told when consuming works.
     pub health: Health,
+    /// Which part of it this queue is.
+    pub part: Part,
     /// Rung when jobs were accepted.
     pub jobs: Arc<Notify>,
     /// Rung when refusals wait to be published.
     pub events: Arc<Notify>,
 }
 
-impl Intake {
+impl<I: Ingress> Intake<I> {
     /// Consumes until `stop`, through as many sessions as it takes.
     pub async fn run(self, stop: CancellationToken) {
         let mut failures = Attempts::new(Class::Reconnect);
@@ -61,11 +57,11 @@ impl Intake {
             };
             let error = match outcome {
                 Ok(session) => {
-                    self.metrics.amqp_sessions.with_label_values(&["ingress"]).inc();
-                    self.health.set(Part::Ingress, true);
-                    tracing::info!(queue = self.options.queue, "consuming");
+                    self.metrics.broker_sessions.with_label_values(&[I::TRANSPORT, "ingress"]).inc();
+                    self.health.set(self.part, true);
+                    tracing::info!(ingress = I::TRANSPORT, queue = self.ingress.queue(), "consuming");
                     let ended = self.consume(session, &stop, &mut failures).await;
-                    self.health.set(Part::Ingress, false);
+                    self.health.set(self.part, false);
                     match ended {
                         Ok(()) => return,
                         Err(error) => error,
@@ -74,7 +70,7 @@ impl Intake {
                 Err(error) => error,
             };
             let delay = failures.next_delay();
-            tracing::error!(%error, retry.delay_ms = delay.as_millis(), "the session with RabbitMQ ended");
+            tracing::error!(%error, ingress = I::TRANSPORT, retry.delay_ms = delay.as_millis(), "the session with the broker ended");
             tokio::select! {
                 () = stop.cancelled() => return,
                 () = tokio::time::sleep(delay) => {}
@@ -84,7 +80,7 @@ impl Intake {
 
     /// Nothing is taken from the broker while Postgres is away: each message so taken would be given back and
     /// counted as another delivery.
-    async fn open(&self) -> Result<Session, SessionError> {
+    async fn open(&self) -> Result<I::Session, SessionFault<I>> {
         let mut outage = Attempts::new(Class::Reconnect);
         while let Err(error) = self.store.now().await {
             self.health.set(Part::Store, false);
@@ -93,15 +89,15 @@ impl Intake {
             tokio::time::sleep(delay).await;
         }
         self.health.set(Part::Store, true);
-        Session::open(self.url.expose_secret(), &self.options).await
+        self.ingress.open().await
     }
 
     async fn consume(
         &self,
-        mut session: Session,
+        mut session: I::Session,
         stop: &CancellationToken,
         failures: &mut Attempts,
-    ) -> Result<(), SessionError> {
+    ) -> Result<(), SessionFault<I>> {
         loop {
             let batch = tokio::select! {
                 () = stop.cancelled() => return session.give_back().await,
@@ -122,7 +118,7 @@ impl Intake {
                 })
                 .collect();
             self.announce(&verdicts);
-            session.settle(&batch, &settlements).await?;
+            session.settle(&settlements).await?;
         }
     }
 
@@ -250,7 +246,7 @@ impl Intake {
                         principal: ANONYMOUS.into(),
                         key: key.clone(),
                         traceparent: delivery.traceparent().map(str::to_owned),
-                        ingress: INGRESS,
+                        ingress: I::TRANSPORT,
                         request,
                     });
                 }
@@ -265,14 +261,14 @@ impl Intake {
             request_id: Some(request.id.as_str().to_owned()),
             operation: Some(request.operation()),
             key,
-            ingress: INGRESS,
+            ingress: I::TRANSPORT,
         })
     }
 
     /// A message that is no request is known by its id, if that is usable, and by its body.
     fn unreadable(&self, delivery: &Delivery, rejected: Rejected) -> NewRefusal {
         // Keyed: a body can hold a secret that a plain hash would let one guess.
-        let body = self.keyring.body_hash(&self.options.queue, delivery.envelope().body);
+        let body = self.keyring.body_hash(self.ingress.queue(), delivery.envelope().body);
         NewRefusal {
             id: Uuid::now_v7(),
             principal: ANONYMOUS.into(),
@@ -282,7 +278,7 @@ impl Intake {
             request_id: rejected.id.map(|id| id.as_str().to_owned()),
             operation: None,
             key: rejected.key,
-            ingress: INGRESS,
+            ingress: I::TRANSPORT,
         }
     }
 

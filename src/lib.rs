@@ -33,7 +33,7 @@
 //! | [`amqp`], [`tls`] | connections | - |
 //! | [`ingress`] | broker deliveries in, settlements out | `job`, `amqp` |
 //! | [`store`] | every SQL statement and transaction | `job`, `audit`, `source`'s sealed types, `config`, `tls` |
-//! | [`intake`] | parse, authorise, accept or refuse, settle | `amqp`, `ingress`, `job`, `policy`, `retry`, `source`, `store` |
+//! | [`intake`] | parse, authorise, accept or refuse, settle | `ingress`, `job`, `policy`, `retry`, `source`, `store` |
 //! | [`outbox`] | committed events to the broker until confirmed | `amqp`, `retry`, `store` |
 //! | [`worker`] | drives a job | the above except `ingress`, `intake`, `outbox` |
 //! | [`topology`] | the broker's queues as data | `tls` |

@@ -1,17 +1,79 @@
 //! Broker deliveries in, settlements out.
+//!
+//! One shape for every transport: an [`Ingress`] opens sessions, a [`Session`] gives batches and takes their settlements.
 
 pub mod rabbitmq;
 
 use crate::job::Envelope;
+use std::fmt;
+use std::time::Duration;
+use tokio::time::Instant;
+
+/// A queue that requests come from.
+pub trait Ingress: Send + Sync {
+    /// The transport, as rows, entries, logs and metrics name it.
+    const TRANSPORT: &'static str;
+    /// What consumes.
+    type Session: Session;
+
+    /// The queue, as an operator names it. Part of a body's keyed hash and of a signature's audience.
+    fn queue(&self) -> &str;
+
+    /// Connects and consumes. A session is rebuilt, never mended.
+    fn open(&self) -> impl Future<Output = Result<Self::Session, SessionFault<Self>>> + Send;
+}
+
+/// Why a session of this ingress is of no more use.
+pub type SessionFault<I> = <<I as Ingress>::Session as Session>::Error;
+
+/// A consumer with at most one batch in hand. What it holds is the broker's again when it is gone.
+pub trait Session: Send {
+    /// Why it is of no more use.
+    type Error: fmt::Display + Send;
+
+    /// Waits for a message, then takes what is already there, up to `most`. Safe to drop while waiting.
+    fn next_batch(&mut self, most: usize) -> impl Future<Output = Result<Vec<Delivery>, Self::Error>> + Send;
+
+    /// Settles the batch in hand, in its order.
+    fn settle(&mut self, settlements: &[Settlement]) -> impl Future<Output = Result<(), Self::Error>> + Send;
+
+    /// Ends the session: takes no more, gives back what is in hand.
+    fn give_back(self) -> impl Future<Output = Result<(), Self::Error>> + Send;
+}
 
 /// A message in hand.
 #[derive(Debug)]
 pub struct Delivery {
-    body: Vec<u8>,
-    content_type: Option<String>,
-    message_id: Option<String>,
-    traceparent: Option<String>,
-    tag: u64,
+    /// As published.
+    pub body: Vec<u8>,
+    /// The transport's content type.
+    pub content_type: Option<String>,
+    /// The transport's message id, where it has one that the publisher sets.
+    pub message_id: Option<String>,
+    /// As sent; see [`Self::traceparent`].
+    pub traceparent: Option<String>,
+    /// Whom the broker says it comes from.
+    pub sender: Option<Sender>,
+    /// The header [`SIGNATURE_HEADER`], unverified.
+    pub signature: Option<String>,
+    /// The header [`REDRIVE_HEADER`], unverified: the refusal of which this is the message, sent again.
+    pub redrive: Option<String>,
+    /// When it was received.
+    pub received: Instant,
+}
+
+/// Header or attribute that holds a detached signature over the body.
+pub const SIGNATURE_HEADER: &str = "keyferry-signature";
+/// Header or attribute that names the refusal of a message that is sent again.
+pub const REDRIVE_HEADER: &str = "keyferry-redrive";
+
+/// Whom a broker says a message comes from, by its own word.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Sender {
+    /// The property `user-id`, which RabbitMQ compares with the connection's user.
+    RabbitMqUser(String),
+    /// The role part of SQS's `SenderId`: `AROA...`.
+    AwsRole(String),
 }
 
 /// How a message is settled, once its verdict is durable.
@@ -36,6 +98,11 @@ impl Delivery {
     /// W3C trace context, if the publisher sent a well-formed one.
     pub fn traceparent(&self) -> Option<&str> {
         self.traceparent.as_deref().filter(|text| is_traceparent(text))
+    }
+
+    /// How long it has been in hand.
+    pub fn age(&self) -> Duration {
+        self.received.elapsed()
     }
 }
 

@@ -4,7 +4,7 @@
 //! ends the session with everything that belongs to it. A delivery can therefore only be settled on the
 //! channel that delivered it; after that it is the broker's again.
 
-use super::{Delivery, Settlement};
+use super::{Delivery, Ingress, REDRIVE_HEADER, SIGNATURE_HEADER, Sender, Settlement};
 use crate::amqp::{SessionError, check, connect, within};
 use futures_util::{FutureExt as _, StreamExt as _};
 use lapin::message::Delivery as AmqpDelivery;
@@ -13,14 +13,18 @@ use lapin::options::{
     QueueDeclareOptions,
 };
 use lapin::types::{AMQPValue, FieldTable};
-use lapin::{Channel, Connection, Consumer};
+use lapin::{BasicProperties, Channel, Connection, Consumer};
+use secrecy::{ExposeSecret as _, SecretString};
 use std::time::Duration;
+use tokio::time::Instant;
 
-/// Where and how to consume.
+/// The queue, and how to consume it.
 #[derive(Clone, Debug)]
-pub struct Options {
-    /// The queue.
-    pub queue: String,
+pub struct Queue {
+    /// The broker.
+    pub url: SecretString,
+    /// The queue's name.
+    pub name: String,
     /// Unsettled messages in hand at most: lapin's own buffer has no bound but this.
     pub prefetch: u16,
     /// How long a connection may take; lapin sets no limit.
@@ -33,58 +37,75 @@ pub struct Session {
     channel: Channel,
     consumer: Consumer,
     timeout: Duration,
+    /// Of the batch in hand.
+    tags: Vec<u64>,
     /// Highest delivery tag taken from the stream.
     last_tag: u64,
     /// Highest delivery tag below which everything is settled. To name a settled tag again is a protocol error.
     settled_tag: u64,
 }
 
-impl Session {
+impl Ingress for Queue {
+    const TRANSPORT: &'static str = "rabbitmq";
+    type Session = Session;
+
+    fn queue(&self) -> &str {
+        &self.name
+    }
+
     /// Connects, makes sure that the queue exists, and consumes.
-    pub async fn open(url: &str, options: &Options) -> Result<Self, SessionError> {
+    async fn open(&self) -> Result<Session, SessionError> {
+        let timeout = self.connect_timeout;
         let opening = async {
-            let connection = connect(url, "keyferry ingress", options.connect_timeout).await?;
+            let connection = connect(self.url.expose_secret(), "keyferry ingress", timeout).await?;
             let channel = connection.create_channel().await?;
             let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
-            channel.queue_declare(options.queue.as_str().into(), passive, FieldTable::default()).await?;
-            channel.basic_qos(options.prefetch, BasicQosOptions::default()).await?;
+            channel.queue_declare(self.name.as_str().into(), passive, FieldTable::default()).await?;
+            channel.basic_qos(self.prefetch, BasicQosOptions::default()).await?;
             let consumer = channel
                 .basic_consume(
-                    options.queue.as_str().into(),
+                    self.name.as_str().into(),
                     "keyferry".into(),
                     BasicConsumeOptions::default(),
                     FieldTable::default(),
                 )
                 .await?;
-            Ok(Self { connection, channel, consumer, timeout: options.connect_timeout, last_tag: 0, settled_tag: 0 })
+            Ok(Session { connection, channel, consumer, timeout, tags: Vec::new(), last_tag: 0, settled_tag: 0 })
         };
-        within(options.connect_timeout, opening).await
+        within(timeout, opening).await
     }
+}
 
-    /// Waits for a message, then takes what is already there, up to `most`. Safe to drop while waiting.
-    pub async fn next_batch(&mut self, most: usize) -> Result<Vec<Delivery>, SessionError> {
+impl super::Session for Session {
+    type Error = SessionError;
+
+    async fn next_batch(&mut self, most: usize) -> Result<Vec<Delivery>, SessionError> {
         let first = self.consumer.next().await.ok_or(SessionError::Cancelled)??;
         let mut batch = Vec::with_capacity(most.min(64));
+        self.tags = vec![first.delivery_tag];
         batch.push(delivery(first));
         while batch.len() < most {
             match self.consumer.next().now_or_never() {
-                Some(Some(Ok(next))) => batch.push(delivery(next)),
+                Some(Some(Ok(next))) => {
+                    self.tags.push(next.delivery_tag);
+                    batch.push(delivery(next));
+                }
                 // An error shows again at the next wait, after this batch.
                 _ => break,
             }
         }
-        self.last_tag = batch.last().map_or(self.last_tag, |delivery| delivery.tag);
+        self.last_tag = self.tags.last().copied().unwrap_or(self.last_tag);
         Ok(batch)
     }
 
-    /// Settles a whole batch, the only one in hand: refusals one by one, then everything else at once.
-    pub async fn settle(&mut self, batch: &[Delivery], settlements: &[Settlement]) -> Result<(), SessionError> {
+    /// Refusals one by one, then everything else at once.
+    async fn settle(&mut self, settlements: &[Settlement]) -> Result<(), SessionError> {
         let mut last_done = None;
-        for (delivery, settlement) in batch.iter().zip(settlements) {
+        for (tag, settlement) in self.tags.iter().zip(settlements) {
             match settlement {
-                Settlement::Done => last_done = Some(delivery.tag),
+                Settlement::Done => last_done = Some(*tag),
                 Settlement::DeadLetter => {
-                    self.channel.basic_reject(delivery.tag, BasicRejectOptions { requeue: false }).await?;
+                    self.channel.basic_reject(*tag, BasicRejectOptions { requeue: false }).await?;
                 }
             }
         }
@@ -97,9 +118,9 @@ impl Session {
         check(&self.channel)
     }
 
-    /// Ends the session: takes no more, gives back what is in hand. `nack` says "not now", which since 4.3 does
+    /// `nack` says "not now", which since 4.3 does
     /// not count as a delivery. A broker that does not answer gets everything back when the connection is gone.
-    pub async fn give_back(mut self) -> Result<(), SessionError> {
+    async fn give_back(mut self) -> Result<(), SessionError> {
         let timeout = self.timeout;
         let giving_back = async {
             self.channel.basic_cancel(self.consumer.tag(), BasicCancelOptions::default()).await?;
@@ -119,16 +140,22 @@ impl Session {
 
 fn delivery(amqp: AmqpDelivery) -> Delivery {
     let properties = &amqp.properties;
-    let traceparent = properties.headers().as_ref().and_then(|headers| match headers.inner().get("traceparent") {
-        Some(AMQPValue::LongString(text)) => Some(text.to_string()),
-        Some(AMQPValue::ShortString(text)) => Some(text.to_string()),
-        _ => None,
-    });
     Delivery {
         content_type: properties.content_type().as_ref().map(ToString::to_string),
         message_id: properties.message_id().as_ref().map(ToString::to_string),
-        traceparent,
-        tag: amqp.delivery_tag,
+        traceparent: header(properties, "traceparent"),
+        sender: properties.user_id().as_ref().map(|user| Sender::RabbitMqUser(user.to_string())),
+        signature: header(properties, SIGNATURE_HEADER),
+        redrive: header(properties, REDRIVE_HEADER),
+        received: Instant::now(),
         body: amqp.data,
+    }
+}
+
+fn header(properties: &BasicProperties, name: &str) -> Option<String> {
+    match properties.headers().as_ref()?.inner().get(name)? {
+        AMQPValue::LongString(text) => Some(text.to_string()),
+        AMQPValue::ShortString(text) => Some(text.to_string()),
+        _ => None,
     }
 }

@@ -2,14 +2,12 @@
 //!
 //! At least once: an event whose confirmation was lost is published again, under the same id.
 
-mod rabbitmq;
+pub mod rabbitmq;
 
-use crate::amqp::SessionError;
 use crate::retry::{self, Attempts, Class};
 use crate::store::{OutboxRow, Queue, Store, StoreError};
 use crate::telemetry::{Health, Metrics, Part};
-use rabbitmq::{Publication, Publisher};
-use secrecy::{ExposeSecret as _, SecretString};
+use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use time::OffsetDateTime;
@@ -29,17 +27,53 @@ const MARGIN: time::Duration = time::Duration::seconds(15);
 /// Every so many looks one ignores the lower bound.
 const WHOLE_INDEX_EVERY: u64 = 20;
 
+/// Where events go.
+pub trait Destination: Send + Sync {
+    /// The transport, as logs and metrics name it.
+    const TRANSPORT: &'static str;
+    /// What publishes.
+    type Publisher: Publisher;
+
+    /// Connects. A session is rebuilt, never mended.
+    fn open(&self) -> impl Future<Output = Result<Self::Publisher, PublisherFault<Self>>> + Send;
+}
+
+/// Why a publisher of this destination is of no more use.
+pub type PublisherFault<D> = <<D as Destination>::Publisher as Publisher>::Error;
+
+/// A session that publishes.
+pub trait Publisher: Send + Sync {
+    /// Why it is of no more use.
+    type Error: fmt::Display + Send;
+
+    /// Publishes a window and waits for all its confirmations; outcomes are in the rows' order.
+    fn publish(&self, rows: &[OutboxRow]) -> impl Future<Output = Result<Vec<Publication>, Self::Error>> + Send;
+
+    /// Whether the session still stands; an idle one learns of its end no other way.
+    fn check(&self) -> Result<(), Self::Error>;
+
+    /// Ends the session; nothing is under way.
+    fn close(self) -> impl Future<Output = ()> + Send;
+}
+
+/// What the broker said of one event.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Publication {
+    /// The broker has it on disk.
+    Confirmed,
+    /// Confirmed and returned: no queue is bound for it.
+    Unroutable,
+    /// The broker would not take it, as a full queue does.
+    Refused,
+}
+
 /// What the relay works with.
 #[derive(Debug)]
-pub struct Relay {
+pub struct Relay<D> {
+    /// The broker.
+    pub destination: D,
     /// The outbox.
     pub store: Store,
-    /// The broker.
-    pub url: SecretString,
-    /// Where events go.
-    pub exchange: String,
-    /// How long a connection or a confirmation may take.
-    pub timeout: Duration,
     /// Counters.
     pub metrics: Metrics,
     /// Told when publishing works.
@@ -48,15 +82,15 @@ pub struct Relay {
     pub events: Arc<Notify>,
 }
 
-impl Relay {
+impl<D: Destination> Relay<D> {
     /// Publishes until `drain`, and after that until the outbox holds nothing that could be published.
     pub async fn run(self, drain: CancellationToken) {
         let mut failures = Attempts::new(Class::Reconnect);
         let mut cursor = Cursor::default();
         loop {
-            let error = match Publisher::open(self.url.expose_secret(), &self.exchange, self.timeout).await {
+            let error = match self.destination.open().await {
                 Ok(publisher) => {
-                    self.metrics.amqp_sessions.with_label_values(&["events"]).inc();
+                    self.metrics.broker_sessions.with_label_values(&[D::TRANSPORT, "events"]).inc();
                     self.health.set(Part::Events, true);
                     let ended = self.publish(&publisher, &drain, &mut cursor, &mut failures).await;
                     self.health.set(Part::Events, false);
@@ -71,18 +105,18 @@ impl Relay {
                 Err(error) => error,
             };
             let delay = failures.next_delay();
-            tracing::error!(%error, retry.delay_ms = delay.as_millis(), "events are not being published");
+            tracing::error!(%error, destination = D::TRANSPORT, retry.delay_ms = delay.as_millis(), "events are not being published");
             tokio::time::sleep(delay).await;
         }
     }
 
     async fn publish(
         &self,
-        publisher: &Publisher,
+        publisher: &D::Publisher,
         drain: &CancellationToken,
         cursor: &mut Cursor,
         failures: &mut Attempts,
-    ) -> Result<(), SessionError> {
+    ) -> Result<(), PublisherFault<D>> {
         let mut outage = Attempts::new(Class::Reconnect);
         loop {
             // Asked before the look: what is committed during a look may not be in it.

@@ -1,51 +1,60 @@
 //! A publishing session with `RabbitMQ`: confirms on, mandatory, persistent, on a connection of its own, so that
 //! flow control on publishers never stalls acknowledgements.
 
+use super::{Destination, Publication};
 use crate::amqp::{SessionError, check, connect, within};
 use crate::store::OutboxRow;
 use futures_util::future::try_join_all;
 use lapin::options::{BasicPublishOptions, ConfirmSelectOptions, ExchangeDeclareOptions};
 use lapin::types::FieldTable;
 use lapin::{BasicProperties, Channel, Confirmation, Connection, ExchangeKind};
+use secrecy::{ExposeSecret as _, SecretString};
 use std::time::Duration;
 
 /// `delivery_mode` of a message that survives the broker's restart (AMQP 0-9-1).
 const PERSISTENT: u8 = 2;
 
-/// What the broker said of one event.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Publication {
-    /// In a queue, on disk.
-    Confirmed,
-    /// Confirmed and returned: no queue is bound for it.
-    Unroutable,
-    /// The broker would not take it, as a full queue does.
-    Refused,
+/// A topic exchange.
+#[derive(Clone, Debug)]
+pub struct Exchange {
+    /// The broker.
+    pub url: SecretString,
+    /// The exchange's name.
+    pub name: String,
+    /// How long a connection or a window's confirmations may take.
+    pub timeout: Duration,
 }
 
 /// One connection, one channel with confirms.
-pub(super) struct Publisher {
+pub struct Publisher {
     connection: Connection,
     channel: Channel,
     exchange: String,
     timeout: Duration,
 }
 
-impl Publisher {
-    pub(super) async fn open(url: &str, exchange: &str, timeout: Duration) -> Result<Self, SessionError> {
+impl Destination for Exchange {
+    const TRANSPORT: &'static str = "rabbitmq";
+    type Publisher = Publisher;
+
+    async fn open(&self) -> Result<Publisher, SessionError> {
+        let Self { url, name, timeout } = self;
         let opening = async {
-            let connection = connect(url, "keyferry events", timeout).await?;
+            let connection = connect(url.expose_secret(), "keyferry events", *timeout).await?;
             let channel = connection.create_channel().await?;
             let passive = ExchangeDeclareOptions { passive: true, ..ExchangeDeclareOptions::default() };
-            channel.exchange_declare(exchange.into(), ExchangeKind::Topic, passive, FieldTable::default()).await?;
+            channel.exchange_declare(name.as_str().into(), ExchangeKind::Topic, passive, FieldTable::default()).await?;
             channel.confirm_select(ConfirmSelectOptions::default()).await?;
-            Ok(Self { connection, channel, exchange: exchange.to_owned(), timeout })
+            Ok(Publisher { connection, channel, exchange: name.clone(), timeout: *timeout })
         };
-        within(timeout, opening).await
+        within(*timeout, opening).await
     }
+}
 
-    /// Publishes a window and waits for all its confirmations; outcomes are in the rows' order.
-    pub(super) async fn publish(&self, rows: &[OutboxRow]) -> Result<Vec<Publication>, SessionError> {
+impl super::Publisher for Publisher {
+    type Error = SessionError;
+
+    async fn publish(&self, rows: &[OutboxRow]) -> Result<Vec<Publication>, SessionError> {
         let publishing = async {
             let mut confirmations = Vec::with_capacity(rows.len());
             for row in rows {
@@ -71,12 +80,11 @@ impl Publisher {
         within(self.timeout, publishing).await
     }
 
-    /// Whether the session still stands; an idle one learns of its end no other way.
-    pub(super) fn check(&self) -> Result<(), SessionError> {
+    fn check(&self) -> Result<(), SessionError> {
         check(&self.channel)
     }
 
-    pub(super) async fn close(self) {
+    async fn close(self) {
         // The broker forgets an unclosed connection as well.
         drop(tokio::time::timeout(self.timeout, self.connection.close(200, "stopping".into())).await);
     }

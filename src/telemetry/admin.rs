@@ -16,29 +16,45 @@ use tokio_util::sync::CancellationToken;
 pub enum Part {
     /// The store answers.
     Store,
-    /// Requests are consumed.
-    Ingress,
+    /// Requests are consumed from RabbitMQ.
+    RabbitMq,
+    /// Requests are consumed from SQS.
+    Sqs,
     /// Events can be published.
     Events,
 }
 
-/// Which parts work now.
-#[derive(Clone, Debug, Default)]
-pub struct Health(Arc<[AtomicBool; 3]>);
+impl Part {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Store => "store",
+            Self::RabbitMq => "rabbitmq ingress",
+            Self::Sqs => "sqs ingress",
+            Self::Events => "events",
+        }
+    }
+}
+
+/// Which of the parts that this process has work now.
+#[derive(Clone, Debug)]
+pub struct Health(Arc<[(Part, AtomicBool)]>);
 
 impl Health {
+    /// For a process with these parts. None works yet.
+    pub fn of(parts: &[Part]) -> Self {
+        Self(parts.iter().map(|part| (*part, AtomicBool::new(false))).collect())
+    }
+
     /// A part began or ceased to work.
     pub fn set(&self, part: Part, works: bool) {
-        self.0[part as usize].store(works, Ordering::Release);
+        for (_, state) in self.0.iter().filter(|(known, _)| *known == part) {
+            state.store(works, Ordering::Release);
+        }
     }
 
     /// The names of the parts that do not work.
     pub fn missing(&self) -> Vec<&'static str> {
-        [(Part::Store, "store"), (Part::Ingress, "ingress"), (Part::Events, "events")]
-            .into_iter()
-            .filter(|(part, _)| !self.0[*part as usize].load(Ordering::Acquire))
-            .map(|(_, name)| name)
-            .collect()
+        self.0.iter().filter(|(_, works)| !works.load(Ordering::Acquire)).map(|(part, _)| part.name()).collect()
     }
 }
 

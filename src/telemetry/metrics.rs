@@ -24,8 +24,8 @@ pub struct Metrics {
     pub events_published: IntCounter,
     /// Publishes that the broker could not route or would not take.
     pub events_held: IntCounter,
-    /// Sessions opened with the broker, by role: ingress, events.
-    pub amqp_sessions: IntCounterVec,
+    /// Sessions opened with a broker, by transport and role: ingress, events.
+    pub broker_sessions: IntCounterVec,
     /// Jobs under way.
     pub jobs_running: IntGauge,
     /// KMIP operations by connection, operation and outcome: ok, refused, failed. Connections are those of the settings.
@@ -88,7 +88,11 @@ impl Metrics {
                 "keyferry_events_held_total",
                 "Publishes that the broker could not route or refused.",
             )?,
-            amqp_sessions: counters("keyferry_amqp_sessions_total", "Sessions opened with the broker.", &["role"])?,
+            broker_sessions: counters(
+                "keyferry_broker_sessions_total",
+                "Sessions opened with a broker.",
+                &["transport", "role"],
+            )?,
             jobs_running,
             dsm_requests: counters(
                 "keyferry_dsm_requests_total",
@@ -113,7 +117,7 @@ impl Metrics {
             metrics.intake_messages.with_label_values(&[verdict]);
         }
         for role in ["ingress", "events"] {
-            metrics.amqp_sessions.with_label_values(&[role]);
+            metrics.broker_sessions.with_label_values(&["rabbitmq", role]);
         }
         metrics.jobs_finished.with_label_values(&["succeeded", ""]);
         Ok(metrics)
@@ -135,7 +139,7 @@ mod tests {
         for line in [
             "keyferry_intake_messages_total{verdict=\"duplicate\"} 0",
             "keyferry_events_held_total 0",
-            "keyferry_amqp_sessions_total{role=\"ingress\"} 0",
+            "keyferry_broker_sessions_total{role=\"ingress\",transport=\"rabbitmq\"} 0",
         ] {
             assert!(text.contains(line), "{line}\n{text}");
         }

@@ -10,7 +10,7 @@ const EDGES: &[(&str, &[&str])] = &[
     ("config", &["policy"]),
     ("failpoint", &[]),
     ("ingress", &["amqp", "job"]),
-    ("intake", &["amqp", "ingress", "job", "policy", "retry", "source", "store", "telemetry"]),
+    ("intake", &["ingress", "job", "policy", "retry", "source", "store", "telemetry"]),
     ("job", &[]),
     ("kms", &["job", "telemetry"]),
     ("outbox", &["amqp", "retry", "store", "telemetry"]),

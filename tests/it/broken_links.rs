@@ -24,7 +24,7 @@ async fn says(world: &World, at: usize, wanted: &str) {
 async fn without_queues_it_is_not_ready_until_they_are_made() {
     let mut world = World::without_topology(Tuning::default()).await;
     let at = world.start("").await;
-    says(&world, at, "not ready: ingress, events").await;
+    says(&world, at, "not ready: rabbitmq ingress, events").await;
     assert_eq!(world.workers[at].ready().await.unwrap().0, 503);
     assert_eq!(world.workers[at].get("livez").await.unwrap().0, 200);
     let applied = world.run(&["topology", "apply"]).await;
@@ -36,7 +36,7 @@ async fn without_queues_it_is_not_ready_until_they_are_made() {
     world.succeeded("r1").await;
     // And once more while it runs: the queue goes, and comes again.
     world.vhost.delete_queue(JOBS).await;
-    says(&world, at, "not ready: ingress").await;
+    says(&world, at, "not ready: rabbitmq ingress").await;
     world.vhost.apply_topology().await;
     says(&world, at, "ready").await;
     world.publish(request("r2", &arn, json!({}))).await;
@@ -55,7 +55,7 @@ async fn a_broker_that_comes_later_is_waited_for() {
     detour.set_port(Some(port)).unwrap();
     world.write("keyferry.toml", &settings.replace(&world.vhost.url(), detour.as_str()));
     let at = world.start("").await;
-    says(&world, at, "not ready: ingress, events").await;
+    says(&world, at, "not ready: rabbitmq ingress, events").await;
     let listener = TcpListener::bind(("127.0.0.1", port)).await.unwrap();
     let target = ("127.0.0.1", broker.port().unwrap());
     tokio::spawn(async move {
@@ -88,7 +88,7 @@ async fn connections_that_the_broker_closes_are_made_again() {
         world.until("its event is told", "select count(*) from outbox", 0).await;
     }
     for role in ["ingress", "events"] {
-        let sessions = format!("keyferry_amqp_sessions_total{{role=\"{role}\"}}");
+        let sessions = format!("keyferry_broker_sessions_total{{role=\"{role}\",transport=\"rabbitmq\"}}");
         assert!(world.workers[0].metric(&sessions).await >= 2.0, "{role}");
     }
     world.finish().await;
@@ -142,7 +142,8 @@ async fn while_postgres_is_away_messages_are_kept_in_hand() {
         world.succeeded(id).await;
     }
     says(&world, 0, "ready").await;
-    let sessions = world.workers[0].metric("keyferry_amqp_sessions_total{role=\"ingress\"}").await;
+    let sessions =
+        world.workers[0].metric("keyferry_broker_sessions_total{role=\"ingress\",transport=\"rabbitmq\"}").await;
     assert!(sessions < 1.5, "the consumer is not rebuilt for an outage of Postgres");
     world.finish().await;
 }
