@@ -178,6 +178,53 @@ PY
 
 port_open() { (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null; }
 
+# make_mutual_certificates DIR: for a server that asks its clients for theirs. PyKMIP speaks TLS 1.2 alone, and with an RSA
+# certificate only suites that rustls does not have: hence ECDSA. It wants clientAuth in a client's certificate, whose common
+# name says who it is, to RabbitMQ as well. `other` is somebody else, `stranger` has another authority, `expired` ended
+# yesterday.
+make_mutual_certificates() (
+    cd "$1"
+    cat >openssl.cnf <<'CNF'
+[req]
+distinguished_name = dn
+[dn]
+[ca]
+basicConstraints = critical, CA:TRUE
+keyUsage = critical, keyCertSign
+subjectKeyIdentifier = hash
+[server]
+basicConstraints = critical, CA:FALSE
+keyUsage = critical, digitalSignature
+extendedKeyUsage = serverAuth
+subjectAltName = DNS:localhost, IP:127.0.0.1
+[client]
+basicConstraints = critical, CA:FALSE
+keyUsage = critical, digitalSignature
+extendedKeyUsage = clientAuth
+CNF
+    new=(-newkey ec -pkeyopt ec_paramgen_curve:P-256 -noenc -config openssl.cnf)
+    authority() {
+        openssl req -x509 "${new[@]}" -extensions ca -subj "/CN=$2" -days 825 -keyout "$1.key" -out "$1.crt"
+    }
+    # signed NAME SECTION SUBJECT AUTHORITY DAYS
+    signed() {
+        openssl req -new "${new[@]}" -subj "$3" -keyout "$1.key" -out "$1.csr"
+        openssl x509 -req -in "$1.csr" -CA "$4.crt" -CAkey "$4.key" -CAcreateserial -days "$5" \
+            -extfile openssl.cnf -extensions "$2" -out "$1.crt"
+    }
+    {
+        authority ca 'Keyferry private CA of clients'
+        authority wrong-ca 'Another private CA'
+        signed server server /CN=localhost ca 825
+        signed client client /CN=keyferry ca 825
+        signed other client /CN=other ca 825
+        signed stranger client /CN=keyferry wrong-ca 825
+        signed expired client /CN=keyferry ca -1
+    } 2>openssl.log || die "openssl: $(cat openssl.log)"
+    rm -f ca.key wrong-ca.key ./*.srl ./*.csr openssl.cnf openssl.log
+    chmod 600 ./*.key
+)
+
 # --- PostgreSQL -------------------------------------------------------------------------------------------------
 
 # PostgreSQL refuses to run as root.
@@ -328,19 +375,22 @@ rabbitmq_ready() {
     port_open "$MQ_PORT" && port_open "$MQ_API_PORT" && http GET "$MQ_API/api/overview" >/dev/null 2>&1
 }
 
-# rabbitmq_start DIR: sets MQ_PORT, MQ_API_PORT, MQ_USER, MQ_PASSWORD and the URLs MQ_AMQP, MQ_API without a vhost.
+# rabbitmq_start DIR: sets MQ_PORT, MQ_API_PORT, MQ_USER, MQ_PASSWORD and the URLs MQ_AMQP, MQ_API without a vhost; MQ_TLS_PORT
+# and MQ_API_TLS_PORT for TLS, with certificates in DIR/rabbitmq/tls.
 rabbitmq_start() {
     local dir=$1/rabbitmq dist files
     if rabbitmq_running "$1" && until_ok 120 rabbitmq_ready "$1"; then return; fi
     rabbitmq_stop "$1"
-    mkdir -p "$dir/home" "$dir/conf.d"
+    mkdir -p "$dir/home" "$dir/conf.d" "$dir/tls"
+    make_mutual_certificates "$dir/tls"
     # The distribution port has to be given: its default is the AMQP port plus 20000.
-    read -r MQ_PORT MQ_API_PORT dist MQ_EPMD_PORT < <(free_ports 4)
+    read -r MQ_PORT MQ_API_PORT dist MQ_EPMD_PORT MQ_TLS_PORT MQ_API_TLS_PORT < <(free_ports 6)
+    MQ_TLS_DIR=$dir/tls
     MQ_USER=keyferry
     MQ_PASSWORD=$(random_password)
     MQ_AMQP=amqp://$MQ_USER:$MQ_PASSWORD@127.0.0.1:$MQ_PORT
     MQ_API=http://$MQ_USER:$MQ_PASSWORD@127.0.0.1:$MQ_API_PORT
-    echo '[rabbitmq_management].' >"$dir/enabled_plugins"
+    echo '[rabbitmq_management, rabbitmq_auth_mechanism_ssl].' >"$dir/enabled_plugins"
     # What the management API says of queues follows within a second instead of five to ten: how often queues report,
     # and how often the API's side looks.
     cat >"$dir/advanced.config" <<'CONF'
@@ -354,6 +404,20 @@ CONF
 listeners.tcp.1 = 127.0.0.1:$MQ_PORT
 management.tcp.ip = 127.0.0.1
 management.tcp.port = $MQ_API_PORT
+listeners.ssl.1 = 127.0.0.1:$MQ_TLS_PORT
+ssl_options.cacertfile = $dir/tls/ca.crt
+ssl_options.certfile = $dir/tls/server.crt
+ssl_options.keyfile = $dir/tls/server.key
+ssl_options.verify = verify_peer
+ssl_options.fail_if_no_peer_cert = true
+ssl_cert_login_from = common_name
+auth_mechanisms.1 = PLAIN
+auth_mechanisms.2 = EXTERNAL
+management.ssl.ip = 127.0.0.1
+management.ssl.port = $MQ_API_TLS_PORT
+management.ssl.cacertfile = $dir/tls/ca.crt
+management.ssl.certfile = $dir/tls/server.crt
+management.ssl.keyfile = $dir/tls/server.key
 default_user = $MQ_USER
 default_pass = $MQ_PASSWORD
 default_user_tags.administrator = true
@@ -381,7 +445,7 @@ CONF
     MQ_PID=$!
     (
         umask 077
-        declare -p MQ_PORT MQ_API_PORT MQ_EPMD_PORT MQ_USER MQ_PASSWORD MQ_AMQP MQ_API MQ_PID |
+        declare -p MQ_PORT MQ_API_PORT MQ_EPMD_PORT MQ_TLS_PORT MQ_API_TLS_PORT MQ_TLS_DIR MQ_USER MQ_PASSWORD MQ_AMQP MQ_API MQ_PID |
             sed 's/^declare -[^ ]*/declare -g/' >"$dir/state"
     )
     # Until the new process has become the broker it has no environment to be known by.
@@ -428,59 +492,13 @@ kmip_process() { grep -qzsx "KEYFERRY_KMIP=$KMIP_PORT" "/proc/$1/environ"; }
 
 kmip_running() { kmip_load "$1" && kmip_process "${KMIP_PID:-0}"; }
 
-# PyKMIP speaks TLS 1.2 alone, and with an RSA certificate only suites that rustls does not have: hence ECDSA. It wants
-# clientAuth in a client's certificate, whose common name owns the objects. `other` is another owner, `stranger` has another
-# authority, `expired` ended yesterday.
-make_kmip_certificates() (
-    cd "$1"
-    cat >openssl.cnf <<'CNF'
-[req]
-distinguished_name = dn
-[dn]
-[ca]
-basicConstraints = critical, CA:TRUE
-keyUsage = critical, keyCertSign
-subjectKeyIdentifier = hash
-[server]
-basicConstraints = critical, CA:FALSE
-keyUsage = critical, digitalSignature
-extendedKeyUsage = serverAuth
-subjectAltName = DNS:localhost, IP:127.0.0.1
-[client]
-basicConstraints = critical, CA:FALSE
-keyUsage = critical, digitalSignature
-extendedKeyUsage = clientAuth
-CNF
-    new=(-newkey ec -pkeyopt ec_paramgen_curve:P-256 -noenc -config openssl.cnf)
-    authority() {
-        openssl req -x509 "${new[@]}" -extensions ca -subj "/CN=$2" -days 825 -keyout "$1.key" -out "$1.crt"
-    }
-    # signed NAME SECTION SUBJECT AUTHORITY DAYS
-    signed() {
-        openssl req -new "${new[@]}" -subj "$3" -keyout "$1.key" -out "$1.csr"
-        openssl x509 -req -in "$1.csr" -CA "$4.crt" -CAkey "$4.key" -CAcreateserial -days "$5" \
-            -extfile openssl.cnf -extensions "$2" -out "$1.crt"
-    }
-    {
-        authority ca 'Keyferry private KMIP CA'
-        authority wrong-ca 'Another private CA'
-        signed server server /CN=localhost ca 825
-        signed client client /CN=keyferry ca 825
-        signed other client /CN=other ca 825
-        signed stranger client /CN=keyferry wrong-ca 825
-        signed expired client /CN=keyferry ca -1
-    } 2>openssl.log || die "openssl: $(cat openssl.log)"
-    rm -f ca.key wrong-ca.key ./*.srl ./*.csr openssl.cnf openssl.log
-    chmod 600 ./*.key
-)
-
 # kmip_start DIR: PyKMIP, after python_venv. Sets KMIP_PORT. Certificates and log are in DIR/kmip.
 kmip_start() {
     local dir=$1/kmip
     if kmip_running "$1"; then return; fi
     kmip_stop "$1"
     mkdir -p "$dir/policy"
-    make_kmip_certificates "$dir"
+    make_mutual_certificates "$dir"
     KMIP_PORT=$(free_port)
     cat >"$dir/server.conf" <<CONF
 [server]
@@ -574,6 +592,7 @@ services_stop() {
 # What tests/it reads. After services_start or services_load.
 TEST_VARIABLES=(KEYFERRY_TEST_POSTGRES KEYFERRY_TEST_POSTGRES_CA KEYFERRY_TEST_OWNER_PASSWORD
     KEYFERRY_TEST_WORKER_PASSWORD KEYFERRY_TEST_READER_PASSWORD KEYFERRY_TEST_AMQP KEYFERRY_TEST_RABBITMQ_API
+    KEYFERRY_TEST_RABBITMQ_TLS_PORT KEYFERRY_TEST_RABBITMQ_API_TLS_PORT KEYFERRY_TEST_RABBITMQ_TLS_DIR
     KEYFERRY_TEST_AWS_CLI KEYFERRY_TEST_PYTHON)
 # The same for tests of the dsm tier. After kmip_start or kmip_load.
 export_kmip_variables() {
@@ -590,6 +609,10 @@ export_test_variables() {
     # No vhost: every test makes its own.
     export KEYFERRY_TEST_AMQP=$MQ_AMQP
     export KEYFERRY_TEST_RABBITMQ_API=$MQ_API
+    # The same broker over TLS, which wants a client certificate from AMQP clients.
+    export KEYFERRY_TEST_RABBITMQ_TLS_PORT=$MQ_TLS_PORT
+    export KEYFERRY_TEST_RABBITMQ_API_TLS_PORT=$MQ_API_TLS_PORT
+    export KEYFERRY_TEST_RABBITMQ_TLS_DIR=$MQ_TLS_DIR
     export KEYFERRY_TEST_AWS_CLI=$TARGET/venv/bin/aws
     export KEYFERRY_TEST_PYTHON=$TARGET/venv/bin/python
 }

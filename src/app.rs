@@ -1,5 +1,6 @@
 //! Composition: settings in, a running worker out, and its orderly end.
 
+use crate::amqp::Broker;
 use crate::config::{ConfigError, Loaded};
 use crate::ingress::rabbitmq::Queue;
 use crate::intake::Intake;
@@ -11,7 +12,7 @@ use crate::source::{Dsm, Kek, KekError, Keyring};
 use crate::store::{SchemaError, Store, StoreError};
 use crate::telemetry::{Health, Metrics, Part, serve_admin};
 use crate::worker::{self, Context};
-use secrecy::{ExposeSecret as _, SecretString};
+use secrecy::ExposeSecret as _;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::Notify;
@@ -64,6 +65,14 @@ pub async fn open_keyring(loaded: &Loaded, store: &Store) -> Result<Keyring, Sta
     Ok(Keyring::open(kek, &stored)?)
 }
 
+/// The broker of the settings. Reads the files that they name, connects nowhere.
+pub fn open_broker(loaded: &Loaded) -> Result<Broker, ConfigError> {
+    for warning in loaded.rabbitmq_file_warnings() {
+        tracing::warn!("{warning}");
+    }
+    Broker::new(&loaded.settings.rabbitmq, loaded.amqp_url()?)
+}
+
 /// The connections of the dsm tier. Reads their files, connects nowhere; without any, the tier is not configured.
 pub fn open_dsm(loaded: &Loaded, metrics: &Metrics) -> Result<Dsm, StartError> {
     for warning in loaded.dsm_key_file_warnings() {
@@ -78,7 +87,7 @@ pub async fn serve(loaded: &Loaded, stop: CancellationToken) -> Result<(), Start
     // Everything that can be wrong is found before the first message is taken.
     let policy = loaded.policy()?;
     let targets = targets(loaded)?;
-    let amqp_url = SecretString::from(loaded.amqp_url()?);
+    let broker = open_broker(loaded)?;
     let store = open_store(loaded).await?;
     let keyring = Arc::new(open_keyring(loaded, &store).await?);
     let metrics = Metrics::new()?;
@@ -96,13 +105,11 @@ pub async fn serve(loaded: &Loaded, stop: CancellationToken) -> Result<(), Start
     let admin = tokio::spawn(admin);
     tracing::info!(admin.address = %address, jobs.concurrency = settings.worker.concurrency, "starting");
 
-    let connect_timeout = Duration::from_millis(settings.rabbitmq.connect_timeout_ms);
     let intake = Intake {
         ingress: Queue {
-            url: amqp_url.clone(),
+            broker: broker.clone(),
             name: settings.rabbitmq.queue.clone(),
             prefetch: settings.rabbitmq.prefetch,
-            connect_timeout,
         },
         store: store.clone(),
         keyring: Arc::clone(&keyring),
@@ -116,7 +123,7 @@ pub async fn serve(loaded: &Loaded, stop: CancellationToken) -> Result<(), Start
         events: Arc::clone(&events),
     };
     let relay = Relay {
-        destination: Exchange { url: amqp_url, name: settings.rabbitmq.exchange.clone(), timeout: connect_timeout },
+        destination: Exchange { broker, name: settings.rabbitmq.exchange.clone() },
         store: store.clone(),
         metrics: metrics.clone(),
         health: health.clone(),

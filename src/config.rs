@@ -68,9 +68,20 @@ pub struct Database {
 #[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct RabbitMq {
-    /// `amqp://user:password@host:port/vhost`; `amqps` for TLS.
+    /// `amqp://user:password@host:port/vhost`; `amqps` for TLS. With `?auth_mechanism=external` the client certificate is
+    /// the login.
     #[serde(serialize_with = "redacted")]
     pub url: Option<SecretString>,
+    /// A file that holds the password of the URL's user, who has none in the URL then.
+    pub password_file: Option<PathBuf>,
+    /// PEM file of the authorities that sign the broker's certificate. No other is trusted; absent: the system's.
+    pub ca_file: Option<PathBuf>,
+    /// PEM file of a client certificate, with those between it and its authority.
+    pub cert_file: Option<PathBuf>,
+    /// PEM file of its private key, not encrypted.
+    pub key_file: Option<PathBuf>,
+    /// The name that the broker's certificate has, where it is not the URL's host.
+    pub server_name: Option<String>,
     /// The management API, for `topology`: `http://user:password@host:15672`.
     #[serde(serialize_with = "redacted")]
     pub api_url: Option<SecretString>,
@@ -292,6 +303,23 @@ impl Loaded {
         self.settings.dsm.iter().filter_map(warning).collect()
     }
 
+    /// The same of the files with which a worker is let in by `RabbitMQ`.
+    pub fn rabbitmq_file_warnings(&self) -> Vec<String> {
+        let RabbitMq { key_file, password_file, .. } = &self.settings.rabbitmq;
+        let files = [("key_file", key_file), ("password_file", password_file)];
+        let warning = |(name, path): (&str, &Option<PathBuf>)| {
+            let path = path.as_ref()?;
+            open_to_others(path).map(|mode| {
+                format!(
+                    "the file {} of rabbitmq.{name} is open to more than its owner (mode {mode:o}): who can read it can \
+                     ask for what this worker may; chmod 600 unless something else keeps others away",
+                    path.display()
+                )
+            })
+        };
+        files.into_iter().filter_map(warning).collect()
+    }
+
     /// The text of the key-encryption key, from the setting or its file.
     pub fn kek(&self) -> Result<SecretString, ConfigError> {
         let keys = &self.settings.keys;
@@ -372,6 +400,11 @@ impl Default for RabbitMq {
     fn default() -> Self {
         Self {
             url: None,
+            password_file: None,
+            ca_file: None,
+            cert_file: None,
+            key_file: None,
+            server_name: None,
             api_url: None,
             queue: "keyferry.jobs".into(),
             exchange: "keyferry.events".into(),

@@ -64,7 +64,10 @@ impl<I: Ingress> Intake<I> {
                     self.health.set(self.part, false);
                     match ended {
                         Ok(()) => return,
-                        Err(error) => error,
+                        Err(error) => {
+                            self.metrics.broker_sessions_broken.with_label_values(&[I::TRANSPORT, "ingress"]).inc();
+                            error
+                        }
                     }
                 }
                 Err(error) => error,

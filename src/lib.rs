@@ -30,13 +30,14 @@
 //! | [`wrap`](mod@wrap) | wraps material under a public key; pure | `job` |
 //! | [`audit`] | what is recorded | `job` |
 //! | [`kms`] | performs one AWS call truthfully | `job`, `telemetry` |
-//! | [`amqp`], [`tls`] | connections | - |
+//! | [`tls`] | who a client is and whom it trusts | - |
+//! | [`amqp`] | connections to the broker | `config`, `tls` |
 //! | [`ingress`] | broker deliveries in, settlements out | `job`, `amqp` |
 //! | [`store`] | every SQL statement and transaction | `job`, `audit`, `source`'s sealed types, `config`, `tls` |
 //! | [`intake`] | parse, authorise, accept or refuse, settle | `ingress`, `job`, `policy`, `retry`, `source`, `store` |
 //! | [`outbox`] | committed events to the broker until confirmed | `amqp`, `retry`, `store` |
 //! | [`worker`] | drives a job | the above except `ingress`, `intake`, `outbox` |
-//! | [`topology`] | the broker's queues as data | `tls` |
+//! | [`topology`] | the broker's queues as data | - |
 //! | [`config`], [`telemetry`] | settings; logs, metrics, admin HTTP | `policy`; `config` |
 //! | [`app`], [`cli`] | composition; commands | all |
 //!

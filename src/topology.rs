@@ -1,8 +1,8 @@
 //! The broker's default topology: data in `ops/rabbitmq/definitions.json`, applied and compared over the
 //! management API. A passive AMQP declaration sees neither a queue's type nor its policies; this does.
 
-use crate::tls::client_config;
 use reqwest::{Client, StatusCode};
+use rustls::ClientConfig;
 use serde_json::Value;
 use url::Url;
 
@@ -15,9 +15,6 @@ pub enum TopologyError {
     /// Not a URL.
     #[error("rabbitmq.api_url is not understood: expected http://user:password@host:15672")]
     ApiUrl,
-    /// Not an AMQP URL.
-    #[error("rabbitmq.url is not understood: expected amqp://user:password@host:port/vhost")]
-    AmqpUrl,
     /// No connection.
     #[error("RabbitMQ's management API does not answer: {0}")]
     Unreachable(String),
@@ -65,25 +62,20 @@ pub struct Management {
 }
 
 impl Management {
-    /// From the two URLs: the API's, and the AMQP one that names the virtual host.
-    pub fn new(api_url: &str, amqp_url: &str) -> Result<Self, TopologyError> {
+    /// From the API's URL. An `https` one is trusted as the broker is.
+    pub fn new(api_url: &str, vhost: &str, tls: &ClientConfig) -> Result<Self, TopologyError> {
         let mut base = Url::parse(api_url).map_err(|_| TopologyError::ApiUrl)?;
         let decoded = |text: &str| percent_decoded(text);
         let (user, password) = (decoded(base.username()), decoded(base.password().unwrap_or("")));
         // Credentials go into a header, not into a URL that an error could show.
         base.set_username("").map_err(|()| TopologyError::ApiUrl)?;
         base.set_password(None).map_err(|()| TopologyError::ApiUrl)?;
-        let amqp = Url::parse(amqp_url).map_err(|_| TopologyError::AmqpUrl)?;
-        let vhost = match amqp.path().strip_prefix('/') {
-            None | Some("") => "/".to_owned(),
-            Some(name) => percent_decoded(name),
-        };
         let client = Client::builder()
             .timeout(std::time::Duration::from_secs(10))
-            .tls_backend_preconfigured(client_config(None).map_err(TopologyError::Unreachable)?)
+            .tls_backend_preconfigured(tls.clone())
             .build()
             .map_err(|error| TopologyError::Unreachable(error.to_string()))?;
-        Ok(Self { client, base, user, password, vhost })
+        Ok(Self { client, base, user, password, vhost: vhost.to_owned() })
     }
 
     /// Brings the definitions in. What is there already stays; a queue of another type is not changed by this.
@@ -106,7 +98,7 @@ impl Management {
     }
 
     async fn send(&self, request: reqwest::RequestBuilder) -> Result<Value, TopologyError> {
-        let unreachable = |error: reqwest::Error| TopologyError::Unreachable(error.without_url().to_string());
+        let unreachable = |error: reqwest::Error| TopologyError::Unreachable(innermost(&error.without_url()));
         let answer = request.basic_auth(&self.user, Some(&self.password)).send().await.map_err(unreachable)?;
         let status = answer.status();
         let text = answer.text().await.map_err(unreachable)?;
@@ -127,6 +119,15 @@ impl Management {
         url.path_segments_mut().map_err(|()| TopologyError::ApiUrl)?.pop_if_empty().extend(path);
         Ok(url)
     }
+}
+
+/// reqwest's own words say nothing of why.
+fn innermost(error: &dyn std::error::Error) -> String {
+    let mut cause = error;
+    while let Some(inner) = cause.source() {
+        cause = inner;
+    }
+    cause.to_string()
 }
 
 /// Names in the settings that the default topology does not have, as `setting = name`.
@@ -206,6 +207,7 @@ fn contains(present: &Value, wanted: &Value) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::tls;
 
     #[test]
     fn the_definitions_agree_with_themselves_and_every_part_is_compared() {
@@ -233,15 +235,11 @@ mod tests {
     }
 
     #[test]
-    fn the_vhost_is_the_amqp_urls() {
-        let of = |amqp: &str| Management::new("http://u:p%40x@h:1", amqp).unwrap();
-        assert_eq!(of("amqp://h").vhost, "/");
-        assert_eq!(of("amqp://h/%2f").vhost, "/");
-        assert_eq!(of("amqp://h/kf-1").vhost, "kf-1");
-        assert_eq!(of("amqp://h").password, "p@x");
-        assert_eq!(
-            of("amqp://h").url(&["api", "definitions", "/"]).unwrap().as_str(),
-            "http://h:1/api/definitions/%2F"
-        );
+    fn credentials_leave_the_url_and_paths_are_encoded() {
+        let tls = tls::client_config(None).unwrap();
+        let management = Management::new("http://u:p%40x@h:1", "/", &tls).unwrap();
+        assert_eq!((management.user.as_str(), management.password.as_str()), ("u", "p@x"));
+        let url = management.url(&["api", "definitions", "/"]).unwrap();
+        assert_eq!(url.as_str(), "http://h:1/api/definitions/%2F");
     }
 }

@@ -9,6 +9,7 @@ mod output;
 mod source;
 mod submit;
 
+use crate::amqp;
 use crate::app::{self, StartError};
 use crate::config::{ConfigError, Loaded};
 use crate::source::MaterialFault;
@@ -173,8 +174,10 @@ async fn run(cli: Cli) -> Result<(), Failed> {
 
 impl Topology {
     async fn run(self, loaded: &Loaded, output: Output) -> Result<(), Failed> {
-        let management = Management::new(loaded.rabbitmq_api_url()?, loaded.amqp_url()?)?;
         let rabbitmq = &loaded.settings.rabbitmq;
+        let broker = app::open_broker(loaded)?;
+        let (tls, _) = amqp::identity(rabbitmq)?.current();
+        let management = Management::new(loaded.rabbitmq_api_url()?, broker.vhost(), &tls)?;
         let names = Names { queue: &rabbitmq.queue, exchange: &rabbitmq.exchange };
         let own = own_names(&names)?;
         if matches!(self, Self::Apply) {
@@ -208,12 +211,12 @@ impl Config {
                 loaded.policy()?;
                 loaded.targets()?;
                 loaded.database_url()?;
-                loaded.amqp_url()?;
+                app::open_broker(loaded)?;
                 warn_of_kek_file(loaded);
                 let kek = loaded.kek()?;
                 crate::source::Kek::parse(secrecy::ExposeSecret::expose_secret(&kek))?;
                 app::open_dsm(loaded, &Metrics::new()?)?;
-                warn_of_dsm_key_files(loaded);
+                warn_of_open_files(loaded);
                 output.value(&serde_json::json!({"ok": true}), |_| "the settings are complete".into());
             }
         }
@@ -228,8 +231,8 @@ fn warn_of_kek_file(loaded: &Loaded) {
     }
 }
 
-fn warn_of_dsm_key_files(loaded: &Loaded) {
-    for warning in loaded.dsm_key_file_warnings() {
+fn warn_of_open_files(loaded: &Loaded) {
+    for warning in loaded.rabbitmq_file_warnings().into_iter().chain(loaded.dsm_key_file_warnings()) {
         eprintln!("keyferry: warning: {warning}");
     }
 }

@@ -3,8 +3,8 @@
 use super::Failed;
 use super::jobs::{finish, follow, progress_bar};
 use super::output::{Output, duration};
-use crate::amqp::{SessionError, connect, within};
-use crate::app::open_store;
+use crate::amqp::{SessionError, within};
+use crate::app::{open_broker, open_store};
 use crate::config::Loaded;
 use crate::job::{MAX_BODY_BYTES, RequestId};
 use anyhow::{Context as _, anyhow, bail};
@@ -102,9 +102,9 @@ impl Submit {
     pub(super) async fn run(self, loaded: &Loaded, output: Output) -> Result<(), Failed> {
         // Before anything is published: following needs the store.
         let store = if self.wait { Some(open_store(loaded).await?) } else { None };
-        let patience = Duration::from_millis(loaded.settings.rabbitmq.connect_timeout_ms);
-        let connection =
-            connect(loaded.amqp_url()?, "keyferry submit", patience).await.context("RabbitMQ cannot be reached")?;
+        let broker = open_broker(loaded)?;
+        let patience = broker.timeout();
+        let connection = broker.connect("keyferry submit").await.context("RabbitMQ cannot be reached")?;
         let channel = within(patience, async {
             let channel = connection.create_channel().await?;
             channel.confirm_select(ConfirmSelectOptions::default()).await?;

@@ -5,7 +5,7 @@
 //! channel that delivered it; after that it is the broker's again.
 
 use super::{Delivery, Ingress, REDRIVE_HEADER, SIGNATURE_HEADER, Sender, Settlement};
-use crate::amqp::{SessionError, check, connect, within};
+use crate::amqp::{Broker, SessionError, check, within};
 use futures_util::{FutureExt as _, StreamExt as _};
 use lapin::message::Delivery as AmqpDelivery;
 use lapin::options::{
@@ -14,7 +14,6 @@ use lapin::options::{
 };
 use lapin::types::{AMQPValue, FieldTable};
 use lapin::{BasicProperties, Channel, Connection, Consumer};
-use secrecy::{ExposeSecret as _, SecretString};
 use std::time::Duration;
 use tokio::time::Instant;
 
@@ -22,13 +21,11 @@ use tokio::time::Instant;
 #[derive(Clone, Debug)]
 pub struct Queue {
     /// The broker.
-    pub url: SecretString,
+    pub broker: Broker,
     /// The queue's name.
     pub name: String,
     /// Unsettled messages in hand at most: lapin's own buffer has no bound but this.
     pub prefetch: u16,
-    /// How long a connection may take; lapin sets no limit.
-    pub connect_timeout: Duration,
 }
 
 /// One connection, one channel, one consumer.
@@ -55,9 +52,9 @@ impl Ingress for Queue {
 
     /// Connects, makes sure that the queue exists, and consumes.
     async fn open(&self) -> Result<Session, SessionError> {
-        let timeout = self.connect_timeout;
+        let timeout = self.broker.timeout();
         let opening = async {
-            let connection = connect(self.url.expose_secret(), "keyferry ingress", timeout).await?;
+            let connection = self.broker.connect("keyferry ingress").await?;
             let channel = connection.create_channel().await?;
             let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
             channel.queue_declare(self.name.as_str().into(), passive, FieldTable::default()).await?;

@@ -99,7 +99,10 @@ impl<D: Destination> Relay<D> {
                             publisher.close().await;
                             return;
                         }
-                        Err(error) => error,
+                        Err(error) => {
+                            self.metrics.broker_sessions_broken.with_label_values(&[D::TRANSPORT, "events"]).inc();
+                            error
+                        }
                     }
                 }
                 Err(error) => error,

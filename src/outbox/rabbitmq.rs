@@ -2,13 +2,12 @@
 //! flow control on publishers never stalls acknowledgements.
 
 use super::{Destination, Publication};
-use crate::amqp::{SessionError, check, connect, within};
+use crate::amqp::{Broker, SessionError, check, within};
 use crate::store::OutboxRow;
 use futures_util::future::try_join_all;
 use lapin::options::{BasicPublishOptions, ConfirmSelectOptions, ExchangeDeclareOptions};
 use lapin::types::FieldTable;
 use lapin::{BasicProperties, Channel, Confirmation, Connection, ExchangeKind};
-use secrecy::{ExposeSecret as _, SecretString};
 use std::time::Duration;
 
 /// `delivery_mode` of a message that survives the broker's restart (AMQP 0-9-1).
@@ -18,11 +17,9 @@ const PERSISTENT: u8 = 2;
 #[derive(Clone, Debug)]
 pub struct Exchange {
     /// The broker.
-    pub url: SecretString,
+    pub broker: Broker,
     /// The exchange's name.
     pub name: String,
-    /// How long a connection or a window's confirmations may take.
-    pub timeout: Duration,
 }
 
 /// One connection, one channel with confirms.
@@ -38,16 +35,17 @@ impl Destination for Exchange {
     type Publisher = Publisher;
 
     async fn open(&self) -> Result<Publisher, SessionError> {
-        let Self { url, name, timeout } = self;
+        let Self { broker, name } = self;
+        let timeout = broker.timeout();
         let opening = async {
-            let connection = connect(url.expose_secret(), "keyferry events", *timeout).await?;
+            let connection = broker.connect("keyferry events").await?;
             let channel = connection.create_channel().await?;
             let passive = ExchangeDeclareOptions { passive: true, ..ExchangeDeclareOptions::default() };
             channel.exchange_declare(name.as_str().into(), ExchangeKind::Topic, passive, FieldTable::default()).await?;
             channel.confirm_select(ConfirmSelectOptions::default()).await?;
-            Ok(Publisher { connection, channel, exchange: name.clone(), timeout: *timeout })
+            Ok(Publisher { connection, channel, exchange: name.clone(), timeout })
         };
-        within(*timeout, opening).await
+        within(timeout, opening).await
     }
 }
 

@@ -26,6 +26,8 @@ pub struct Metrics {
     pub events_held: IntCounter,
     /// Sessions opened with a broker, by transport and role: ingress, events.
     pub broker_sessions: IntCounterVec,
+    /// Those of them that ended by a fault, by the same.
+    pub broker_sessions_broken: IntCounterVec,
     /// Jobs under way.
     pub jobs_running: IntGauge,
     /// KMIP operations by connection, operation and outcome: ok, refused, failed. Connections are those of the settings.
@@ -93,6 +95,11 @@ impl Metrics {
                 "Sessions opened with a broker.",
                 &["transport", "role"],
             )?,
+            broker_sessions_broken: counters(
+                "keyferry_broker_sessions_broken_total",
+                "Sessions with a broker that ended by a fault.",
+                &["transport", "role"],
+            )?,
             jobs_running,
             dsm_requests: counters(
                 "keyferry_dsm_requests_total",
@@ -118,6 +125,7 @@ impl Metrics {
         }
         for role in ["ingress", "events"] {
             metrics.broker_sessions.with_label_values(&["rabbitmq", role]);
+            metrics.broker_sessions_broken.with_label_values(&["rabbitmq", role]);
         }
         metrics.jobs_finished.with_label_values(&["succeeded", ""]);
         Ok(metrics)

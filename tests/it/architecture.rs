@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 /// Which rooms a room may import. `app` and `cli` may import everything.
 const EDGES: &[(&str, &[&str])] = &[
-    ("amqp", &[]),
+    ("amqp", &["config", "tls"]),
     ("audit", &["job"]),
     ("config", &["policy"]),
     ("failpoint", &[]),

@@ -4,6 +4,8 @@ use crate::support::broker::JOBS;
 use crate::support::db::connect;
 use crate::support::world::{Tuning, World, request};
 use crate::support::{eventually, variable};
+use keyferry::amqp::Broker;
+use keyferry::config::RabbitMq;
 use serde_json::json;
 use std::io::Read as _;
 use std::net::TcpListener as StdListener;
@@ -178,9 +180,8 @@ async fn amqps_begins_with_a_tls_handshake() {
         stream.read_exact(&mut record).unwrap();
         record
     });
-    let connecting = tokio::spawn(async move {
-        keyferry::amqp::connect(&url, "tests", std::time::Duration::from_secs(10)).await.is_ok()
-    });
+    let broker = Broker::new(&RabbitMq::default(), &url).unwrap();
+    let connecting = tokio::spawn(async move { broker.connect("tests").await.is_ok() });
     let record = first.await.unwrap();
     // A handshake record (22) of TLS 1.x that begins with ClientHello (1): RFC 8446, 5.1 and 4.
     assert_eq!((record[0], record[1], record[5]), (22, 3, 1), "{record:?}");

@@ -24,4 +24,5 @@ mod stopping;
 mod store;
 mod support;
 mod takeover;
+mod tls;
 mod wrapping;

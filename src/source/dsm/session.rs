@@ -3,9 +3,9 @@
 use super::answers::{Answer, AnswerFault, Refusal, Response, common_version};
 use super::identity::Identity;
 use super::messages::{Ask, Version, request};
-use super::ttlv::{Fault, HEADER, Limits, announced_length};
+use super::ttlv::{self, HEADER, Limits, announced_length};
 use crate::config::DsmProtocol;
-use rustls::AlertDescription;
+use crate::tls::Fault;
 use rustls::pki_types::ServerName;
 use std::io;
 use std::sync::Arc;
@@ -183,42 +183,19 @@ pub(super) fn protocol(fault: &AnswerFault) -> SessionError {
     SessionError::Protocol(fault.to_string())
 }
 
-fn not_kmip(fault: Fault) -> SessionError {
+fn not_kmip(fault: ttlv::Fault) -> SessionError {
     protocol(&fault.into())
 }
 
-/// Tells certificates and a common language from a broken connection. With TLS 1.3 the server's verdict on the client's
-/// certificate comes only with the first answer.
 fn broken(error: &io::Error) -> SessionError {
-    use AlertDescription as Alert;
-    let inner = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>());
-    match inner {
-        Some(rustls::Error::InvalidCertificate(fault)) => {
-            SessionError::Untrusted(format!("the server's certificate: {fault}"))
-        }
-        Some(rustls::Error::NoCertificatesPresented) => {
-            SessionError::Untrusted("the server shows no certificate".into())
-        }
-        Some(rustls::Error::AlertReceived(
-            alert @ (Alert::BadCertificate
-            | Alert::UnsupportedCertificate
-            | Alert::CertificateRevoked
-            | Alert::CertificateExpired
-            | Alert::CertificateUnknown
-            | Alert::UnknownCA
-            | Alert::AccessDenied
-            | Alert::CertificateRequired),
-        )) => SessionError::Unauthenticated(format!("the server does not take the client's certificate: {alert:?}")),
-        Some(rustls::Error::AlertReceived(
-            alert @ (Alert::HandshakeFailure | Alert::ProtocolVersion | Alert::InsufficientSecurity),
-        )) => SessionError::Protocol(format!(
-            "no common TLS version and cipher suite ({alert:?}); TLS 1.2 with ECDHE and AEAD, or TLS 1.3, is needed"
-        )),
-        Some(rustls::Error::InvalidMessage(_)) => SessionError::Protocol("the server does not speak TLS".into()),
-        _ if error.kind() == io::ErrorKind::UnexpectedEof => {
+    match Fault::of(error) {
+        Some(Fault::Untrusted(reason)) => SessionError::Untrusted(reason),
+        Some(Fault::Unauthenticated(reason)) => SessionError::Unauthenticated(reason),
+        Some(Fault::Protocol(reason)) => SessionError::Protocol(reason),
+        None if error.kind() == io::ErrorKind::UnexpectedEof => {
             SessionError::Broken("the server closed the connection".into())
         }
-        _ => SessionError::Broken(error.to_string()),
+        None => SessionError::Broken(error.to_string()),
     }
 }
 

@@ -1,7 +1,8 @@
 //! A virtual host of RabbitMQ for one test, and what is read and written there.
 
 use super::{eventually, finish_blocking, http, variable};
-use keyferry::amqp::connect;
+use keyferry::amqp::Broker;
+use keyferry::config::RabbitMq;
 use keyferry::topology::Management;
 use lapin::options::{
     BasicGetOptions, BasicPublishOptions, ConfirmSelectOptions, QueueBindOptions, QueueDeclareOptions,
@@ -89,12 +90,14 @@ impl Vhost {
 
     /// The default topology.
     pub async fn apply_topology(&self) {
-        Management::new(self.api.as_str(), &self.url()).unwrap().apply().await.unwrap();
+        let tls = keyferry::tls::client_config(None).unwrap();
+        Management::new(self.api.as_str(), &self.name, &tls).unwrap().apply().await.unwrap();
     }
 
     /// The tests' own connection, and their queue of all events.
     pub async fn open(&self) {
-        let connection = connect(&self.url(), "keyferry tests", std::time::Duration::from_secs(10)).await.unwrap();
+        let broker = Broker::new(&RabbitMq::default(), &self.url()).unwrap();
+        let connection = broker.connect("keyferry tests").await.unwrap();
         let channel = connection.create_channel().await.unwrap();
         channel.confirm_select(ConfirmSelectOptions::default()).await.unwrap();
         let durable = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
