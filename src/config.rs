@@ -87,6 +87,8 @@ pub struct RabbitMq {
     pub api_url: Option<SecretString>,
     /// Where requests arrive.
     pub queue: String,
+    /// Where its policy dead-letters them; `dead` reads it.
+    pub dead_letter_queue: String,
     /// Where events go.
     pub exchange: String,
     /// Unsettled messages in hand at most.
@@ -351,7 +353,7 @@ impl Loaded {
         let Settings { worker, database, rabbitmq, targets, dsm, dsm_default, .. } = &self.settings;
         // AMQP carries no longer name.
         let is_name = |name: &str| (1..=255).contains(&name.len());
-        let rules: [(&'static str, bool, &'static str); 10] = [
+        let rules: [(&'static str, bool, &'static str); 11] = [
             ("worker.concurrency", (1..=1024).contains(&worker.concurrency), "1 to 1024"),
             ("worker.aws_timeout_ms", (100..=60_000).contains(&worker.aws_timeout_ms), "100 to 60000"),
             (
@@ -362,6 +364,7 @@ impl Loaded {
             ("worker.poll_ms", (10..=60_000).contains(&worker.poll_ms), "10 to 60000"),
             ("database.connections", (2..=200).contains(&database.connections), "2 to 200"),
             ("rabbitmq.queue", is_name(&rabbitmq.queue), "a name of 1 to 255 bytes"),
+            ("rabbitmq.dead_letter_queue", is_name(&rabbitmq.dead_letter_queue), "a name of 1 to 255 bytes"),
             ("rabbitmq.exchange", is_name(&rabbitmq.exchange), "a name of 1 to 255 bytes"),
             ("rabbitmq.prefetch", rabbitmq.prefetch >= 1, "1 to 65535"),
             (
@@ -407,6 +410,7 @@ impl Default for RabbitMq {
             server_name: None,
             api_url: None,
             queue: "keyferry.jobs".into(),
+            dead_letter_queue: "keyferry.dead".into(),
             exchange: "keyferry.events".into(),
             prefetch: 400,
             connect_timeout_ms: 10_000,

@@ -35,6 +35,7 @@
 //! | [`ingress`] | broker deliveries in, settlements out | `job`, `amqp` |
 //! | [`store`] | every SQL statement and transaction | `job`, `audit`, `source`'s sealed types, `config`, `tls` |
 //! | [`intake`] | parse, authorise, accept or refuse, settle | `ingress`, `job`, `policy`, `retry`, `source`, `store` |
+//! | [`dead`] | dead letters: shown, matched to their refusals, sent again | `amqp`, `ingress`, `job`, `source`, `store` |
 //! | [`outbox`] | committed events to the broker until confirmed | `amqp`, `retry`, `store` |
 //! | [`worker`] | drives a job | the above except `ingress`, `intake`, `outbox` |
 //! | [`topology`] | the broker's queues as data | - |
@@ -60,6 +61,7 @@ pub mod app;
 pub mod audit;
 pub mod cli;
 pub mod config;
+pub mod dead;
 pub mod ingress;
 pub mod intake;
 pub mod job;

@@ -47,6 +47,8 @@ pub struct Difference {
 pub struct Names<'a> {
     /// `rabbitmq.queue`.
     pub queue: &'a str,
+    /// `rabbitmq.dead_letter_queue`.
+    pub dead_letter_queue: &'a str,
     /// `rabbitmq.exchange`.
     pub exchange: &'a str,
 }
@@ -133,20 +135,36 @@ fn innermost(error: &dyn std::error::Error) -> String {
 /// Names in the settings that the default topology does not have, as `setting = name`.
 pub fn own_names(settings: &Names<'_>) -> Result<Vec<String>, TopologyError> {
     let wanted: Value = serde_json::from_str(DEFINITIONS)?;
-    let own = names(settings).into_iter().filter(|(list, _, name)| !has(&wanted, list, name));
-    Ok(own.map(|(_, kind, name)| format!("rabbitmq.{kind} = {name}")).collect())
+    let own = names(settings).into_iter().filter(|named| !has(&wanted, named.list, named.name));
+    Ok(own.map(|named| format!("rabbitmq.{} = {}", named.setting, named.name)).collect())
 }
 
-/// The list in which a name of the settings stands in definitions, what kind it is of, and the name.
-fn names<'a>(settings: &Names<'a>) -> [(&'static str, &'static str, &'a str); 2] {
-    [("queues", "queue", settings.queue), ("exchanges", "exchange", settings.exchange)]
+/// A name of the settings.
+struct Named<'a> {
+    setting: &'static str,
+    kind: &'static str,
+    /// Where it stands in definitions.
+    list: &'static str,
+    name: &'a str,
+}
+
+fn names<'a>(settings: &Names<'a>) -> [Named<'a>; 3] {
+    let Names { queue, dead_letter_queue, exchange } = *settings;
+    [
+        Named { setting: "queue", kind: "queue", list: "queues", name: queue },
+        Named { setting: "dead_letter_queue", kind: "queue", list: "queues", name: dead_letter_queue },
+        Named { setting: "exchange", kind: "exchange", list: "exchanges", name: exchange },
+    ]
 }
 
 /// What the definitions have is compared with them already.
 fn missing_names(settings: &Names<'_>, wanted: &Value, present: &Value) -> Vec<Difference> {
-    let missing =
-        names(settings).into_iter().filter(|(list, _, name)| !has(wanted, list, name) && !has(present, list, name));
-    missing.map(|(_, kind, name)| Difference { kind, name: name.to_owned(), problem: "is missing".into() }).collect()
+    let missing = names(settings)
+        .into_iter()
+        .filter(|named| !has(wanted, named.list, named.name) && !has(present, named.list, named.name));
+    missing
+        .map(|Named { kind, name, .. }| Difference { kind, name: name.to_owned(), problem: "is missing".into() })
+        .collect()
 }
 
 fn has(definitions: &Value, list: &str, name: &str) -> bool {
@@ -225,13 +243,18 @@ mod tests {
     #[test]
     fn names_of_the_settings_are_looked_for_when_they_are_not_the_definitions() {
         let wanted: Value = serde_json::from_str(DEFINITIONS).unwrap();
-        let settings = Names { queue: "keyferry.jobs", exchange: "keyferry.events" };
+        let settings =
+            Names { queue: "keyferry.jobs", dead_letter_queue: "keyferry.dead", exchange: "keyferry.events" };
         assert_eq!(own_names(&settings).unwrap(), [""; 0]);
         assert_eq!(missing_names(&settings, &wanted, &serde_json::json!({})), []);
-        let settings = Names { queue: "q", exchange: "x" };
-        assert_eq!(own_names(&settings).unwrap(), ["rabbitmq.queue = q", "rabbitmq.exchange = x"]);
+        let settings = Names { queue: "q", dead_letter_queue: "d", exchange: "x" };
+        assert_eq!(
+            own_names(&settings).unwrap(),
+            ["rabbitmq.queue = q", "rabbitmq.dead_letter_queue = d", "rabbitmq.exchange = x"]
+        );
         let found = missing_names(&settings, &wanted, &serde_json::json!({"queues": [{"name": "q"}]}));
-        assert_eq!(found, [Difference { kind: "exchange", name: "x".into(), problem: "is missing".into() }]);
+        let missing = |kind, name: &str| Difference { kind, name: name.to_owned(), problem: "is missing".into() };
+        assert_eq!(found, [missing("queue", "d"), missing("exchange", "x")]);
     }
 
     #[test]

@@ -3,6 +3,7 @@
 //! Tables for people on a terminal, `--json` for programs. Exit codes: 0 done, 1 it could not be done, 2 the
 //! command line or a setting is wrong, 3 a job that was waited for did not succeed, 4 waiting took too long.
 
+mod dead;
 mod jobs;
 mod keys;
 mod output;
@@ -63,6 +64,9 @@ enum Command {
     /// Look at jobs.
     #[command(subcommand)]
     Jobs(jobs::Jobs),
+    /// Look at messages that were refused, and send them again once the cause is mended.
+    #[command(subcommand)]
+    Dead(dead::Dead),
     /// Keep the source keys of the local store.
     #[command(subcommand)]
     Keys(keys::Keys),
@@ -164,6 +168,7 @@ async fn run(cli: Cli) -> Result<(), Failed> {
         }
         Command::Submit(submit) => submit.run(&loaded, output).await?,
         Command::Jobs(jobs) => jobs.run(&loaded, output).await?,
+        Command::Dead(dead) => dead.run(&loaded, output).await?,
         Command::Keys(keys) => keys.run(&loaded, output).await?,
         Command::Source(source) => source.run(&loaded, output).await?,
         Command::Topology(topology) => topology.run(&loaded, output).await?,
@@ -178,7 +183,11 @@ impl Topology {
         let broker = app::open_broker(loaded)?;
         let (tls, _) = amqp::identity(rabbitmq)?.current();
         let management = Management::new(loaded.rabbitmq_api_url()?, broker.vhost(), &tls)?;
-        let names = Names { queue: &rabbitmq.queue, exchange: &rabbitmq.exchange };
+        let names = Names {
+            queue: &rabbitmq.queue,
+            dead_letter_queue: &rabbitmq.dead_letter_queue,
+            exchange: &rabbitmq.exchange,
+        };
         let own = own_names(&names)?;
         if matches!(self, Self::Apply) {
             management.apply().await?;

@@ -103,6 +103,8 @@ codes! {
         NotAllowed = "not_allowed",
         /// Postgres refuses the row, for a reason of the row's own.
         Unstorable = "unstorable",
+        /// The broker dead-lettered it before it was decided on, or somebody moved it there.
+        DeadLetteredByBroker = "dead_lettered_by_broker",
     }
 }
 

@@ -7,6 +7,7 @@
 mod accept;
 mod bisect;
 mod claim;
+mod dead;
 mod keys;
 mod lock;
 mod outbox;
@@ -18,6 +19,7 @@ mod settle;
 pub use accept::{Candidate, MessageDigest, NewJob, NewRefusal, Verdict};
 pub use bisect::bisect;
 pub use claim::{ClaimedJob, JOIN_PAGE, KnownMaterial, Lease, Progress, Renewed, Scan};
+pub use dead::{LetterKey, RefusalRow};
 pub use keys::{KeyDeletion, KeyListing, NewSourceKey, SourceKeyOrigin};
 pub use outbox::{OutboxRow, Queue};
 pub use prepare::{Chosen, DsmChoice, Intent, Prepared, Step};

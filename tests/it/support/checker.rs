@@ -52,11 +52,12 @@ pub fn violations(snapshot: &Snapshot) -> Vec<String> {
 fn every_message_has_one_end(snapshot: &Snapshot, found: &mut Vec<String>) {
     let different: BTreeSet<&Message> = snapshot.published.iter().collect();
     let rows = snapshot.jobs.len() + snapshot.refusals.len();
-    if rows + snapshot.respelt != different.len() {
+    if rows + snapshot.respelt != different.len() + snapshot.redriven {
         found.push(format!(
-            "I1: {} different messages ({} of them respelt), but {} jobs and {} refusals",
+            "I1: {} different messages ({} of them respelt, {} redriven), but {} jobs and {} refusals",
             different.len(),
             snapshot.respelt,
+            snapshot.redriven,
             snapshot.jobs.len(),
             snapshot.refusals.len()
         ));
@@ -86,7 +87,9 @@ fn every_message_has_one_end(snapshot: &Snapshot, found: &mut Vec<String>) {
         .filter(|message| dead.contains(message.body.as_slice()))
         .map(|message| message.body.as_slice())
         .collect();
-    if refused_bodies.len() > snapshot.refusals.len() || (dead.is_empty() && !snapshot.refusals.is_empty()) {
+    if refused_bodies.len() > snapshot.refusals.len()
+        || (dead.is_empty() && snapshot.refusals.len() > snapshot.redriven)
+    {
         found.push(format!("I1: {} refusals, {} different dead letters", snapshot.refusals.len(), dead.len()));
     }
 }

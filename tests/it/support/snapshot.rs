@@ -148,6 +148,8 @@ pub struct Snapshot {
     pub published: Vec<Message>,
     /// How many of the different ones are another spelling of one before.
     pub respelt: usize,
+    /// Messages that were refused, and accepted when they were sent again.
+    pub redriven: usize,
     pub jobs: Vec<Job>,
     pub refusals: Vec<Refusal>,
     pub audit: Vec<Entry>,

@@ -1,0 +1,3 @@
+-- Dead letters: a message is matched to its refusals by what it says, whoever sent it.
+
+create index refusal_letter on refusal (id_hash, digest);

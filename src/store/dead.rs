@@ -1,0 +1,88 @@
+//! The refusals behind dead letters.
+
+use super::{Store, StoreError};
+use time::OffsetDateTime;
+use tokio_postgres::Row;
+use uuid::Uuid;
+
+/// By which a message is known: its id's hash and the digest of what it says, or a keyed hash of its body.
+pub type LetterKey = ([u8; 32], [u8; 32]);
+
+/// A refused message, as its row remembers it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RefusalRow {
+    /// The refusal's id, and its event's.
+    pub id: Uuid,
+    /// Who asked.
+    pub principal: String,
+    /// What the message says: a redriven one has to say the same.
+    pub digest: Vec<u8>,
+    /// Why it was refused.
+    pub code: String,
+    /// The field at fault.
+    pub field: Option<String>,
+    /// What was expected.
+    pub message: String,
+    /// The request's id, if it was usable.
+    pub request_id: Option<String>,
+    /// The transport that it came by.
+    pub ingress: String,
+    /// When it was first refused so.
+    pub refused_at: OffsetDateTime,
+}
+
+const COLUMNS: &str = "refusal.id, principal, refusal.digest, code, field, message, request_id, ingress, refused_at";
+
+impl Store {
+    /// The newest refusal of each message, in the slice's order. The same message may have been refused to several
+    /// principals, and for several reasons.
+    pub async fn refusals_of(&self, letters: &[LetterKey]) -> Result<Vec<Option<RefusalRow>>, StoreError> {
+        let read = format!(
+            "select {COLUMNS}, place
+             from unnest($1::bytea[], $2::bytea[]) with ordinality as asked(id_hash, digest, place)
+             join refusal on refusal.id_hash = asked.id_hash and refusal.digest = asked.digest
+             order by place, refused_at, refusal.id"
+        );
+        let (hashes, digests): (Vec<&[u8]>, Vec<&[u8]>) =
+            letters.iter().map(|(hash, digest)| (hash.as_slice(), digest.as_slice())).unzip();
+        self.retrying(|| async {
+            let client = self.client().await?;
+            let statement = client.prepare_cached(&read).await?;
+            let mut found = vec![None; letters.len()];
+            for row in client.query(&statement, &[&hashes, &digests]).await? {
+                let place = usize::try_from(row.get::<_, i64>(9)).unwrap_or_default();
+                // The last one stands, which is the newest.
+                if let Some(found) = place.checked_sub(1).and_then(|place| found.get_mut(place)) {
+                    *found = Some(refusal_row(&row));
+                }
+            }
+            Ok(found)
+        })
+        .await
+    }
+
+    /// A refusal by its id.
+    pub async fn refusal(&self, id: Uuid) -> Result<Option<RefusalRow>, StoreError> {
+        let read = format!("select {COLUMNS} from refusal where id = $1");
+        self.retrying(|| async {
+            let client = self.client().await?;
+            let statement = client.prepare_cached(&read).await?;
+            Ok(client.query_opt(&statement, &[&id]).await?.as_ref().map(refusal_row))
+        })
+        .await
+    }
+}
+
+fn refusal_row(row: &Row) -> RefusalRow {
+    RefusalRow {
+        id: row.get(0),
+        principal: row.get(1),
+        digest: row.get(2),
+        code: row.get(3),
+        field: row.get(4),
+        message: row.get(5),
+        request_id: row.get(6),
+        ingress: row.get(7),
+        refused_at: row.get(8),
+    }
+}

@@ -1,0 +1,360 @@
+//! Dead letters over the real broker: shown without being lost or moved, matched to their refusals, sent again.
+
+use crate::support::broker::{DEAD, JOBS, Message};
+use crate::support::eventually;
+use crate::support::world::{Ran, Tuning, World, request};
+use lapin::BasicProperties;
+use lapin::options::{BasicGetOptions, BasicNackOptions, BasicPublishOptions};
+use lapin::types::{AMQPValue, FieldTable};
+use serde_json::{Value, json};
+use std::time::{Duration, Instant};
+
+const REFUSED: &str = "select count(*) from refusal";
+/// Where no request may go, until a test allows it.
+const ELSEWHERE: &str = "us-west-2";
+
+async fn ok(world: &World, arguments: &[&str]) -> Ran {
+    let ran = world.run(arguments).await;
+    assert_eq!(ran.code, Some(0), "{ran:?}");
+    ran
+}
+
+/// `dead list` with more arguments.
+async fn list(world: &World, more: &[&str]) -> Value {
+    ok(world, &[&["dead", "list", "--json"], more].concat()).await.json()
+}
+
+fn column(list: &Value, name: &str) -> Vec<String> {
+    let letters = list["letters"].as_array().unwrap();
+    letters.iter().map(|letter| letter[name].as_str().unwrap_or_default().to_owned()).collect()
+}
+
+async fn redrive(world: &World, more: &[&str]) -> Value {
+    ok(world, &[&["dead", "redrive", "--json"], more].concat()).await.json()
+}
+
+/// Waits until so many messages can be had from a queue.
+async fn holds(world: &World, queue: &str, count: u32) {
+    eventually(&format!("{queue} holds {count}"), || async { (world.vhost.ready(queue).await == count).then_some(()) })
+        .await;
+}
+
+/// Puts messages into a queue, past Keyferry.
+async fn put(world: &World, queue: &str, bodies: impl IntoIterator<Item = String>) {
+    let mut sent = Vec::new();
+    for body in bodies {
+        let options = BasicPublishOptions::default();
+        let properties = BasicProperties::default().with_delivery_mode(2);
+        let channel = world.vhost.channel();
+        sent.push(channel.basic_publish("".into(), queue.into(), options, body.as_bytes(), properties).await.unwrap());
+    }
+    for confirmation in sent {
+        confirmation.await.unwrap();
+    }
+}
+
+/// Lets requests go elsewhere too, from the next start on.
+fn allow_elsewhere(world: &World) {
+    world.configure(&format!("[[targets]]\naccount = \"111122223333\"\nregions = [\"{ELSEWHERE}\"]\n"));
+}
+
+/// So many requests that are refused as long as nobody may go elsewhere, and a worker that has refused them and is gone.
+async fn refused_world(count: usize) -> (World, Vec<String>) {
+    let mut world = World::with_worker(Tuning::default()).await;
+    let arns = world.fake.seed(json!({"count": count, "region": ELSEWHERE})).await;
+    for (number, arn) in arns.iter().enumerate() {
+        world.publish(request(&format!("r{number}"), arn, json!({}))).await;
+    }
+    world.refused(count).await;
+    holds(&world, DEAD, u32::try_from(count).unwrap()).await;
+    world.workers[0].stop().await;
+    (world, arns)
+}
+
+#[tokio::test]
+async fn thousands_of_letters_are_looked_at_twice_and_none_is_lost_or_moved() {
+    let world = World::new(Tuning::default()).await;
+    let arn = world.fake.key().await;
+    // More than a consumer is let have at once, and more than RabbitMQ lets have where no prefetch is set.
+    let ids: Vec<String> = (0..2_300).map(|number| format!("l{number:04}")).collect();
+    put(&world, DEAD, ids.iter().map(|id| request(id, &arn, json!({})).to_string())).await;
+    holds(&world, DEAD, 2_300).await;
+    let mut rows = Vec::new();
+    for round in 0..2 {
+        let listed = list(&world, &["--limit", "5000"]).await;
+        assert_eq!(column(&listed, "request_id"), ids, "in the queue's order");
+        // Nobody has refused them: they are given rows, once.
+        assert_eq!(
+            (&listed["recorded"], &listed["waiting"]),
+            (&json!(if round == 0 { 2_300 } else { 0 }), &json!(2_300))
+        );
+        assert!(column(&listed, "code").iter().all(|code| code == "dead_lettered_by_broker"));
+        rows.push(column(&listed, "refusal"));
+        holds(&world, DEAD, 2_300).await;
+    }
+    assert_eq!(rows[0], rows[1]);
+    assert_eq!(world.count(REFUSED).await, 2_300);
+    assert_eq!(world.count("select count(*) from audit_entry").await, 2_300);
+    assert_eq!(world.count("select count(*) from outbox").await, 2_300);
+    let left: Vec<Value> = world.vhost.take(DEAD).await.iter().map(|letter| letter.json()["id"].clone()).collect();
+    assert_eq!(json!(left), json!(ids));
+}
+
+#[tokio::test]
+async fn letters_are_told_with_their_refusals_and_chosen_by_them() {
+    let mut world = World::with_worker(Tuning::default()).await;
+    let arn = world.fake.key().await;
+    let secret = "hunter2-correct-horse";
+    world.note_secret("a publisher's secret", secret.as_bytes());
+    let elsewhere = arn.replace("eu-central-1", ELSEWHERE);
+    let bodies = [
+        request("a", &elsewhere, json!({})).to_string(),
+        request("b", &arn, json!({"password": secret})).to_string(),
+        format!("no request, but {secret}"),
+        request("d", &elsewhere, json!({"batch": "x"})).to_string(),
+    ];
+    for (number, body) in bodies.iter().enumerate() {
+        world.send(Message { body: body.clone().into_bytes(), ..Message::default() }).await;
+        world.refused(number + 1).await;
+        holds(&world, DEAD, u32::try_from(number + 1).unwrap()).await;
+    }
+    let all = list(&world, &[]).await;
+    assert_eq!(column(&all, "code"), ["unknown_target", "unknown_field", "not_json", "unknown_target"]);
+    assert_eq!(column(&all, "request_id"), ["a", "b", "", "d"]);
+    assert_eq!(column(&all, "field"), ["key", "password", "", "key"]);
+    assert_eq!(column(&all, "operation"), ["import", "", "", "import"]);
+    assert_eq!(column(&all, "key"), [elsewhere.as_str(), &arn, "", &elsewhere]);
+    assert!(column(&all, "queue").iter().all(|queue| queue == JOBS));
+    assert!(column(&all, "principal").iter().all(|principal| principal == "anonymous"));
+    assert_eq!((&all["recorded"], &all["waiting"]), (&json!(0), &json!(4)));
+    let rows = world.refused(4).await;
+    assert!(column(&all, "refusal").iter().all(|id| rows.iter().any(|row| row.id.to_string() == *id)));
+    for (arguments, found) in [
+        (vec!["--code", "unknown_target"], vec!["a", "d"]),
+        (vec!["--code", "unknown_target", "--limit", "1"], vec!["a"]),
+        (vec!["--principal", "anonymous", "--code", "unknown_field"], vec!["b"]),
+        (vec!["--principal", "somebody"], vec![]),
+        (vec!["--since", "1h", "--code", "unknown_field"], vec!["b"]),
+        (vec!["--since", "2099-01-01T00:00:00Z"], vec![]),
+    ] {
+        assert_eq!(column(&list(&world, &arguments).await, "request_id"), found, "{arguments:?}");
+    }
+    let human = ok(&world, &["dead", "list"]).await;
+    assert!(human.out.starts_with("REFUSAL") && human.err.contains("4 shown, 4 in the queue"), "{human:?}");
+    assert!(!human.out.contains(secret) && !all.to_string().contains(secret));
+
+    let id = &column(&all, "refusal")[1];
+    let shown = ok(&world, &["dead", "show", id, "--json"]).await;
+    assert!(!shown.out.contains(secret), "{shown:?}");
+    let shown = shown.json();
+    assert_eq!(shown["body"]["password"], format!("({} characters)", secret.len()));
+    assert_eq!((&shown["reason"], &shown["code"]), (&json!("rejected"), &json!("unknown_field")));
+    assert!(shown["message"].as_str().unwrap().contains("password"));
+    let whole = ok(&world, &["dead", "show", id, "--unmasked", "--json"]).await.json();
+    assert_eq!(whole["body"], serde_json::from_str::<Value>(&bodies[1]).unwrap());
+    let unknown = world.run(&["dead", "show", "00000000-0000-0000-0000-000000000001", "--json"]).await;
+    assert!(unknown.code == Some(1) && unknown.err.contains("dead_letter_unknown"), "{unknown:?}");
+    holds(&world, DEAD, 4).await;
+    world.finish().await;
+}
+
+#[tokio::test]
+async fn a_letter_whose_cause_was_mended_becomes_a_job() {
+    let (mut world, _) = refused_world(6).await;
+    // Mended, and sent again while no worker runs.
+    allow_elsewhere(&world);
+    let listed = list(&world, &[]).await;
+    let ids = column(&listed, "refusal");
+    let done = redrive(&world, &[&ids[4], &ids[1]]).await;
+    assert_eq!((&done["matched"], &done["redriven"], &done["seen"]), (&json!(2), &json!(2), &json!(6)));
+    holds(&world, JOBS, 2).await;
+    holds(&world, DEAD, 4).await;
+    assert_eq!(
+        column(&list(&world, &[]).await, "request_id"),
+        ["r0", "r2", "r3", "r5"],
+        "those left keep their places"
+    );
+    let at = world.serve().await;
+    for id in ["r1", "r4"] {
+        world.succeeded(id).await;
+    }
+    // And while one runs.
+    let done = redrive(&world, &["--code", "unknown_target", "--limit", "3"]).await;
+    assert_eq!(done["redriven"], json!(3));
+    let missing = world.run(&["dead", "redrive", &ids[0], "--json"]).await;
+    assert!(missing.code == Some(1) && missing.err.contains("1 of the refusals named"), "{missing:?}");
+    assert_eq!(redrive(&world, &["--all"]).await["redriven"], json!(1));
+    for number in 0..6 {
+        world.succeeded(&format!("r{number}")).await;
+    }
+    assert!(world.workers[at].metric("keyferry_intake_messages_total{verdict=\"accepted\"}").await > 5.5);
+    world.note_redriven(6);
+    world.finish().await;
+}
+
+#[tokio::test]
+async fn a_letter_that_is_refused_again_comes_back_and_is_not_chased() {
+    let (mut world, _) = refused_world(3).await;
+    let at = world.serve().await;
+    let done = redrive(&world, &["--all"]).await;
+    assert_eq!((&done["seen"], &done["redriven"]), (&json!(3), &json!(3)));
+    eventually("they are refused again", || async {
+        let series = "keyferry_intake_messages_total{verdict=\"refused\"}";
+        (world.workers[at].metric(series).await > 2.5).then_some(())
+    })
+    .await;
+    holds(&world, DEAD, 3).await;
+    assert_eq!(world.count(REFUSED).await, 3, "the same verdict has one row");
+    world.finish().await;
+}
+
+#[tokio::test]
+async fn a_redrive_that_dies_between_publishing_and_settling_makes_a_copy() {
+    let (mut world, _) = refused_world(1).await;
+    allow_elsewhere(&world);
+    let variables = [("FAILPOINTS", "dead.after_publish=return")];
+    let died = world.run_with(&["dead", "redrive", "--all"], &variables, "").await;
+    assert_eq!(died.code, None, "{died:?}");
+    holds(&world, JOBS, 1).await;
+    holds(&world, DEAD, 1).await;
+    assert_eq!(redrive(&world, &["--all"]).await["redriven"], json!(1));
+    holds(&world, JOBS, 2).await;
+    holds(&world, DEAD, 0).await;
+    let at = world.serve().await;
+    world.succeeded("r0").await;
+    eventually("the copy is known as one", || async {
+        let series = "keyferry_intake_messages_total{verdict=\"duplicate\"}";
+        (world.workers[at].metric(series).await > 0.5).then_some(())
+    })
+    .await;
+    world.note_redriven(1);
+    world.finish().await;
+}
+
+#[tokio::test]
+async fn a_letter_that_the_broker_took_away_is_told_of_and_sent_again() {
+    let mut world = World::new(Tuning::default()).await;
+    let arn = world.fake.key().await;
+    world.publish(request("poison", &arn, json!({}))).await;
+    // As if its consumer had died with it again and again.
+    eventually("the broker gives up", || async {
+        let channel = world.vhost.channel();
+        let taken = channel.basic_get(JOBS.into(), BasicGetOptions::default()).await.unwrap();
+        if let Some(message) = taken {
+            let again = BasicNackOptions { requeue: true, ..BasicNackOptions::default() };
+            channel.basic_nack(message.delivery.delivery_tag, again).await.unwrap();
+        }
+        (world.vhost.ready(DEAD).await == 1).then_some(())
+    })
+    .await;
+    // Nothing is changed where nothing is to be changed.
+    let would = redrive(&world, &["--all", "--dry-run"]).await;
+    assert_eq!((&would["matched"], &would["redriven"], &would["recorded"]), (&json!(1), &json!(0), &json!(0)));
+    assert_eq!((world.count(REFUSED).await, world.count("select count(*) from outbox").await), (0, 0));
+    holds(&world, DEAD, 1).await;
+    assert_eq!(world.vhost.ready(JOBS).await, 0);
+    let listed = list(&world, &[]).await;
+    assert_eq!(
+        (listed["recorded"].clone(), column(&listed, "code")),
+        (json!(1), vec!["dead_lettered_by_broker".into()])
+    );
+    let shown = ok(&world, &["dead", "show", &column(&listed, "refusal")[0], "--json"]).await.json();
+    assert_eq!(shown["reason"], "delivery_limit");
+    world.serve().await;
+    let done = redrive(&world, &["--code", "dead_lettered_by_broker"]).await;
+    assert_eq!((&done["redriven"], &done["recorded"]), (&json!(1), &json!(0)));
+    world.succeeded("poison").await;
+    assert_eq!(world.events_of("poison").await.len(), 2, "it was told as refused, and as done");
+    world.note_redriven(1);
+    world.finish().await;
+}
+
+#[tokio::test]
+async fn a_copy_of_an_accepted_request_is_no_refusal_and_stays() {
+    let mut world = World::with_worker(Tuning::default()).await;
+    let arn = world.fake.key().await;
+    let good = request("good", &arn, json!({}));
+    world.publish(good.clone()).await;
+    world.succeeded("good").await;
+    put(&world, DEAD, [good.to_string()]).await;
+    let listed = list(&world, &[]).await;
+    assert_eq!((column(&listed, "code"), &listed["recorded"]), (vec!["accepted_before".to_owned()], &json!(0)));
+    let done = redrive(&world, &["--all"]).await;
+    assert_eq!((&done["redriven"], &done["copies_of_accepted"]), (&json!(0), &json!(1)));
+    holds(&world, DEAD, 1).await;
+    world.vhost.take(DEAD).await;
+    world.finish().await;
+}
+
+#[tokio::test]
+async fn everything_of_a_message_but_its_user_and_its_deaths_is_sent_again() {
+    let mut world = World::with_worker(Tuning::default()).await;
+    let user = url::Url::parse(&world.vhost.url()).unwrap().username().to_owned();
+    let mut headers = FieldTable::default();
+    headers.insert("traceparent".into(), AMQPValue::LongString("00-x".into()));
+    headers.insert("number".into(), AMQPValue::LongInt(7));
+    let properties = BasicProperties::default()
+        .with_headers(headers)
+        .with_user_id(user.as_str().into())
+        .with_message_id("m1".into())
+        .with_content_type("application/json".into())
+        .with_correlation_id("c1".into())
+        .with_reply_to("somewhere".into())
+        .with_timestamp(1_700_000_000)
+        .with_app_id("payroll".into());
+    let channel = world.vhost.channel();
+    let sent = channel.basic_publish("".into(), JOBS.into(), BasicPublishOptions::default(), b"{}", properties);
+    sent.await.unwrap().await.unwrap();
+    world.refused(1).await;
+    holds(&world, DEAD, 1).await;
+    world.workers[0].stop().await;
+    let listed = list(&world, &[]).await;
+    let id = &column(&listed, "refusal")[0];
+    let shown = ok(&world, &["dead", "show", id, "--json"]).await.json();
+    assert_eq!(shown["sender"], json!({"kind": "rabbitmq_user", "name": user}));
+    assert_eq!(shown["headers"], json!({"traceparent": "(4 characters)", "number": "(1 character)"}));
+    redrive(&world, &["--all"]).await;
+    holds(&world, JOBS, 1).await;
+    let got = world.vhost.channel().basic_get(JOBS.into(), BasicGetOptions { no_ack: true }).await.unwrap().unwrap();
+    let properties = &got.delivery.properties;
+    assert_eq!(got.delivery.data, b"{}");
+    let headers = properties.headers().as_ref().unwrap().inner();
+    let names: Vec<&str> =
+        headers.keys().map(lapin::types::ShortString::as_str).filter(|name| *name != "x-delivery-count").collect();
+    assert_eq!(names, ["keyferry-redrive", "number", "traceparent"]);
+    assert_eq!(headers["keyferry-redrive"], AMQPValue::LongString(id.as_str().into()));
+    assert_eq!(headers["number"], AMQPValue::LongInt(7));
+    assert_eq!((properties.user_id(), *properties.delivery_mode()), (&None, Some(2)));
+    assert_eq!(*properties.timestamp(), Some(1_700_000_000));
+    let texts = [
+        properties.message_id(),
+        properties.content_type(),
+        properties.correlation_id(),
+        properties.reply_to(),
+        properties.app_id(),
+    ];
+    let texts: Vec<&str> = texts.into_iter().map(|text| text.as_ref().unwrap().as_str()).collect();
+    assert_eq!(texts, ["m1", "application/json", "c1", "somewhere", "payroll"]);
+}
+
+#[tokio::test]
+async fn letters_leave_no_faster_than_asked_and_stay_where_nothing_takes_them() {
+    let (world, _) = refused_world(20).await;
+    let from = Instant::now();
+    let done = redrive(&world, &["--all", "--rate", "10/s", "--limit", "15"]).await;
+    assert_eq!(done["redriven"], json!(15));
+    // The fifteenth not before 1.4 s.
+    assert!(from.elapsed() >= Duration::from_millis(1_400), "{:?}", from.elapsed());
+    holds(&world, DEAD, 5).await;
+    world.vhost.delete_queue(JOBS).await;
+    let lost = world.run(&["dead", "redrive", "--all"]).await;
+    assert!(lost.code == Some(1) && lost.err.contains("there is no queue keyferry.jobs"), "{lost:?}");
+    holds(&world, DEAD, 5).await;
+    // All of them have to be meant.
+    for arguments in [&["dead", "redrive"][..], &["dead", "redrive", "--all", "--code", "not_json"]] {
+        assert_eq!(world.run(arguments).await.code, Some(2), "{arguments:?}");
+    }
+    world.vhost.delete_queue(DEAD).await;
+    let gone = world.run(&["dead", "list"]).await;
+    assert!(gone.code == Some(1) && gone.err.contains("the dead-letter queue cannot be read"), "{gone:?}");
+}
