@@ -17,6 +17,7 @@ mod failed;
 mod happy;
 mod kills;
 mod materials;
+mod operators;
 mod pairs;
 mod procedure;
 mod refused;
