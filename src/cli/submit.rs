@@ -29,7 +29,7 @@ const WINDOW: usize = 200;
     keyferry submit --key arn:aws:kms:eu-central-1:111122223333:key/... --source-key payroll --wait\n  \
     keyferry submit --key ... --source-key payroll --valid-to 2027-01-31T12:00:00Z\n  \
     keyferry submit --key ... --source-key payroll --dry-run --wait\n  \
-    keyferry submit --key ... --operation delete --wait\n  \
+    keyferry submit --key ... --operation delete --urgent --wait\n  \
     keyferry submit --file requests.jsonl --wait --timeout 10m\n  \
     generate-requests | keyferry submit --file -")]
 pub(super) struct Submit {
@@ -66,6 +66,9 @@ pub(super) struct Submit {
     /// For a delete: current (default) or all, every material that the key is tied to.
     #[arg(long, value_name = "SCOPE", requires = "key")]
     scope: Option<String>,
+    /// For a delete: overtake the jobs that wait on the key.
+    #[arg(long, requires = "key")]
+    urgent: bool,
     /// Make every check, change nothing, and tell in the result what would happen.
     #[arg(long, requires = "key")]
     dry_run: bool,
@@ -205,6 +208,9 @@ impl Submit {
         put("batch", self.batch.as_ref());
         if self.valid_to.is_some() {
             fields.insert("key_expiration".into(), json!(true));
+        }
+        if self.urgent {
+            fields.insert("urgent".into(), json!(true));
         }
         if self.dry_run {
             fields.insert("dry_run".into(), json!(true));

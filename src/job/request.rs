@@ -236,6 +236,8 @@ pub struct Request {
     pub deadline: Option<OffsetDateTime>,
     /// A name under which jobs are followed together.
     pub batch: Option<String>,
+    /// Overtakes its line; deletes only.
+    pub urgent: bool,
     canonical: String,
 }
 
@@ -382,8 +384,13 @@ impl Request {
             check("batch", is_token(name), "1 to 128 of A-Z a-z 0-9 . _ : -")?;
             given.insert("batch".into(), json!(name));
         }
-        if fields.optional_bool("urgent")? == Some(true) {
-            return Err(not_supported("urgent", "this version lets no job overtake its line"));
+        let urgent = fields.optional_bool("urgent")?.unwrap_or(false);
+        if urgent {
+            if operation != Operation::Delete {
+                let advice = "urgent: only a delete overtakes its line; an import waits for its turn";
+                return Err(Refusal::of("urgent", RefusalCode::FieldNotAllowed, advice));
+            }
+            given.insert("urgent".into(), json!(true));
         }
         let dry_run = fields.optional_bool("dry_run")?.unwrap_or(false);
         if dry_run {
@@ -391,7 +398,19 @@ impl Request {
         }
         // A map of serde_json is sorted by name.
         let canonical = Value::Object(given).to_string();
-        Ok(Self { id, source, key, work, dry_run, expect_current_material, not_before, deadline, batch, canonical })
+        Ok(Self {
+            id,
+            source,
+            key,
+            work,
+            dry_run,
+            expect_current_material,
+            not_before,
+            deadline,
+            batch,
+            urgent,
+            canonical,
+        })
     }
 }
 

@@ -250,7 +250,11 @@ async fn insert_jobs(transaction: &Transaction<'_>, jobs: &[&NewJob], now: Offse
         write_future(transaction, jobs, now).boxed(),
         insert_audit(transaction, entries).boxed(),
     ])
-    .await
+    .await?;
+    let urgent = jobs.iter().zip(&places).filter(|(job, _)| job.request.urgent);
+    let urgent: Vec<(i64, i64)> =
+        urgent.filter_map(|(job, place)| Some((keys[&wanted(job)].line_id, (*place)?))).collect();
+    super::urgent::join(transaction, &urgent, now).await
 }
 
 async fn write_jobs(

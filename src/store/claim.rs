@@ -1,13 +1,16 @@
 //! Claims: lines with work, each under a lease, with all that the head's job needs.
 
+use super::urgent::OVERTAKE;
 use super::{DsmChoice, Store, StoreError};
 use crate::job::{ImportParameters, KeyArn, KeyKind, Request, RequestId, Wrapping, WrappingAlgorithm, WrappingKeySpec};
 use crate::source::{Fingerprint, SealedKey};
 use deadpool_postgres::Transaction;
-use std::collections::HashMap;
+use futures_util::try_join;
+use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 use time::OffsetDateTime;
 use tokio_postgres::Row;
+use tokio_postgres::types::ToSql;
 use uuid::Uuid;
 
 /// The right to act for a line until it expires. Every later write names it.
@@ -38,7 +41,7 @@ pub enum Scan {
     Whole,
 }
 
-/// The job at the head of a claimed line.
+/// The job of a claimed line: that at its head, or an urgent one that overtakes it.
 #[derive(Debug)]
 pub struct ClaimedJob {
     /// The lease.
@@ -200,16 +203,17 @@ pub const CLAIM: &str = "
     update line
     set token = gen_random_uuid(),
         due_at = clock.now + $2 * interval '1 ms',
-        attempt = line.attempt + 1
+        attempt = line.attempt + 1,
+        urgent_seq = null
     from picked, clock
     where line.id = picked.id
-    returning line.id, line.token, line.head_seq, line.attempt, picked.taken_over, clock.now,
+    returning line.id, line.token, picked.taken_over, clock.now,
               case when line.late_until > clock.now then line.late_effect end, line.late_until";
 
-/// Reads what the heads of claimed lines need. A statement of its own: it must not see an older state
+/// Reads what the jobs of claimed lines need. A statement of its own: it must not see an older state
 /// than the lines that were just locked.
 pub const READ: &str = "
-    select head.line_id,
+    select line.id,
            job.id, job.principal, job.request_source, job.request_id, job.request, job.traceparent,
            job.accepted_at, job.deadline, kms_key.arn, kms_key.id, kms_key.created_at,
            progress.job_id is not null, progress.effect, coalesce(progress.in_doubt, false),
@@ -221,9 +225,12 @@ pub const READ: &str = "
            known.own, known.fingerprints, known.versions, known.names, known.ids, progress.delete_ids,
            coalesce(progress.deleted_ids, '{}'), known.tiers,
            progress.dsm_connection, progress.dsm_key_id, progress.dsm_key_name, progress.dsm_fingerprint,
-           progress.dsm_fingerprint_version
-    from unnest($1::bigint[], $2::bigint[]) as head(line_id, seq)
-    join job on job.line_id = head.line_id and job.seq = head.seq
+           progress.dsm_fingerprint_version,
+           job.seq, case when line.urgent_seq is null then line.attempt else urgent.attempt end
+    from unnest($1::bigint[]) as claimed(line_id)
+    join line on line.id = claimed.line_id
+    left join urgent on urgent.line_id = line.id and urgent.seq = line.urgent_seq
+    join job on job.line_id = line.id and job.seq = coalesce(line.urgent_seq, line.head_seq) and job.state = 'waiting'
     join kms_key on kms_key.id = job.kms_key_id
     left join progress on progress.job_id = job.id
     -- An import names its source key, or the material whose source key is on record; a delete has none. Parsed once.
@@ -283,7 +290,13 @@ impl Store {
         signature_life: Duration,
         scan: Scan,
     ) -> Result<Vec<ClaimedJob>, StoreError> {
-        self.retrying(|| self.claim_once(most, lease, signature_life, scan)).await
+        loop {
+            let claimed = self.retrying(|| self.claim_once(most, lease, signature_life, scan)).await?;
+            // Lines that were put aside are not due any more, or have gone on: others may be.
+            if !claimed.jobs.is_empty() || claimed.put_aside == 0 {
+                return Ok(claimed.jobs);
+            }
+        }
     }
 
     async fn claim_once(
@@ -292,7 +305,7 @@ impl Store {
         lease: Duration,
         signature_life: Duration,
         scan: Scan,
-    ) -> Result<Vec<ClaimedJob>, StoreError> {
+    ) -> Result<Claimed, StoreError> {
         let mut client = self.client().await?;
         let transaction = client.transaction().await?;
         let claim = transaction.prepare_cached(CLAIM).await?;
@@ -300,20 +313,28 @@ impl Store {
         let claimed = transaction.query(&claim, &[&most, &millis(lease), &(scan == Scan::Whole)]).await?;
         if claimed.is_empty() {
             transaction.rollback().await?;
-            return Ok(Vec::new());
+            return Ok(Claimed::default());
         }
         let heads: HashMap<i64, Head> = claimed.iter().map(|row| (row.get(0), Head::of(row))).collect();
         let lines: Vec<i64> = heads.keys().copied().collect();
-        let seqs: Vec<i64> = heads.values().map(|head| head.seq).collect();
+        let overtake = transaction.prepare_cached(OVERTAKE).await?;
         let read = transaction.prepare_cached(READ).await?;
-        let rows = transaction.query(&read, &[&lines, &seqs]).await?;
+        let of_lines: [&(dyn ToSql + Sync); 1] = [&lines];
+        // One round trip: they run in this order.
+        let (_, rows) = try_join!(transaction.execute(&overtake, &of_lines), transaction.query(&read, &of_lines))?;
         // A row that cannot be read holds up its own line and no other.
         let unread = |error: &StoreError| tracing::error!(%error, "a job stays where it is");
+        let put_aside = lines.len() - rows.len();
+        if put_aside > 0 {
+            let read: HashSet<i64> = rows.iter().map(|row| row.get(0)).collect();
+            let ended: Vec<i64> = lines.iter().copied().filter(|line| !read.contains(line)).collect();
+            super::advance::go_on(&transaction, &ended).await?;
+        }
         let jobs: Vec<ClaimedJob> =
             rows.iter().filter_map(|row| claimed_job(row, &heads).inspect_err(unread).ok()).collect();
         mark_late(&transaction, &jobs, &heads, signature_life).await?;
         transaction.commit().await?;
-        Ok(jobs)
+        Ok(Claimed { jobs, put_aside })
     }
 
     /// Renews leases that are still held; returns those that are. A line that is locked right now is left
@@ -375,6 +396,8 @@ impl Store {
             update job set seq = extended.before + joining.nth
             from joining join extended on extended.id = joining.line_id
             where job.id = joining.id";
+        const URGENT: &str = "
+            select line_id, seq from job where id = any($1) and request::jsonb ->> 'urgent' = 'true'";
         // A margin of five seconds covers transactions that stamped a line and have not yet committed.
         const SCAN_FROM: &str = "
             update lane set scan_from = bound.at
@@ -395,12 +418,27 @@ impl Store {
             transaction.execute(&lock, &[&lines]).await?;
             let join = transaction.prepare_cached(JOIN).await?;
             transaction.execute(&join, &[&ids]).await?;
+            let urgent = transaction.prepare_cached(URGENT).await?;
+            let rows = transaction.query(&urgent, &[&ids]).await?;
+            if !rows.is_empty() {
+                let now: OffsetDateTime = transaction.query_one("select keyferry_now()", &[]).await?.get(0);
+                let joined: Vec<(i64, i64)> = rows.iter().map(|row| (row.get(0), row.get(1))).collect();
+                super::urgent::join(&transaction, &joined, now).await?;
+            }
         }
         let scan_from = transaction.prepare_cached(SCAN_FROM).await?;
         transaction.execute(&scan_from, &[]).await?;
         transaction.commit().await?;
         Ok(rows.len())
     }
+}
+
+/// What a claim has found.
+#[derive(Default)]
+struct Claimed {
+    jobs: Vec<ClaimedJob>,
+    /// Due lines without a job that can run now.
+    put_aside: usize,
 }
 
 /// What became of leases that were to be renewed.
@@ -419,8 +457,6 @@ pub(super) fn millis(duration: Duration) -> f64 {
 
 struct Head {
     token: Uuid,
-    seq: i64,
-    attempt: i32,
     taken_over: bool,
     now: OffsetDateTime,
     late: Option<(String, OffsetDateTime)>,
@@ -430,11 +466,9 @@ impl Head {
     fn of(row: &Row) -> Self {
         Self {
             token: row.get(1),
-            seq: row.get(2),
-            attempt: row.get(3),
-            taken_over: row.get(4),
-            now: row.get(5),
-            late: row.get::<_, Option<String>>(6).zip(row.get::<_, Option<OffsetDateTime>>(7)),
+            taken_over: row.get(2),
+            now: row.get(3),
+            late: row.get::<_, Option<String>>(4).zip(row.get::<_, Option<OffsetDateTime>>(5)),
         }
     }
 }
@@ -450,9 +484,9 @@ fn claimed_job(row: &Row, heads: &HashMap<i64, Head>) -> Result<ClaimedJob, Stor
     Ok(ClaimedJob {
         lease: Lease { line_id, token: head.token },
         now: head.now,
-        attempt: u32::try_from(head.attempt).unwrap_or(1),
+        attempt: u32::try_from(row.get::<_, i32>(47)).unwrap_or(1),
         id: row.get(1),
-        sequence: head.seq,
+        sequence: row.get(46),
         principal: row.get(2),
         request,
         traceparent: row.get(6),

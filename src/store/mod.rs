@@ -5,6 +5,7 @@
 //! across a network call other than to Postgres itself.
 
 mod accept;
+mod advance;
 mod bisect;
 mod claim;
 mod dead;
@@ -15,6 +16,7 @@ mod prepare;
 mod read;
 mod schema;
 mod settle;
+mod urgent;
 
 pub use accept::{Candidate, MessageDigest, NewJob, NewRefusal, Verdict};
 pub use bisect::bisect;
@@ -33,6 +35,7 @@ pub mod statements {
     pub use super::lock::{AUDIT_COUNTS, LOCK};
     pub use super::session_options;
     pub use super::settle::{END_JOBS, RELEASE};
+    pub use super::urgent::OVERTAKE;
 }
 
 use crate::config::Database;

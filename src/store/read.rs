@@ -64,12 +64,14 @@ pub struct JobView {
 const COLUMNS: &str = "
     job.id, job.request_id, job.state, job.request::jsonb, kms_key.arn, kms_key.id, job.seq, job.principal,
     job.accepted_at, job.finished_at,
-    case when job.state = 'waiting' and line.head_seq = job.seq then line.attempt else job.attempts end,
+    coalesce(urgent.attempt,
+             case when job.state = 'waiting' and line.head_seq = job.seq then line.attempt else job.attempts end),
     job.result, coalesce(job.error, progress.last_error), job.request_source";
 const TABLES: &str = "
     from job join kms_key on kms_key.id = job.kms_key_id
     join line on line.id = job.line_id
-    left join progress on progress.job_id = job.id";
+    left join progress on progress.job_id = job.id
+    left join urgent on urgent.line_id = job.line_id and urgent.seq = job.seq";
 const REFUSAL: &str = "select id, request_id, principal, refused_at, code, field, message, id_hash from refusal";
 
 impl Store {

@@ -3,7 +3,7 @@
 use super::accept::{insert_audit, insert_events};
 use super::claim::millis;
 use super::lock::{Held, lock};
-use super::{Lease, Store, StoreError, together};
+use super::{Lease, Store, StoreError, together, urgent};
 use crate::audit::{Fact, Kind};
 use crate::job::{Event, Failure, JobResult, JobSummary, ScarceCall, failure_json};
 use crate::source::Fingerprint;
@@ -138,29 +138,62 @@ pub const END_JOBS: &str = "
          as ended(id, state, at, result, error, source_key_id, attempts)
     where job.id = ended.id";
 
-/// Gives lines back: on to the next head, or later to the same one.
+/// Gives lines back: on to the next head, or later to the same job.
+///
+/// `$10`: how many places the head goes on at most. Where all of these ended out of turn, the line is due and its next
+/// claim goes on from there.
 pub const RELEASE: &str = "
+    with released as materialized (
+        select asked.*, before.urgent_seq is null as was_head,
+               coalesce(next.seq, least(before.tail_seq + 1, ahead.first + $10)) as next_seq,
+               coalesce(next.lane_id, before.lane_id) as next_lane_id
+        from unnest($1::bigint[], $2::boolean[], $3::boolean[], $4::timestamptz[], $5::timestamptz[], $6::text[], $7::text[])
+             as asked(id, ended, counted, due_at, deadline, operation, late_effect)
+        join line as before on before.id = asked.id
+        -- From the head on, or from behind it if its job is the one that ends.
+        cross join lateral (
+            select before.head_seq + (coalesce(before.urgent_seq, before.head_seq) = before.head_seq)::int as first
+        ) as ahead
+        left join lateral (
+            -- Jobs that ended out of turn, being urgent or cancelled, are passed over.
+            select job.seq, job.lane_id from (
+                select seq, lane_id, state from job
+                where line_id = before.id and seq >= ahead.first order by seq limit $10
+            ) as job
+            where job.state = 'waiting' order by job.seq limit 1
+        ) as next on asked.ended
+    )
     update line set
         token = null,
-        head_seq = line.head_seq + released.ended::int,
-        attempt = case when released.ended then 0 else line.attempt - (not released.counted)::int end,
+        urgent_seq = null,
+        head_seq = case when released.ended then released.next_seq else line.head_seq end,
+        attempt = case
+            when released.ended then case when released.next_seq = line.head_seq then line.attempt else 0 end
+            when released.was_head then line.attempt - (not released.counted)::int
+            else line.attempt end,
         due_at = case
-            when released.ended and line.head_seq = line.tail_seq then null
+            when released.ended and released.next_seq > line.tail_seq then null
+            -- The head was overtaken: it goes on waiting as it was to.
+            when released.ended and released.next_seq = line.head_seq then greatest($8, line.head_due_at)
             when released.ended then $8::timestamptz
             when $8 < released.deadline then greatest($8, least(released.due_at, released.deadline))
             else greatest($8, released.due_at) end,
         lane_id = coalesce(
-            case when released.ended
-                 then (select job.lane_id from job where job.line_id = line.id and job.seq = line.head_seq + 1)
+            case when released.ended and released.next_seq = line.head_seq then line.head_lane_id end,
+            case when released.ended then released.next_lane_id
                  else (select waiting.id from lane as now join lane as waiting using (account, region)
                        where now.id = line.lane_id and waiting.operation = released.operation) end,
             line.lane_id),
+        head_due_at = case when not released.ended and not released.was_head then line.head_due_at end,
+        head_lane_id = case when not released.ended and not released.was_head then line.head_lane_id end,
         late_effect = coalesce(released.late_effect, line.late_effect),
         late_until = case when released.late_effect is null then line.late_until
                           else greatest(line.late_until, $8 + $9 * interval '1 ms') end
-    from unnest($1::bigint[], $2::boolean[], $3::boolean[], $4::timestamptz[], $5::timestamptz[], $6::text[], $7::text[])
-         as released(id, ended, counted, due_at, deadline, operation, late_effect)
+    from released
     where line.id = released.id";
+
+/// How many jobs that ended out of turn are passed over at once.
+pub(super) const SKIP: i64 = 1_000;
 
 impl Store {
     /// Settles a slice; says of each whether its lease still held. A lost lease means that another worker
@@ -196,6 +229,7 @@ impl Store {
             release(&transaction, &valid, now, signature_life).boxed(),
         ])
         .await?;
+        serve_urgent(&transaction, &valid, now).await?;
         transaction.commit().await?;
         Ok(settlements.iter().map(|end| held.contains_key(&end.lease)).collect())
     }
@@ -501,6 +535,31 @@ async fn mark_removed(
     Ok(())
 }
 
+/// Urgent jobs that ended are no longer; those that wait come next.
+async fn serve_urgent(
+    transaction: &Transaction<'_>,
+    ends: &[(&Settlement, &Held)],
+    now: OffsetDateTime,
+) -> Result<(), StoreError> {
+    let (mut ended, mut uncounted, mut lines) = (Vec::new(), Vec::new(), Vec::new());
+    for (end, held) in ends.iter().filter(|(_, held)| held.has_urgent) {
+        let line = end.lease.line_id;
+        match (held.urgent_seq, &end.kind) {
+            (Some(seq), SettlementKind::Ended { .. }) => {
+                ended.push((line, seq));
+                lines.push(line);
+            }
+            // It keeps its own delay.
+            (Some(_), SettlementKind::Retry { .. }) => {}
+            (Some(seq), SettlementKind::PutBack { .. }) => uncounted.push((line, seq)),
+            (None, _) => lines.push(line),
+        }
+    }
+    urgent::end(transaction, &ended).await?;
+    urgent::uncount(transaction, &uncounted).await?;
+    urgent::hurry(transaction, &lines, now).await
+}
+
 async fn release(
     transaction: &Transaction<'_>,
     ends: &[(&Settlement, &Held)],
@@ -532,7 +591,7 @@ async fn release(
     transaction
         .execute(
             &release,
-            &[&lines, &ended, &counted, &due, &deadlines, &operations, &late, &now, &millis(signature_life)],
+            &[&lines, &ended, &counted, &due, &deadlines, &operations, &late, &now, &millis(signature_life), &SKIP],
         )
         .await?;
     Ok(())

@@ -5,6 +5,7 @@ use crate::support::checker::violations;
 use crate::support::fake::WORKER;
 use crate::support::snapshot::{Entry, Job, Line, Material, Refusal, Secret, Snapshot, SourceKey};
 use serde_json::{Value, json};
+use time::OffsetDateTime;
 use uuid::Uuid;
 
 const ARN: &str = "arn:aws:kms:eu-central-1:111122223333:key/031c5703-aaf7-425e-a141-7e0c6f5886ab";
@@ -58,7 +59,9 @@ fn sound() -> Snapshot {
             seq: Some(1),
             operation: "import".into(),
             dry_run: false,
+            urgent: false,
             state: "succeeded".into(),
+            finished_at: Some(OffsetDateTime::UNIX_EPOCH),
             attempts: 1,
             source_key_id: Some(SOURCE),
             valid_to: None,
@@ -280,6 +283,25 @@ fn a_refused_body_is_found() {
         s.dead.push(body.into());
         s.texts.push(("a log".into(), format!("refused: {body}").into_bytes()));
     });
+}
+
+#[test]
+fn a_job_that_ended_out_of_turn_is_found() {
+    let out_of_turn = |s: &mut Snapshot, urgent: bool, code: &str| {
+        let mut later = s.jobs[0].clone();
+        (later.id, later.seq, later.request_id) = (Uuid::from_u128(9), Some(2), "r9".into());
+        (later.urgent, later.state, later.result) = (urgent, "failed".into(), None);
+        later.error = Some(json!({"code": code, "aws_changed": false}));
+        later.finished_at = Some(OffsetDateTime::UNIX_EPOCH - time::Duration::seconds(1));
+        s.jobs.push(later);
+    };
+    spoilt("I1: request r9 ended before", |s| out_of_turn(s, false, "key_disabled"));
+    for (urgent, code) in [(true, "key_disabled"), (false, "cancelled")] {
+        let mut snapshot = sound();
+        out_of_turn(&mut snapshot, urgent, code);
+        let found = violations(&snapshot);
+        assert!(!found.iter().any(|one| one.contains("ended before")), "{found:?}");
+    }
 }
 
 #[test]

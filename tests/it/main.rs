@@ -18,6 +18,7 @@ mod failed;
 mod happy;
 mod kills;
 mod materials;
+mod operators;
 mod pairs;
 mod procedure;
 mod refused;

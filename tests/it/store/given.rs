@@ -53,6 +53,11 @@ pub fn job_with(id: &str, key: &KeyArn, mut fields: Value) -> NewJob {
     }
 }
 
+/// A delete that overtakes its line.
+pub fn urgent(id: &str, key: &KeyArn) -> NewJob {
+    job_with(id, key, json!({"operation": "delete", "urgent": true}))
+}
+
 /// A refusal of the message with this id.
 pub fn refusal(id: &str, code: RefusalCode) -> NewRefusal {
     let job = job(id, &arn(0));
@@ -238,7 +243,7 @@ pub async fn contents(client: &Client) -> String {
     let mut all = Vec::new();
     for table in ["line", "job", "progress", "future", "kms_key", "kms_material", "request", "refusal", "outbox"]
         .into_iter()
-        .chain(["audit_entry", "source_key"])
+        .chain(["audit_entry", "source_key", "urgent"])
     {
         let query = format!("select coalesce(string_agg(t::text, E'\\n' order by t::text), '') from {table} as t");
         all.push(format!("-- {table}\n{}", value::<String>(client, &query, &[]).await));
@@ -255,6 +260,18 @@ pub async fn assert_dense(client: &Client) {
             or coalesce(min(job.seq), 1) <> 1 or coalesce(max(job.seq), 0) <> line.tail_seq";
     let wrong = client.query(query, &[]).await.unwrap();
     assert!(wrong.is_empty(), "{} lines are not dense", wrong.len());
+    assert_heads_wait(client).await;
+}
+
+/// The head of a line is the first of its jobs that has not ended; only jobs that wait are urgent.
+pub async fn assert_heads_wait(client: &Client) {
+    let query = "
+        select line.id from line
+        where head_seq <> coalesce((select min(seq) from job where line_id = line.id and state = 'waiting'), tail_seq + 1)
+        union all
+        select urgent.line_id from urgent left join job using (line_id, seq) where job.state is distinct from 'waiting'";
+    let wrong = client.query(query, &[]).await.unwrap();
+    assert!(wrong.is_empty(), "{} lines have a head that does not wait", wrong.len());
 }
 
 /// Every subject's audit entries are 1..n, and each entry's bytes are canonical and say what its columns say.

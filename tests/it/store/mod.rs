@@ -11,3 +11,4 @@ mod plans;
 mod read;
 mod rights;
 mod settle;
+mod urgent;

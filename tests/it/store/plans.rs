@@ -20,8 +20,10 @@ const SLICE: i64 = 64;
 ///
 /// To update a line takes some ten: its primary key, its page, the page of its new version, and twice the way into the
 /// index of due lines. The two thousand idle lanes take 60 together, in one look at the lanes' table.
-const BOUNDS: [(&str, &str, u64); 5] = [
+const BOUNDS: [(&str, &str, u64); 6] = [
     ("claim", statements::CLAIM, 2_200),
+    // Nothing is urgent: the index of urgent jobs is looked into, and no line is touched.
+    ("overtake", statements::OVERTAKE, 4),
     ("read", statements::READ, 2_300),
     ("lock", statements::LOCK, 900),
     ("end_jobs", statements::END_JOBS, 2_800),
@@ -33,7 +35,7 @@ async fn hot_statements_touch_a_bounded_number_of_buffers() {
     let db = TestDb::create().await;
     let admin = db.client().await;
     // The plans must hold without any statistics, and nothing may take them away under the test.
-    let tables = "lane order_key line kms_key source_key job progress kms_material";
+    let tables = "urgent lane order_key line kms_key source_key job progress kms_material";
     for table in tables.split(' ') {
         admin.batch_execute(&format!("alter table {table} set (autovacuum_enabled = false)")).await.unwrap();
     }
@@ -48,7 +50,7 @@ async fn hot_statements_touch_a_bounded_number_of_buffers() {
 
     let mut seen = run(&early, "a plan made while the tables were empty", true).await;
     let generic = "select min(generic_plans), max(custom_plans) from pg_prepared_statements where from_sql
-                   and name in ('claim', 'read', 'lock', 'end_jobs', 'release')";
+                   and name in ('claim', 'overtake', 'read', 'lock', 'end_jobs', 'release')";
     let row = early.query_one(generic, &[]).await.unwrap();
     assert_eq!((row.get::<_, i64>(0), row.get::<_, i64>(1)), (2, 0), "not the plan that was made first");
 
@@ -143,7 +145,7 @@ async fn parameters(session: &Client, name: &str) -> String {
     };
     match name {
         "claim" => format!("{SLICE}, 30000, false"),
-        "read" => format!("{}, {}", of_claimed("line.id").await, of_claimed("line.head_seq").await),
+        "overtake" | "read" => of_claimed("line.id").await,
         "lock" => {
             let (lines, tokens) = (of_claimed("line.id").await, of_claimed("token").await);
             format!("{lines}, {tokens}")
@@ -161,7 +163,9 @@ async fn parameters(session: &Client, name: &str) -> String {
             let (deadlines, late) =
                 (of_claimed("keyferry_now() + interval '1 day'").await, of_claimed("null::text").await);
             let operations = of_claimed("case when line.id % 2 = 1 then 'ImportKeyMaterial' end").await;
-            format!("{lines}, {ended}, {counted}, {due}, {deadlines}, {operations}, {late}, keyferry_now(), 600000")
+            format!(
+                "{lines}, {ended}, {counted}, {due}, {deadlines}, {operations}, {late}, keyferry_now(), 600000, 1000"
+            )
         }
     }
 }

@@ -37,6 +37,7 @@ const REFUSED_BODY: &str = "the body of a refused message";
 pub fn violations(snapshot: &Snapshot) -> Vec<String> {
     let mut found = Vec::new();
     every_message_has_one_end(snapshot, &mut found);
+    lines_were_kept_in_order(snapshot, &mut found);
     keys_hold_what_jobs_brought(snapshot, &mut found);
     the_record_is_true(snapshot, &mut found);
     deletes_left_nothing(snapshot, &mut found);
@@ -91,6 +92,22 @@ fn every_message_has_one_end(snapshot: &Snapshot, found: &mut Vec<String>) {
         || (dead.is_empty() && snapshot.refusals.len() > snapshot.redriven)
     {
         found.push(format!("I1: {} refusals, {} different dead letters", snapshot.refusals.len(), dead.len()));
+    }
+}
+
+/// I1: one job of a line after the other, in the order of their places; urgent ones in theirs. A cancelled job ends
+/// when somebody says so.
+fn lines_were_kept_in_order(snapshot: &Snapshot, found: &mut Vec<String>) {
+    let mut last: BTreeMap<(i64, bool), &Job> = BTreeMap::new();
+    let mut placed: Vec<&Job> =
+        snapshot.jobs.iter().filter(|job| job.seq.is_some() && job.code() != "cancelled").collect();
+    placed.sort_by_key(|job| (job.line_id, job.seq));
+    for job in placed {
+        if let Some(before) = last.insert((job.line_id, job.urgent), job)
+            && before.finished_at > job.finished_at
+        {
+            found.push(format!("I1: request {} ended before request {}", job.request_id, before.request_id));
+        }
     }
 }
 
@@ -160,13 +177,16 @@ impl Deed {
 fn keys_hold_what_jobs_brought(snapshot: &Snapshot, found: &mut Vec<String>) {
     for key in snapshot.kms_keys.iter().filter(|key| key["origin"] == "EXTERNAL") {
         let arn = key["arn"].as_str().unwrap_or_default();
-        // What jobs may have done, in the line's order.
-        let allowed: Vec<(Deed, bool)> = snapshot
+        // What jobs may have done, in the order in which they ended: no job begins to change a key before the one that
+        // changed it last has ended, urgent or not.
+        let mut jobs: Vec<&Job> = snapshot
             .jobs
             .iter()
             .filter(|job| job.arn == arn && !job.dry_run && (job.state == "succeeded" || job.aws_changed()))
-            .filter_map(|job| Some((Deed::of(snapshot, job)?, job.state == "succeeded")))
             .collect();
+        jobs.sort_by_key(|job| job.finished_at);
+        let allowed: Vec<(Deed, bool)> =
+            jobs.into_iter().filter_map(|job| Some((Deed::of(snapshot, job)?, job.state == "succeeded"))).collect();
         let effects = effects(snapshot, arn, |access_key| access_key == WORKER);
         let mut at = 0;
         for effect in &effects {

@@ -7,6 +7,7 @@ use keyferry::store::Store;
 use serde_json::Value;
 use sha2::{Digest as _, Sha256};
 use std::collections::BTreeMap;
+use time::OffsetDateTime;
 use tokio_postgres::Client;
 use uuid::Uuid;
 
@@ -20,7 +21,9 @@ pub struct Job {
     pub seq: Option<i64>,
     pub operation: String,
     pub dry_run: bool,
+    pub urgent: bool,
     pub state: String,
+    pub finished_at: Option<OffsetDateTime>,
     pub attempts: i32,
     pub source_key_id: Option<Uuid>,
     /// Whole seconds since 1970; `None`: never.
@@ -173,7 +176,7 @@ impl Snapshot {
     /// Reads what Postgres holds.
     pub async fn of_store(client: &Client, store: &Store, kek: &str) -> Self {
         let mut left = BTreeMap::new();
-        for table in ["outbox", "progress", "future"] {
+        for table in ["outbox", "progress", "future", "urgent"] {
             let count: i64 = client.query_one(&format!("select count(*) from {table}"), &[]).await.unwrap().get(0);
             left.insert(table.to_owned(), count);
         }
@@ -198,7 +201,8 @@ pub async fn jobs(client: &Client) -> Vec<Job> {
                case when job.request::jsonb ->> 'key_expiration' = 'true'
                     then floor(extract(epoch from (job.request::jsonb ->> 'valid_to')::timestamptz))::bigint end,
                job.result, job.error, coalesce(job.request::jsonb ->> 'operation', 'import'),
-               coalesce(job.request::jsonb ->> 'dry_run' = 'true', false)
+               coalesce(job.request::jsonb ->> 'dry_run' = 'true', false),
+               coalesce(job.request::jsonb ->> 'urgent' = 'true', false), job.finished_at
         from job join kms_key on kms_key.id = job.kms_key_id order by job.line_id, job.seq";
     let rows = client.query(sql, &[]).await.unwrap();
     rows.iter()
@@ -216,6 +220,8 @@ pub async fn jobs(client: &Client) -> Vec<Job> {
             error: row.get(10),
             operation: row.get(11),
             dry_run: row.get(12),
+            urgent: row.get(13),
+            finished_at: row.get(14),
         })
         .collect()
 }
