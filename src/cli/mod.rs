@@ -3,6 +3,7 @@
 //! Tables for people on a terminal, `--json` for programs. Exit codes: 0 done, 1 it could not be done, 2 the
 //! command line or a setting is wrong, 3 a job that was waited for did not succeed, 4 waiting took too long.
 
+mod cancel;
 mod dead;
 mod jobs;
 mod keys;
@@ -61,7 +62,7 @@ enum Command {
     Migrate,
     /// Publish import requests.
     Submit(Box<submit::Submit>),
-    /// Look at jobs.
+    /// Look at jobs, wait for them, cancel them.
     #[command(subcommand)]
     Jobs(jobs::Jobs),
     /// Look at messages that were refused, and send them again once the cause is mended.
@@ -244,6 +245,14 @@ fn warn_of_open_files(loaded: &Loaded) {
     for warning in loaded.rabbitmq_file_warnings().into_iter().chain(loaded.dsm_key_file_warnings()) {
         eprintln!("keyferry: warning: {warning}");
     }
+}
+
+/// Who is named in the audit trail: the operating system's user, as far as it says.
+fn operator() -> String {
+    ["SUDO_USER", "USER", "LOGNAME"]
+        .iter()
+        .find_map(|name| std::env::var(name).ok())
+        .unwrap_or_else(|| "unknown".into())
 }
 
 /// Cancelled by SIGTERM or SIGINT.
