@@ -8,16 +8,16 @@ mod dead;
 mod jobs;
 mod keys;
 mod output;
+mod publish;
 mod source;
 mod submit;
+mod topology;
 
-use crate::amqp;
 use crate::app::{self, StartError};
-use crate::config::{ConfigError, Loaded};
+use crate::config::{ConfigError, Loaded, Transport};
 use crate::source::MaterialFault;
 use crate::store;
 use crate::telemetry::{Metrics, start_logs};
-use crate::topology::{Management, Names, own_names};
 use anyhow::Context as _;
 use clap::{Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 use output::Output;
@@ -74,9 +74,9 @@ enum Command {
     /// Look at the servers that keys come from.
     #[command(subcommand)]
     Source(source::Source),
-    /// The broker's queues, exchanges, bindings and policies.
+    /// The queues of RabbitMQ or SQS, and RabbitMQ's exchanges, bindings and policies.
     #[command(subcommand)]
-    Topology(Topology),
+    Topology(topology::Topology),
     /// The settings.
     #[command(subcommand)]
     Config(Config),
@@ -87,15 +87,6 @@ struct Serve {
     /// Bring the schema up to date first. For demonstrations: it needs the owner's rights (`database.owner_url`).
     #[arg(long)]
     migrate: bool,
-}
-
-#[derive(Debug, Subcommand)]
-enum Topology {
-    /// Make what is missing of the default topology, over the management API (`rabbitmq.api_url`).
-    Apply,
-    /// Compare with what is there; exit code 1 when something differs. A queue or an exchange that only the settings
-    /// name has to be there and is not looked into.
-    Check,
 }
 
 #[derive(Debug, Subcommand)]
@@ -178,39 +169,6 @@ async fn run(cli: Cli) -> Result<(), Failed> {
     Ok(())
 }
 
-impl Topology {
-    async fn run(self, loaded: &Loaded, output: Output) -> Result<(), Failed> {
-        let rabbitmq = &loaded.settings.rabbitmq;
-        let broker = app::open_broker(loaded)?;
-        let (tls, _) = amqp::identity(rabbitmq)?.current();
-        let management = Management::new(loaded.rabbitmq_api_url()?, broker.vhost(), &tls)?;
-        let names = Names {
-            queue: &rabbitmq.queue,
-            dead_letter_queue: &rabbitmq.dead_letter_queue,
-            exchange: &rabbitmq.exchange,
-        };
-        let own = own_names(&names)?;
-        if matches!(self, Self::Apply) {
-            management.apply().await?;
-            if !own.is_empty() {
-                eprintln!(
-                    "keyferry: only the default topology is made; yours to make, with their bindings and policies: {}",
-                    own.join(", ")
-                );
-            }
-        }
-        let found = management.check(&names).await?;
-        output.value(&found, |found| match found.as_slice() {
-            [] => "the topology is as it should be".into(),
-            found => {
-                let lines = found.iter().map(|one| format!("{} {}: {}", one.kind, one.name, one.problem));
-                lines.collect::<Vec<_>>().join("\n")
-            }
-        });
-        if found.is_empty() { Ok(()) } else { Err(Failed::Said) }
-    }
-}
-
 impl Config {
     fn run(self, loaded: &Loaded, output: Output) -> Result<(), Failed> {
         match self {
@@ -221,7 +179,10 @@ impl Config {
                 loaded.policy()?;
                 loaded.targets()?;
                 loaded.database_url()?;
-                app::open_broker(loaded)?;
+                loaded.transports()?;
+                if loaded.uses(Transport::RabbitMq) {
+                    app::open_broker(loaded)?;
+                }
                 warn_of_kek_file(loaded);
                 let kek = loaded.kek()?;
                 crate::source::Kek::parse(secrecy::ExposeSecret::expose_secret(&kek))?;
