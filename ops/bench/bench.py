@@ -27,7 +27,9 @@ REQUEST_BYTES = 400
 SOURCE_KEYS = 4
 SLOW_MS = 20
 RATE, RATE_SECONDS = 100, 20
-PARTS = ["throughput", "slow", "latency", "memory"]
+PARTS = ["throughput", "slow", "latency", "memory", "sqs"]
+POLLERS = 4
+FEW = 2000
 TICK_MS = 1000 / os.sysconf("SC_CLK_TCK")
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -224,10 +226,10 @@ concurrency = {IN_FLIGHT}
         return path
 
     @contextlib.contextmanager
-    def worker(self, orderly=True):
+    def worker(self, orderly=True, config=None):
         """From its start to its end; gives the process and how long it took to be ready."""
         from_start = time.monotonic()
-        process = start([self.program, "--config", self.config, "serve"], self.dir / "worker.log")
+        process = start([self.program, "--config", config or self.config, "serve"], self.dir / "worker.log")
         try:
             until(30, "the worker's readiness", lambda: self.is_ready(process))
             yield process, (time.monotonic() - from_start) * 1000
@@ -410,6 +412,107 @@ concurrency = {IN_FLIGHT}
                     f"{waiting['VmRSS'] / 1024:.1f} MiB")
         return found
 
+    # --- SQS --------------------------------------------------------------------------------------------------
+
+    def queues(self):
+        """A new queue of requests and its dead-letter queue, and settings that receive from it."""
+        self.made = getattr(self, "made", 0) + 1
+        dead = sqs("CreateQueue", QueueName=f"bench-dead-{self.made}")["QueueUrl"]
+        arn = sqs("GetQueueAttributes", QueueUrl=dead, AttributeNames=["QueueArn"])["Attributes"]["QueueArn"]
+        policy = json.dumps({"deadLetterTargetArn": arn, "maxReceiveCount": 5})
+        url = sqs("CreateQueue", QueueName=f"bench-jobs-{self.made}", Attributes={"RedrivePolicy": policy})["QueueUrl"]
+        config = self.dir / "keyferry-sqs.toml"
+        config.write_text(f'requests_from = ["sqs"]\n{self.config.read_text()}\n[sqs]\npollers = {POLLERS}\nwait_s = 1\n'
+                          f'requests_queue_url = "{url}"\ndead_letter_queue_url = "{dead}"\n')
+        return url, config
+
+    def idle_requests(self, count):
+        """Requests that are accepted and then wait for weeks: measured is intake, not AWS."""
+        path = self.dir / "requests-sqs.jsonl"
+        later = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + 20 * 86400))
+        with open(path, "w") as file:
+            for number in range(count):
+                request = {"id": f"sqs-{number:07}", "source_key_identifier": source_key(0), "not_before": later,
+                           "key": f"arn:aws:kms:eu-central-1:111122223333:key/{number % 2000:08}-0000-4000-8000-000000000000",
+                           "key_material_description": ""}
+                request["key_material_description"] = "x" * max(0, min(190, REQUEST_BYTES - len(json.dumps(request))))
+                file.write(json.dumps(request) + "\n")
+        return path
+
+    def intake_over_sqs(self, kind, count):
+        url, config = self.queues()
+        self.fresh_database()
+        self.fill(self.idle_requests(count), url)
+        self.settle_down()
+        if kind == "naive":
+            process = start([self.bin / "sqs", "drain", url, count, POLLERS], self.dir / "naive.log",
+                            stdout=subprocess.PIPE, text=True)
+            try:
+                if process.stdout.readline() != "ready\n":
+                    sys.exit(f"the bare loop did not start, see {self.dir}/naive.log")
+                begun = time.monotonic()
+                if process.stdout.readline() != "done\n":
+                    sys.exit(f"the bare loop stopped, see {self.dir}/naive.log")
+                seconds = time.monotonic() - begun
+                process.wait(60)
+            finally:
+                process.kill()
+        else:
+            with self.worker(config=config):
+                # Ready is when the queue was looked at and the first receives have just begun.
+                begun = time.monotonic()
+                until(600, "all accepted", lambda: self.metric("keyferry_intake_messages_total") >= count or None, 0.01)
+                until(60, "all deleted", lambda: waiting(url) == 0 or None, 0.005)
+                seconds = time.monotonic() - begun
+            accepted = int(self.sql("select count(*) from job", "-d", "keyferry"))
+            if accepted != count:
+                sys.exit(f"{accepted} jobs of {count} messages")
+        if left := waiting(url):
+            sys.exit(f"{left} messages are left of {count}")
+        sqs("DeleteQueue", QueueUrl=url)
+        run = {"part": "sqs", "kind": kind, "messages": count, "pollers": POLLERS, "seconds": seconds}
+        self.runs.append(run)
+        say(f"sqs        {kind:7}{count / seconds:8.0f} messages/s, {seconds:.2f} s for {count}")
+        return run
+
+    def fill(self, path, url):
+        subprocess.run([self.bin / "sqs", "fill", path, url], check=True)
+
+    def memory_over_sqs(self):
+        """The worker while it drains: few messages, then as many as are asked for."""
+        url, config = self.queues()
+        self.fresh_database()
+        path = self.idle_requests(self.given.waiting)
+        few = self.dir / "few.jsonl"
+        with open(path) as all_, open(few, "w") as file:
+            file.writelines(line for _, line in zip(range(FEW), all_))
+        accepted = lambda: self.metric("keyferry_intake_messages_total")
+        self.fill(few, url)
+        with self.worker(orderly=False, config=config) as (process, _):
+            until(300, "few drained", lambda: accepted() >= FEW or None, 0.1)
+            time.sleep(2)
+            with_few = memory_kib(process.pid)
+        begun = time.monotonic()
+        self.fill(path, url)
+        filled = time.monotonic() - begun
+        with self.worker(orderly=False, config=config) as (process, _):
+            # The double looks at every waiting message for each receive: a part shows the worker's memory as well.
+            until(600, "a part drained", lambda: accepted() >= FEW or None, 0.1)
+            time.sleep(2)
+            with_many, left = memory_kib(process.pid), waiting(url)
+        found = {"few": with_few, "many": with_many, "messages_waiting": left, "fill_seconds": filled}
+        say(f"sqs memory ours    {with_few['VmRSS'] / 1024:.1f} MiB after {FEW} messages, {with_many['VmRSS'] / 1024:.1f} MiB "
+            f"with {left} waiting (filled in {filled:.0f} s)")
+        return found
+
+    def over_sqs(self):
+        kinds = ["naive", "ours"]
+        runs = {kind: [] for kind in kinds}
+        for number in range(self.given.runs):
+            for kind in kinds if number % 2 == 0 else reversed(kinds):
+                runs[kind].append(self.intake_over_sqs(kind, self.given.jobs))
+        return runs, self.memory_over_sqs()
+
     def profile(self):
         self.sql("select pg_stat_statements_reset()", "-d", "postgres")
         data, profiler = self.dir / "perf.data", None
@@ -430,6 +533,23 @@ concurrency = {IN_FLIGHT}
             report = subprocess.run(["perf", "report", "-i", data, "--stdio", "--percent-limit", "0.3"], capture_output=True, text=True)
             (self.dir / "perf.txt").write_text(report.stdout)
         say(f"profile: {self.dir}/statements.txt" + (f", {self.dir}/perf.txt" if data.exists() else ""))
+
+
+def sqs(operation, **request):
+    """A call to the double of SQS, which looks at no signature and reads the Region from its scope."""
+    headers = {"content-type": "application/x-amz-json-1.0", "x-amz-target": f"AmazonSQS.{operation}",
+               "authorization": "AWS4-HMAC-SHA256 Credential=bench/20260101/eu-central-1/sqs/aws4_request, "
+                                "SignedHeaders=host, Signature=none"}
+    call = urllib.request.Request(os.environ["AWS_ENDPOINT_URL_SQS"], json.dumps(request).encode(), headers, method="POST")
+    with NO_PROXY.open(call, timeout=60) as answer:
+        return json.loads(answer.read() or "null")
+
+
+def waiting(url):
+    """Messages of a queue, in somebody's hand or not."""
+    names = ["ApproximateNumberOfMessages", "ApproximateNumberOfMessagesNotVisible"]
+    found = sqs("GetQueueAttributes", QueueUrl=url, AttributeNames=names)["Attributes"]
+    return sum(int(found[name]) for name in names)
 
 
 def source_key(number):
@@ -543,6 +663,16 @@ def main():
         table.add("memory MiB, 64 in flight", f"{busy / 1024:.1f}", "", "", "<= 40", busy <= 40 * 1024)
         table.add(f"  with {found['jobs_waiting']} waiting", f"{waiting / 1024:.1f}", "", f"{waiting / busy:.2f}x",
                   "<= 1.10x", waiting / busy <= 1.1)
+    if "sqs" in given.parts:
+        runs, found = bench.over_sqs()
+        summary["sqs"] = {"memory": found}
+        ours, bare = median(runs["ours"], "seconds"), median(runs["naive"], "seconds")
+        table.add(f"SQS: s for {given.jobs} messages", f"{ours:.2f}", f"{bare:.2f}", f"{ours / bare:.2f}x", "<= 1.20x",
+                  ours / bare <= 1.2)
+        few, many = found["few"]["VmRSS"], found["many"]["VmRSS"]
+        table.add("  memory MiB, few in SQS", f"{few / 1024:.1f}")
+        table.add(f"  with {found['messages_waiting']} waiting there", f"{many / 1024:.1f}", "", f"{many / few:.2f}x",
+                  "<= 1.10x", many / few <= 1.1)
     if given.profile:
         bench.profile()
     (bench.dir / "runs.json").write_text(json.dumps({**about, "runs": bench.runs}, indent=1, default=str))

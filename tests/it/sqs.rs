@@ -201,7 +201,9 @@ async fn a_death_after_the_dead_letter_sends_it_twice_and_refuses_once() {
     world.serve().await;
     world.dead_letters(2).await;
     assert_eq!(world.refused(1).await.len(), 1);
-    assert_eq!(world.events_of("bad-1").await.len(), 1);
+    // The relay died with the rest.
+    let events = world.events_of("bad-1").await;
+    assert!(!events.is_empty() && events.iter().all(|event| event["id"] == events[0]["id"]), "{events:#?}");
     world.finish().await;
 }
 

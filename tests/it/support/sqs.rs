@@ -103,6 +103,25 @@ impl Queues {
         self.call("SendMessage", Role::Requests, request).await;
     }
 
+    /// Sends many requests, ten at a time. On FIFO each is in a group of its own.
+    pub async fn send_all(&self, messages: &[Message]) {
+        for batch in messages.chunks(10) {
+            let entry = |(at, message): (usize, &Message)| {
+                let body = String::from_utf8(message.body.clone()).unwrap();
+                let mut entry = json!({"Id": at.to_string(), "MessageBody": body});
+                if self.is_fifo(Role::Requests) {
+                    let id = Uuid::new_v4().to_string();
+                    entry["MessageGroupId"] = json!(id);
+                    entry["MessageDeduplicationId"] = json!(id);
+                }
+                entry
+            };
+            let entries: Vec<Value> = batch.iter().enumerate().map(entry).collect();
+            let answer = self.call("SendMessageBatch", Role::Requests, json!({"Entries": entries})).await;
+            assert_eq!(answer["Successful"].as_array().map(Vec::len), Some(batch.len()), "{answer}");
+        }
+    }
+
     /// Takes everything that is visible.
     pub async fn take(&self, role: Role) -> Vec<Received> {
         let mut taken = Vec::new();

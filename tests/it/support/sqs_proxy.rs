@@ -124,10 +124,9 @@ async fn pass(mut near: TcpStream, state: &Mutex<State>) -> std::io::Result<()> 
             let body = json!({"__type": format!("com.amazonaws.sqs#{code}"), "message": "made to fail"});
             return near.write_all(answer(status, &body.to_string(), Some(code)).as_bytes()).await;
         }
-        Some(Kind::Entries { code, is_senders_fault }) => {
-            let all = request["Entries"].as_array().cloned().unwrap_or_default();
-            let (failing, passing): (Vec<Value>, Vec<Value>) =
-                all.into_iter().partition(|entry| chosen.contains(&entry["Id"].to_string()));
+        Some(Kind::Entries { .. }) => {
+            let mut passing = request["Entries"].as_array().cloned().unwrap_or_default();
+            passing.retain(|entry| !chosen.iter().any(|failed| failed["Id"] == entry["Id"]));
             let mut answered = json!({"Successful": [], "Failed": []});
             if !passing.is_empty() {
                 let mut rest = request.clone();
@@ -135,9 +134,7 @@ async fn pass(mut near: TcpStream, state: &Mutex<State>) -> std::io::Result<()> 
                 answered = serde_json::from_str(&forward(&head, rest.to_string().as_bytes()).await?.1).unwrap();
             }
             let mut failed = answered["Failed"].as_array().cloned().unwrap_or_default();
-            failed.extend(failing.iter().map(|entry| {
-                json!({"Id": entry["Id"], "Code": code, "SenderFault": is_senders_fault, "Message": "made to fail"})
-            }));
+            failed.extend(chosen);
             answered["Failed"] = json!(failed);
             return near.write_all(answer(200, &answered.to_string(), None).as_bytes()).await;
         }
@@ -160,26 +157,40 @@ async fn pass(mut near: TcpStream, state: &Mutex<State>) -> std::io::Result<()> 
     near.write_all(&raw).await
 }
 
-/// Which trouble, if any, and for entries which of them.
-fn choose(state: &Mutex<State>, operation: &str, request: &Value) -> (Option<Kind>, Vec<String>) {
+/// The first trouble, if any. Of those with entries each one that there is, and what the answer is to say of its entries.
+fn choose(state: &Mutex<State>, operation: &str, request: &Value) -> (Option<Kind>, Vec<Value>) {
     let mut state = state.lock().unwrap();
     let queue = request["QueueUrl"].as_str().unwrap_or_default();
+    let mut failed: Vec<Value> = Vec::new();
+    let mut first = None;
     for trouble in &mut state.troubles {
         if trouble.times == 0 || trouble.operation != operation || !queue.contains(&trouble.queue) {
             continue;
         }
-        let entries = request["Entries"].as_array().into_iter().flatten();
-        let chosen: Vec<String> = entries
-            .filter(|entry| entry.to_string().contains(&trouble.marker))
-            .map(|entry| entry["Id"].to_string())
-            .collect();
-        if matches!(trouble.kind, Kind::Entries { .. }) && chosen.is_empty() {
+        let Kind::Entries { code, is_senders_fault } = trouble.kind else {
+            if failed.is_empty() {
+                trouble.times -= 1;
+                return (Some(trouble.kind), Vec::new());
+            }
             continue;
+        };
+        let entries = request["Entries"].as_array().into_iter().flatten();
+        let ids: Vec<&Value> = entries
+            .filter(|entry| entry.to_string().contains(&trouble.marker))
+            .map(|entry| &entry["Id"])
+            .filter(|id| !failed.iter().any(|failed| failed["Id"] == **id))
+            .collect();
+        if !ids.is_empty() {
+            trouble.times -= 1;
+            first = Some(trouble.kind);
+            failed.extend(
+                ids.into_iter().map(
+                    |id| json!({"Id": id, "Code": code, "SenderFault": is_senders_fault, "Message": "made to fail"}),
+                ),
+            );
         }
-        trouble.times -= 1;
-        return (Some(trouble.kind), chosen);
     }
-    (None, Vec::new())
+    (first, failed)
 }
 
 /// The answer as it came, and its body.

@@ -76,6 +76,8 @@ pub struct Tuning {
     pub grace_ms: u64,
     /// Seconds for which SQS hides a message whose worker died.
     pub visibility_s: u64,
+    /// Receives from SQS beside each other.
+    pub pollers: usize,
 }
 
 impl Default for Tuning {
@@ -88,6 +90,7 @@ impl Default for Tuning {
             signature_life_ms: 600_000,
             grace_ms: 20_000,
             visibility_s: 60,
+            pollers: 2,
         }
     }
 }
@@ -263,12 +266,13 @@ impl World {
     }
 
     fn settings(&self, tuning: Tuning) -> String {
-        let Tuning { concurrency, lease_ms, aws_timeout_ms, signature_life_ms, grace_ms, visibility_s } = tuning;
+        let Tuning { concurrency, lease_ms, aws_timeout_ms, signature_life_ms, grace_ms, visibility_s, pollers } =
+            tuning;
         let rabbitmq =
             format!("[rabbitmq]\nurl = {:?}\napi_url = {:?}", self.vhost.url(), variable("KEYFERRY_TEST_RABBITMQ_API"));
         let sqs = format!(
             "[sqs]\nregion = {SQS_REGION:?}\nrequests_queue_url = {:?}\ndead_letter_queue_url = {:?}\n\
-             events_queue_url = {:?}\nwait_s = 1\nvisibility_timeout_s = {visibility_s}",
+             events_queue_url = {:?}\nwait_s = 1\nvisibility_timeout_s = {visibility_s}\npollers = {pollers}",
             self.queues.url(Role::Requests),
             self.queues.url(Role::Dead),
             self.queues.url(Role::Events)
@@ -462,6 +466,21 @@ impl World {
             }
         }
         self.published.push(message);
+    }
+
+    /// Publishes many requests.
+    pub async fn publish_all(&mut self, requests: Vec<Value>) {
+        let message = |request: Value| Message { body: request.to_string().into_bytes(), ..Message::default() };
+        let messages: Vec<Message> = requests.into_iter().map(message).collect();
+        match self.carriage.requests[0] {
+            Carrier::RabbitMq => {
+                for message in &messages {
+                    self.vhost.publish(message).await;
+                }
+            }
+            Carrier::Sqs | Carrier::SqsFifo => self.queues.send_all(&messages).await,
+        }
+        self.published.extend(messages);
     }
 
     /// Messages that wait for a worker at the brokers.
