@@ -4,6 +4,7 @@
 //! command line or a setting is wrong, 3 a job that was waited for did not succeed, 4 waiting took too long.
 
 mod cancel;
+mod hold;
 mod jobs;
 mod keys;
 mod output;
@@ -36,6 +37,8 @@ use tokio_util::sync::CancellationToken;
         keyferry keys create ...    make a source key\n  \
         keyferry serve              run the worker\n  \
         keyferry submit ... --wait  ask for an import and follow it\n\n\
+        In an emergency:\n  \
+        keyferry hold everything    stop all jobs at once; keyferry release everything\n\n\
         Settings come from keyferry.toml, each overridable by KEYFERRY_SECTION__NAME,\n\
         as in KEYFERRY_DATABASE__URL. `keyferry config show` prints them all.\n\n\
         Exit codes: 0 done; 1 could not be done; 2 command line or setting wrong;\n\
@@ -63,6 +66,10 @@ enum Command {
     /// Look at jobs, wait for them, cancel them.
     #[command(subcommand)]
     Jobs(jobs::Jobs),
+    /// Stop jobs until they are released, or list what is held.
+    Hold(hold::Hold),
+    /// Let go on what was held.
+    Release(hold::Release),
     /// Keep the source keys of the local store.
     #[command(subcommand)]
     Keys(keys::Keys),
@@ -164,6 +171,8 @@ async fn run(cli: Cli) -> Result<(), Failed> {
         }
         Command::Submit(submit) => submit.run(&loaded, output).await?,
         Command::Jobs(jobs) => jobs.run(&loaded, output).await?,
+        Command::Hold(hold) => hold.run(&loaded, output).await?,
+        Command::Release(release) => release.run(&loaded, output).await?,
         Command::Keys(keys) => keys.run(&loaded, output).await?,
         Command::Source(source) => source.run(&loaded, output).await?,
         Command::Topology(topology) => topology.run(&loaded, output).await?,

@@ -28,6 +28,8 @@ pub struct Metrics {
     pub amqp_sessions: IntCounterVec,
     /// Jobs under way.
     pub jobs_running: IntGauge,
+    /// Holds of operators that are in force.
+    pub holds: IntGauge,
     /// KMIP operations by connection, operation and outcome: ok, refused, failed. Connections are those of the settings.
     pub dsm_requests: IntCounterVec,
     /// Round trips to KMIP servers by connection; a message may hold several operations.
@@ -66,6 +68,8 @@ impl Metrics {
         registry.register(Box::new(dsm_request_seconds.clone()))?;
         let jobs_running = IntGauge::new("keyferry_jobs_running", "Jobs under way in this process.")?;
         registry.register(Box::new(jobs_running.clone()))?;
+        let holds = IntGauge::new("keyferry_holds", "Holds of operators that are in force.")?;
+        registry.register(Box::new(holds.clone()))?;
         let build = IntGauge::with_opts(
             Opts::new("keyferry_build_info", "Always 1; the version is a label.")
                 .const_label("version", env!("CARGO_PKG_VERSION")),
@@ -90,6 +94,7 @@ impl Metrics {
             )?,
             amqp_sessions: counters("keyferry_amqp_sessions_total", "Sessions opened with the broker.", &["role"])?,
             jobs_running,
+            holds,
             dsm_requests: counters(
                 "keyferry_dsm_requests_total",
                 "KMIP operations.",
