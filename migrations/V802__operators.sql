@@ -26,3 +26,17 @@ comment on column line.attempt is 'claims of the job at the head; those of an ur
 
 grant select, insert, update, delete on urgent to keyferry_worker;
 grant select on urgent to keyferry_reader;
+
+-- Jobs that are to end as cancelled as soon as nothing is in doubt: those that a worker has under way, and those of
+-- which a call was not answered. Small, hot, emptied: nearly always empty.
+create table cancellation (
+    job_id uuid primary key,
+    requested_at timestamptz not null
+) with (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 200);
+grant select, insert, delete on cancellation to keyferry_worker;
+grant select on cancellation to keyferry_reader;
+
+-- Jobs that are followed, waited for and cancelled together. Changes of a job's state leave this index alone.
+alter table job add column batch text;
+update job set batch = request::jsonb ->> 'batch' where request like '%"batch":%';
+create index job_batch on job (batch, id) where batch is not null;

@@ -2,8 +2,8 @@
 # shellcheck disable=SC2034  # what is set here is for the scripts that source this
 # Shared by the scripts in ops/. Source it; it runs nothing by itself.
 #
-# The private servers of a run live in one folder: `DIR/postgres`, `DIR/rabbitmq`, each with a `state` file from
-# which any later call knows ports, passwords and processes. Starting what runs, and stopping what does not, is harmless.
+# The private servers of a run live in one folder: `DIR/postgres`, `DIR/rabbitmq`, `DIR/kmip`, `DIR/moto`, each with a
+# `state` file from which any later call knows ports, passwords and processes. Starting what runs, and stopping what does not, is harmless.
 
 set -euo pipefail
 
@@ -21,7 +21,9 @@ PYTHON=/usr/bin/python3
 POLICY_RC=/usr/sbin/policy-rc.d
 
 # One environment for all scripts. Pinned, so that a new release elsewhere breaks nothing here.
-PYTHON_PACKAGES=(awscli==1.46.3 botocore==1.44.5 cryptography==50.0.2 pykmip==0.11.0 sqlalchemy==2.1.9)
+# moto's server needs of its extras no more than Flask, as long as it is asked for SQS alone.
+PYTHON_PACKAGES=(awscli==1.46.3 botocore==1.44.5 cryptography==50.0.2 flask==3.1.3 flask-cors==6.0.5 moto==5.2.5
+    pykmip==0.11.0 sqlalchemy==2.1.9)
 
 say() { printf '%s\n' "$*" >&2; }
 die() {
@@ -545,6 +547,52 @@ kmip_seed() {
     [[ -f $1/kmip/seed.json ]] || "$TARGET/venv/bin/python" "$ROOT/tests/it/kmip_seed.py" "$KMIP_PORT" "$1/kmip"
 }
 
+# --- SQS --------------------------------------------------------------------------------------------------------
+
+moto_load() {
+    # shellcheck source=/dev/null
+    [[ -f $1/moto/state ]] && source "$1/moto/state"
+}
+
+# As rabbitmq_process.
+moto_process() { grep -qzsx "KEYFERRY_MOTO=$MOTO_PORT" "/proc/$1/environ"; }
+
+moto_running() { moto_load "$1" && moto_process "${MOTO_PID:-0}"; }
+
+# moto_start DIR: a double of SQS that keeps everything in memory, after python_venv. Sets MOTO_PORT.
+moto_start() {
+    local dir=$1/moto
+    if moto_running "$1"; then return; fi
+    moto_stop "$1"
+    mkdir -p "$dir"
+    MOTO_PORT=$(free_port)
+    (
+        # A session of its own, so that Ctrl-C reaches the script and not the server under the tests.
+        exec setsid env KEYFERRY_MOTO="$MOTO_PORT" "$TARGET/venv/bin/moto_server" -H 127.0.0.1 -p "$MOTO_PORT" \
+            </dev/null >"$dir/server.log" 2>&1 9>&-
+    ) &
+    MOTO_PID=$!
+    declare -p MOTO_PORT MOTO_PID | sed 's/^declare -[^ ]*/declare -g/' >"$dir/state"
+    until_ok 10 moto_process "$MOTO_PID" || die "moto did not start: $(tail -n20 "$dir/server.log")"
+    until_ok 60 moto_ready "$1" || die "moto was not ready within a minute: $(tail -n20 "$dir/server.log")"
+}
+
+moto_ready() {
+    moto_process "$MOTO_PID" || die "moto stopped while starting: $(tail -n20 "$1/moto/server.log")"
+    port_open "$MOTO_PORT"
+}
+
+# moto_stop DIR: ends it at once; the log stays as DIR/moto.log.
+moto_stop() {
+    local dir=$1/moto
+    (
+        moto_load "$1" || exit 0
+        if moto_process "$MOTO_PID"; then kill -KILL -- "-$MOTO_PID" 2>/dev/null || true; fi
+        cp "$dir/server.log" "$1/moto.log" 2>/dev/null || true
+    )
+    rm -rf "$dir"
+}
+
 # --- both -------------------------------------------------------------------------------------------------------
 
 # services_start DIR: both servers at once, and the roles with passwords. Sets all the variables above and
@@ -585,6 +633,7 @@ services_stop() {
     rabbitmq_stop "$@" &
     pids+=($!)
     kmip_stop "$1"
+    moto_stop "$1"
     wait "${pids[@]}"
     rm -f "$1/passwords"
 }
@@ -594,6 +643,8 @@ TEST_VARIABLES=(KEYFERRY_TEST_POSTGRES KEYFERRY_TEST_POSTGRES_CA KEYFERRY_TEST_O
     KEYFERRY_TEST_WORKER_PASSWORD KEYFERRY_TEST_READER_PASSWORD KEYFERRY_TEST_AMQP KEYFERRY_TEST_RABBITMQ_API
     KEYFERRY_TEST_RABBITMQ_TLS_PORT KEYFERRY_TEST_RABBITMQ_API_TLS_PORT KEYFERRY_TEST_RABBITMQ_TLS_DIR
     KEYFERRY_TEST_AWS_CLI KEYFERRY_TEST_PYTHON)
+# The same for tests over SQS. After moto_start or moto_load.
+export_moto_variables() { export KEYFERRY_TEST_SQS=http://127.0.0.1:$MOTO_PORT; }
 # The same for tests of the dsm tier. After kmip_start or kmip_load.
 export_kmip_variables() {
     export KEYFERRY_TEST_KMIP=127.0.0.1:$KMIP_PORT
@@ -620,6 +671,18 @@ export_test_variables() {
 # What the program reads, for the database `keyferry` and the vhost `/`.
 SETTINGS_VARIABLES=(KEYFERRY_DATABASE__URL KEYFERRY_DATABASE__OWNER_URL KEYFERRY_DATABASE__CA_FILE
     KEYFERRY_RABBITMQ__URL KEYFERRY_RABBITMQ__API_URL)
+# The same over SQS, for its private double. After moto_start or moto_load. Credentials are the caller's: any will do.
+SQS_VARIABLES=(AWS_ENDPOINT_URL_SQS KEYFERRY_SQS__REGION KEYFERRY_SQS__REQUESTS_QUEUE_URL
+    KEYFERRY_SQS__DEAD_LETTER_QUEUE_URL KEYFERRY_SQS__EVENTS_QUEUE_URL)
+export_sqs_settings() {
+    export AWS_ENDPOINT_URL_SQS=http://127.0.0.1:$MOTO_PORT
+    # The account is moto's.
+    local queues=$AWS_ENDPOINT_URL_SQS/123456789012
+    export KEYFERRY_SQS__REGION=eu-central-1
+    export KEYFERRY_SQS__REQUESTS_QUEUE_URL=$queues/keyferry-jobs
+    export KEYFERRY_SQS__DEAD_LETTER_QUEUE_URL=$queues/keyferry-dead
+    export KEYFERRY_SQS__EVENTS_QUEUE_URL=$queues/keyferry-events
+}
 export_settings() {
     export KEYFERRY_DATABASE__URL=postgres://keyferry_worker:$WORKER_PASSWORD@127.0.0.1:$PG_PORT/keyferry
     export KEYFERRY_DATABASE__OWNER_URL=postgres://keyferry_owner:$OWNER_PASSWORD@127.0.0.1:$PG_PORT/keyferry

@@ -1,19 +1,23 @@
 //! Composition: settings in, a running worker out, and its orderly end.
 
 use crate::amqp::Broker;
-use crate::config::{ConfigError, Loaded};
+use crate::config::{ConfigError, Loaded, Transport};
+use crate::ingress::Ingress;
 use crate::ingress::rabbitmq::Queue;
+use crate::ingress::sqs::Source;
 use crate::intake::Intake;
 use crate::kms::Kms;
-use crate::outbox::Relay;
 use crate::outbox::rabbitmq::Exchange;
-use crate::policy::Targets;
+use crate::outbox::sqs::Events;
+use crate::outbox::{Destination, Relay};
+use crate::policy::{Policy, Targets};
 use crate::source::{Dsm, Kek, KekError, Keyring};
+use crate::sqs::Sqs;
 use crate::store::{SchemaError, Store, StoreError};
 use crate::telemetry::{Health, Metrics, Part, serve_admin};
 use crate::worker::{self, Context};
 use secrecy::ExposeSecret as _;
-use std::sync::Arc;
+use std::sync::{Arc, Once};
 use std::time::Duration;
 use tokio::sync::Notify;
 use tokio::task::JoinSet;
@@ -87,12 +91,14 @@ pub async fn serve(loaded: &Loaded, stop: CancellationToken) -> Result<(), Start
     // Everything that can be wrong is found before the first message is taken.
     let policy = loaded.policy()?;
     let targets = targets(loaded)?;
-    let broker = open_broker(loaded)?;
+    loaded.transports()?;
+    let broker = if loaded.uses(Transport::RabbitMq) { Some(open_broker(loaded)?) } else { None };
     let store = open_store(loaded).await?;
     let keyring = Arc::new(open_keyring(loaded, &store).await?);
     let metrics = Metrics::new()?;
     let dsm = Arc::new(open_dsm(loaded, &metrics)?);
-    let health = Health::of(&[Part::Store, Part::RabbitMq, Part::Events]);
+    let ingresses = settings.requests_from.iter().map(|transport| part(*transport));
+    let health = Health::of(&[Part::Store].into_iter().chain(ingresses).chain([Part::Events]).collect::<Vec<_>>());
     health.set(Part::Store, true);
     let (jobs, events) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
     let regions = loaded.targets()?.iter().flat_map(|target| target.regions.iter().cloned());
@@ -105,12 +111,7 @@ pub async fn serve(loaded: &Loaded, stop: CancellationToken) -> Result<(), Start
     let admin = tokio::spawn(admin);
     tracing::info!(admin.address = %address, jobs.concurrency = settings.worker.concurrency, "starting");
 
-    let intake = Intake {
-        ingress: Queue {
-            broker: broker.clone(),
-            name: settings.rabbitmq.queue.clone(),
-            prefetch: settings.rabbitmq.prefetch,
-        },
+    let common = Common {
         store: store.clone(),
         keyring: Arc::clone(&keyring),
         policy,
@@ -118,17 +119,10 @@ pub async fn serve(loaded: &Loaded, stop: CancellationToken) -> Result<(), Start
         dsm: Arc::clone(&dsm),
         metrics: metrics.clone(),
         health: health.clone(),
-        part: Part::RabbitMq,
         jobs: Arc::clone(&jobs),
         events: Arc::clone(&events),
     };
-    let relay = Relay {
-        destination: Exchange { broker, name: settings.rabbitmq.exchange.clone() },
-        store: store.clone(),
-        metrics: metrics.clone(),
-        health: health.clone(),
-        events: Arc::clone(&events),
-    };
+    let links = links(loaded, broker, &metrics).await?;
     let context = Context {
         store,
         kms,
@@ -144,9 +138,17 @@ pub async fn serve(loaded: &Loaded, stop: CancellationToken) -> Result<(), Start
     };
     let drain = CancellationToken::new();
     let (mut parts, mut relays) = (JoinSet::new(), JoinSet::new());
-    let (stopping, draining) = (stop.clone(), drain.clone());
-    relays.spawn(async move { relay.run(draining).await });
-    parts.spawn(async move { intake.run(stopping).await });
+    match links.events {
+        EventLink::RabbitMq(exchange) => spawn_relay(exchange, &common, &drain, &mut relays),
+        EventLink::Sqs(queue) => spawn_relay(queue, &common, &drain, &mut relays),
+    }
+    if let Some(queue) = links.rabbitmq {
+        spawn_intake(queue, Part::RabbitMq, &common, &stop, &mut parts);
+    }
+    if let Some(source) = links.sqs {
+        spawn_intake(source, Part::Sqs, &common, &stop, &mut parts);
+    }
+    drop(common);
     parts.spawn(worker::run(Arc::new(context), stop.clone()));
 
     let is_broken = tokio::select! {
@@ -167,6 +169,123 @@ pub async fn serve(loaded: &Loaded, stop: CancellationToken) -> Result<(), Start
     finished.cancel();
     drop(tokio::time::timeout(Duration::from_secs(2), admin).await);
     if is_broken { Err(StartError::Broken) } else { Ok(()) }
+}
+
+/// What every intake and the relay work with.
+struct Common {
+    store: Store,
+    keyring: Arc<Keyring>,
+    policy: Policy,
+    targets: Targets,
+    dsm: Arc<Dsm>,
+    metrics: Metrics,
+    health: Health,
+    jobs: Arc<Notify>,
+    events: Arc<Notify>,
+}
+
+/// Both ends of the transports that the settings name.
+struct Links {
+    rabbitmq: Option<Queue>,
+    sqs: Option<Source>,
+    events: EventLink,
+}
+
+enum EventLink {
+    RabbitMq(Exchange),
+    Sqs(Events),
+}
+
+/// Connects nowhere. A broker where the settings use `RabbitMQ`.
+async fn links(loaded: &Loaded, broker: Option<Broker>, metrics: &Metrics) -> Result<Links, ConfigError> {
+    let settings = &loaded.settings;
+    let client = if loaded.uses(Transport::Sqs) {
+        Some(Sqs::connect(settings.sqs.region.as_deref(), metrics.clone()).await)
+    } else {
+        None
+    };
+    let events = match (&client, &broker) {
+        (Some(client), _) if settings.events_to == Transport::Sqs => {
+            EventLink::Sqs(Events { queue: client.queue(loaded.sqs_events_url()?) })
+        }
+        (_, Some(broker)) => {
+            EventLink::RabbitMq(Exchange { broker: broker.clone(), name: settings.rabbitmq.exchange.clone() })
+        }
+        (_, None) => {
+            EventLink::RabbitMq(Exchange { broker: open_broker(loaded)?, name: settings.rabbitmq.exchange.clone() })
+        }
+    };
+    let requests_from = |transport| settings.requests_from.contains(&transport);
+    let rabbitmq = broker.filter(|_| requests_from(Transport::RabbitMq)).map(|broker| Queue {
+        broker,
+        name: settings.rabbitmq.queue.clone(),
+        prefetch: settings.rabbitmq.prefetch,
+    });
+    let sqs = match client.filter(|_| requests_from(Transport::Sqs)) {
+        None => None,
+        Some(client) => {
+            let (requests, dead_letters) = loaded.sqs_requests_urls()?;
+            Some(Source {
+                requests: client.queue(requests),
+                dead_letters: client.queue(dead_letters),
+                pollers: settings.sqs.pollers,
+                wait: settings.sqs.wait(),
+                visibility: settings.sqs.visibility(),
+                in_hand: settings.sqs.in_hand,
+                metrics: metrics.clone(),
+                told: Once::new(),
+            })
+        }
+    };
+    Ok(Links { rabbitmq, sqs, events })
+}
+
+fn part(transport: Transport) -> Part {
+    match transport {
+        Transport::RabbitMq => Part::RabbitMq,
+        Transport::Sqs => Part::Sqs,
+    }
+}
+
+fn spawn_intake<I: Ingress + 'static>(
+    ingress: I,
+    part: Part,
+    common: &Common,
+    stop: &CancellationToken,
+    parts: &mut JoinSet<()>,
+) {
+    let intake = Intake {
+        ingress,
+        store: common.store.clone(),
+        keyring: Arc::clone(&common.keyring),
+        policy: common.policy,
+        targets: common.targets.clone(),
+        dsm: Arc::clone(&common.dsm),
+        metrics: common.metrics.clone(),
+        health: common.health.clone(),
+        part,
+        jobs: Arc::clone(&common.jobs),
+        events: Arc::clone(&common.events),
+    };
+    let stop = stop.clone();
+    parts.spawn(async move { intake.run(stop).await });
+}
+
+fn spawn_relay<D: Destination + 'static>(
+    destination: D,
+    common: &Common,
+    drain: &CancellationToken,
+    relays: &mut JoinSet<()>,
+) {
+    let relay = Relay {
+        destination,
+        store: common.store.clone(),
+        metrics: common.metrics.clone(),
+        health: common.health.clone(),
+        events: Arc::clone(&common.events),
+    };
+    let drain = drain.clone();
+    relays.spawn(async move { relay.run(drain).await });
 }
 
 fn targets(loaded: &Loaded) -> Result<Targets, ConfigError> {

@@ -33,6 +33,8 @@ pub enum Kind {
     Succeeded,
     /// The job's outcome.
     Failed,
+    /// An operator cancelled the job; it ends as soon as nothing is in doubt.
+    CancelRequested,
     /// An operator made a source key, or a job did.
     SourceKeyCreated,
     /// An operator brought a source key.
@@ -56,6 +58,7 @@ impl Kind {
             Self::AttemptFailed => "attempt_failed",
             Self::Succeeded => "succeeded",
             Self::Failed => "failed",
+            Self::CancelRequested => "cancel_requested",
             Self::SourceKeyCreated => "source_key_created",
             Self::SourceKeyImported => "source_key_imported",
             Self::SourceKeyDeleted => "source_key_deleted",

@@ -1,8 +1,10 @@
 //! Typed settings: one TOML file, every setting overridable by `KEYFERRY_SECTION__NAME`.
 
 mod dsm;
+mod sqs;
 
 pub use dsm::{DsmConnection, DsmProtocol};
+pub use sqs::{Sqs, Transport};
 
 use crate::policy::Policy;
 use figment::Figment;
@@ -18,16 +20,25 @@ use std::time::Duration;
 /// Where settings are looked for when no file is named.
 pub const DEFAULT_FILE: &str = "keyferry.toml";
 
+/// A setting, whether its value keeps to the rule, and the rule.
+type Rule = (&'static str, bool, &'static str);
+
 /// All settings. Sections that a command does not need may be missing.
-#[derive(Clone, Debug, Default, Deserialize, Serialize)]
+#[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Settings {
     /// Who may ask for what. `serve` refuses to start without it.
     pub policy: Option<Policy>,
+    /// What carries requests: one or both. `submit` publishes over the first.
+    pub requests_from: Vec<Transport>,
+    /// What carries events.
+    pub events_to: Transport,
     /// Postgres.
     pub database: Database,
     /// `RabbitMQ`.
     pub rabbitmq: RabbitMq,
+    /// `SQS`.
+    pub sqs: Sqs,
     /// The local key store.
     pub keys: Keys,
     /// Connections to KMIP servers, by name.
@@ -267,6 +278,42 @@ impl Loaded {
         self.need("rabbitmq.api_url", self.settings.rabbitmq.api_url.as_ref())
     }
 
+    /// `sqs.requests_queue_url` and `sqs.dead_letter_queue_url`.
+    pub fn sqs_requests_urls(&self) -> Result<(&str, &str), ConfigError> {
+        let dead_letters = self.settings.sqs.dead_letter_queue_url.as_deref();
+        Ok((self.sqs_requests_url()?, dead_letters.ok_or_else(|| self.missing("sqs.dead_letter_queue_url"))?))
+    }
+
+    /// `sqs.requests_queue_url`: all that a publisher needs.
+    pub fn sqs_requests_url(&self) -> Result<&str, ConfigError> {
+        self.settings.sqs.requests_queue_url.as_deref().ok_or_else(|| self.missing("sqs.requests_queue_url"))
+    }
+
+    /// `sqs.events_queue_url`.
+    pub fn sqs_events_url(&self) -> Result<&str, ConfigError> {
+        self.settings.sqs.events_queue_url.as_deref().ok_or_else(|| self.missing("sqs.events_queue_url"))
+    }
+
+    /// Whether the transports that carry something have what they need.
+    pub fn transports(&self) -> Result<(), ConfigError> {
+        let Settings { requests_from, events_to, .. } = &self.settings;
+        for transport in requests_from {
+            match transport {
+                Transport::RabbitMq => self.amqp_url().map(drop)?,
+                Transport::Sqs => self.sqs_requests_urls().map(drop)?,
+            }
+        }
+        match events_to {
+            Transport::RabbitMq => self.amqp_url().map(drop),
+            Transport::Sqs => self.sqs_events_url().map(drop),
+        }
+    }
+
+    /// Whether requests or events go over it.
+    pub fn uses(&self, transport: Transport) -> bool {
+        self.settings.events_to == transport || self.settings.requests_from.contains(&transport)
+    }
+
     /// `policy`.
     pub fn policy(&self) -> Result<Policy, ConfigError> {
         self.settings.policy.ok_or_else(|| self.missing("policy"))
@@ -350,10 +397,12 @@ impl Loaded {
     }
 
     fn check(&self) -> Result<(), ConfigError> {
-        let Settings { worker, database, rabbitmq, targets, dsm, dsm_default, .. } = &self.settings;
+        let Settings { requests_from, worker, database, rabbitmq, sqs, targets, dsm, dsm_default, .. } = &self.settings;
         // AMQP carries no longer name.
         let is_name = |name: &str| (1..=255).contains(&name.len());
-        let rules: [(&'static str, bool, &'static str); 11] = [
+        let is_twice = requests_from.len() == 2 && requests_from[0] == requests_from[1];
+        let rules: [Rule; 12] = [
+            ("requests_from", (1..=2).contains(&requests_from.len()) && !is_twice, "rabbitmq, sqs, or both, each once"),
             ("worker.concurrency", (1..=1024).contains(&worker.concurrency), "1 to 1024"),
             ("worker.aws_timeout_ms", (100..=60_000).contains(&worker.aws_timeout_ms), "100 to 60000"),
             (
@@ -376,12 +425,32 @@ impl Loaded {
             ),
             ("targets.regions", targets.iter().all(|target| !target.regions.is_empty()), "at least one Region"),
         ];
-        match rules.into_iter().find(|(_, holds, _)| !holds) {
+        match rules.into_iter().chain(sqs.rules()).find(|(_, holds, _)| !holds) {
             Some((name, _, expected)) => Err(ConfigError::Invalid { name: name.into(), expected }),
             None => match dsm::broken_rule(dsm, dsm_default.as_deref()) {
                 Some((name, expected)) => Err(ConfigError::Invalid { name: name.into(), expected }),
                 None => Ok(()),
             },
+        }
+    }
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            policy: None,
+            requests_from: vec![Transport::RabbitMq],
+            events_to: Transport::RabbitMq,
+            database: Database::default(),
+            rabbitmq: RabbitMq::default(),
+            sqs: Sqs::default(),
+            keys: Keys::default(),
+            dsm: BTreeMap::new(),
+            dsm_default: None,
+            targets: Vec::new(),
+            worker: Worker::default(),
+            admin: Admin::default(),
+            log: Log::default(),
         }
     }
 }
@@ -567,6 +636,31 @@ mod tests {
     }
 
     #[test]
+    fn each_transport_needs_its_own_settings_and_no_others() {
+        let url = |name: &str| format!("https://sqs.eu-central-1.amazonaws.com/111122223333/{name}");
+        let missing = |text: &str| read(text).unwrap().transports().map_err(|error| error.to_string());
+        let amqp = "[rabbitmq]\nurl = \"amqp://h\"\n";
+        let requests = format!("requests_queue_url = \"{}\"\n", url("r"));
+        let dead = format!("dead_letter_queue_url = \"{}\"\n", url("d"));
+        let events = format!("events_queue_url = \"{}\"\n", url("e"));
+        let (both, sqs) =
+            ("requests_from = [\"sqs\", \"rabbitmq\"]\n", "requests_from = [\"sqs\"]\nevents_to = \"sqs\"\n");
+        assert!(missing("").unwrap_err().contains("rabbitmq.url"));
+        assert!(missing(amqp).is_ok());
+        assert!(
+            missing(&format!("{sqs}{amqp}[sqs]\n{events}")).unwrap_err().contains("KEYFERRY_SQS__REQUESTS_QUEUE_URL")
+        );
+        assert!(missing(&format!("{sqs}[sqs]\n{requests}{events}")).unwrap_err().contains("sqs.dead_letter_queue_url"));
+        assert!(missing(&format!("{sqs}[sqs]\n{requests}{dead}")).unwrap_err().contains("sqs.events_queue_url"));
+        assert!(missing(&format!("{sqs}[sqs]\n{requests}{dead}{events}")).is_ok());
+        assert!(missing(&format!("{both}[sqs]\n{requests}{dead}")).unwrap_err().contains("rabbitmq.url"));
+        let loaded = read(&format!("{both}{amqp}[sqs]\n{requests}{dead}")).unwrap();
+        assert!(loaded.transports().is_ok() && loaded.uses(Transport::Sqs) && loaded.uses(Transport::RabbitMq));
+        assert_eq!(loaded.settings.requests_from, [Transport::Sqs, Transport::RabbitMq]);
+        assert!(!read(sqs).unwrap().uses(Transport::RabbitMq));
+    }
+
+    #[test]
     fn a_wrong_setting_is_named() {
         for (text, named) in [
             ("colour = 1", "colour"),
@@ -576,6 +670,19 @@ mod tests {
             ("policy = \"deny\"", "policy"),
             ("[rabbitmq]\nqueue = \"\"", "rabbitmq.queue"),
             ("[[targets]]\naccount = \"1\"\nregions = [\"r\"]", "targets.account"),
+            ("requests_from = []", "requests_from"),
+            ("requests_from = [\"sqs\", \"sqs\"]", "requests_from"),
+            ("requests_from = [\"kafka\"]", "requests_from"),
+            ("events_to = \"kafka\"", "events_to"),
+            ("[sqs]\nrequests_queue_url = \"jobs\"", "sqs.requests_queue_url"),
+            (
+                "[sqs]\nrequests_queue_url = \"https://h/1/a\"\ndead_letter_queue_url = \"https://h/1/a\"",
+                "sqs.dead_letter_queue_url",
+            ),
+            ("[sqs]\npollers = 0", "sqs.pollers"),
+            ("[sqs]\nwait_s = 21", "sqs.wait_s"),
+            ("[sqs]\nvisibility_timeout_s = 4", "sqs.visibility_timeout_s"),
+            ("[sqs]\npollers = 2\nin_hand = 19", "sqs.in_hand"),
             ("dsm_default = \"a\"", "dsm_default"),
             ("[dsm.a]\nservers = [\"h\"]", "ca_file"),
             (&dsm("A", ""), "dsm.A"),

@@ -56,16 +56,22 @@ impl<I: Ingress> Intake<I> {
                 outcome = self.open() => outcome,
             };
             let error = match outcome {
-                Ok(session) => {
+                Ok(mut session) => {
                     self.metrics.broker_sessions.with_label_values(&[I::TRANSPORT, "ingress"]).inc();
                     self.health.set(self.part, true);
                     tracing::info!(ingress = I::TRANSPORT, queue = self.ingress.queue(), "consuming");
-                    let ended = self.consume(session, &stop, &mut failures).await;
+                    let ended = self.consume(&mut session, &stop, &mut failures).await;
                     self.health.set(self.part, false);
                     match ended {
-                        Ok(()) => return,
+                        Ok(()) => {
+                            if let Err(error) = session.give_back().await {
+                                tracing::warn!(%error, ingress = I::TRANSPORT, "what was in hand could not be given back");
+                            }
+                            return;
+                        }
                         Err(error) => {
                             self.metrics.broker_sessions_broken.with_label_values(&[I::TRANSPORT, "ingress"]).inc();
+                            session.abandon().await;
                             error
                         }
                     }
@@ -95,20 +101,21 @@ impl<I: Ingress> Intake<I> {
         self.ingress.open().await
     }
 
+    /// Until `stop`, or until the session is of no more use. The caller ends it.
     async fn consume(
         &self,
-        mut session: I::Session,
+        session: &mut I::Session,
         stop: &CancellationToken,
         failures: &mut Attempts,
     ) -> Result<(), SessionFault<I>> {
         loop {
             let batch = tokio::select! {
-                () = stop.cancelled() => return session.give_back().await,
+                () = stop.cancelled() => return Ok(()),
                 batch = session.next_batch(BATCH) => batch?,
             };
             crate::failpoint!("intake.after_receive");
             let verdicts = tokio::select! {
-                () = stop.cancelled() => return session.give_back().await,
+                () = stop.cancelled() => return Ok(()),
                 verdicts = self.decide(&batch) => verdicts,
             };
             failures.reset();
@@ -132,7 +139,7 @@ impl<I: Ingress> Intake<I> {
                 Verdict::Duplicate => "duplicate",
                 Verdict::Refused => "refused",
             };
-            self.metrics.intake_messages.with_label_values(&[word]).inc();
+            self.metrics.intake_messages.with_label_values(&[I::TRANSPORT, word]).inc();
         }
         if verdicts.contains(&Verdict::Accepted) {
             self.jobs.notify_one();

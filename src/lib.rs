@@ -3,12 +3,12 @@
 //! # The path of one job
 //!
 //! ```text
-//!  RabbitMQ                                                             RabbitMQ
+//!  RabbitMQ, SQS                                                        RabbitMQ or SQS
 //!     | message                                                            ^ event, confirmed
 //!     v                                                                    |
 //!  ingress --Delivery--> intake --Candidate--> store::accept            outbox::Relay
 //!     ^                  parse, target, policy    | commit                 ^ store::take_events
-//!     +---- Settlement: ack, or dead letter <-----+                        |
+//!     +---- Settlement: done, or dead letter <----+                        |
 //!                                                 v                        |
 //!  worker::run --> store::claim (lease) --> worker::attempt                |
 //!                    may run? -> DescribeKey -> source key (store, or KMIP server) -> GetParametersForImport
@@ -31,14 +31,15 @@
 //! | [`audit`] | what is recorded | `job` |
 //! | [`kms`] | performs one AWS call truthfully | `job`, `telemetry` |
 //! | [`tls`] | who a client is and whom it trusts | - |
-//! | [`amqp`] | connections to the broker | `config`, `tls` |
-//! | [`ingress`] | broker deliveries in, settlements out | `job`, `amqp` |
+//! | [`amqp`] | connections to RabbitMQ | `config`, `tls` |
+//! | [`sqs`] | performs calls and batches of SQS truthfully | `retry`, `telemetry` |
+//! | [`ingress`] | broker deliveries in, settlements out | `job`, `amqp`, `sqs`, `retry`, `telemetry` |
 //! | [`store`] | every SQL statement and transaction | `job`, `audit`, `source`'s sealed types, `config`, `tls` |
 //! | [`intake`] | parse, authorise, accept or refuse, settle | `ingress`, `job`, `policy`, `retry`, `source`, `store` |
 //! | [`dead`] | dead letters: shown, matched to their refusals, sent again | `amqp`, `ingress`, `job`, `source`, `store` |
-//! | [`outbox`] | committed events to the broker until confirmed | `amqp`, `retry`, `store` |
+//! | [`outbox`] | committed events to the broker until confirmed | `amqp`, `sqs`, `retry`, `store` |
 //! | [`worker`] | drives a job | the above except `ingress`, `intake`, `outbox` |
-//! | [`topology`] | the broker's queues as data | - |
+//! | [`topology`] | RabbitMQ's queues as data | - |
 //! | [`config`], [`telemetry`] | settings; logs, metrics, admin HTTP | `policy`; `config` |
 //! | [`app`], [`cli`] | composition; commands | all |
 //!
@@ -70,6 +71,7 @@ pub mod outbox;
 pub mod policy;
 pub mod retry;
 pub mod source;
+pub mod sqs;
 pub mod store;
 pub mod telemetry;
 pub mod tls;

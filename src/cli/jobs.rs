@@ -1,15 +1,16 @@
 //! `keyferry jobs`.
 
 use super::Failed;
+use super::cancel::Cancel;
 use super::output::{Output, duration};
 use crate::app::open_store;
 use crate::config::Loaded;
 use crate::intake::ANONYMOUS;
 use crate::store::{JobFilter, JobView, Store};
 use anyhow::anyhow;
-use clap::{Args, Subcommand, ValueEnum};
+use clap::{ArgGroup, Args, Subcommand, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::io::IsTerminal as _;
 use std::time::{Duration, Instant};
 use uuid::Uuid;
@@ -31,6 +32,8 @@ pub(super) enum Jobs {
     },
     /// Wait until jobs have ended. Exit code 3 if one did not succeed, 4 if it took too long.
     Wait(Wait),
+    /// Cancel jobs that have not ended.
+    Cancel(Cancel),
 }
 
 /// How requests were sent that are asked for by their own ids.
@@ -39,7 +42,7 @@ pub(super) struct Sent {
     /// The CloudEvents `source` of the requests: their ids are unique within it, and are looked up in it alone.
     /// Not needed for requests that came without an envelope, and for ids of jobs and events.
     #[arg(long, value_name = "URI", default_value = "", hide_default_value = true)]
-    source: String,
+    pub(super) source: String,
 }
 
 #[derive(Debug, Args)]
@@ -50,7 +53,7 @@ pub(super) struct List {
     /// Only jobs on this KMS key: its ARN, or the id that Keyferry gave it.
     #[arg(long)]
     key: Option<String>,
-    /// Only jobs of this batch. Reads from the newest on until --limit of them are found, or all were read.
+    /// Only jobs of this batch.
     #[arg(long)]
     batch: Option<String>,
     /// Rows at most.
@@ -69,12 +72,15 @@ enum State {
 }
 
 #[derive(Debug, Args)]
+#[command(group = ArgGroup::new("which").required(true).args(["ids", "batch"]))]
 pub(super) struct Wait {
     /// Ids of jobs, of the events of refusals, or of requests.
-    #[arg(required = true)]
     ids: Vec<String>,
     #[command(flatten)]
     sent: Sent,
+    /// All jobs of this batch: until there are some, and none of them waits.
+    #[arg(long, value_name = "NAME")]
+    batch: Option<String>,
     /// Give up after this time.
     #[arg(long, default_value = "5m", value_name = "TIME", value_parser = duration)]
     timeout: Duration,
@@ -116,18 +122,24 @@ impl Jobs {
                 });
             }
             Self::Wait(wait) => {
-                let followed = follow(&store, &wait.sent.source, wait.ids, wait.timeout).await?;
+                let followed = match &wait.batch {
+                    Some(batch) => follow_batch(&store, batch, wait.timeout).await?,
+                    None => follow(&store, &wait.sent.source, wait.ids, wait.timeout).await?,
+                };
                 finish(output, &followed)?;
             }
+            Self::Cancel(cancel) => cancel.run(&store, output).await?,
         }
         Ok(())
     }
 }
 
 /// Jobs that were waited for.
+#[derive(Default)]
 pub(super) struct Followed {
-    pub(super) ended: Vec<JobView>,
-    pub(super) missing: usize,
+    /// How many ended in which state, with which code.
+    ended: BTreeMap<(String, String), u64>,
+    missing: u64,
 }
 
 /// Waits for requests or jobs to end, with a progress bar on a terminal.
@@ -143,8 +155,7 @@ pub(super) async fn follow(
     // One that was named twice would be waited for once more than it ends.
     waiting.dedup();
     let bar = progress_bar(waiting.len() as u64, "jobs");
-    let mut ended: HashMap<String, JobView> = HashMap::new();
-    let (mut failed, mut refused) = (0, 0);
+    let mut followed = Followed::default();
     loop {
         let mut left = Vec::new();
         for page in waiting.chunks(PAGE) {
@@ -152,16 +163,14 @@ pub(super) async fn follow(
             for id in page {
                 match by_id.remove(id) {
                     Some(view) => {
-                        failed += usize::from(view.state == "failed");
-                        refused += usize::from(view.state == "rejected");
                         bar.inc(1);
-                        ended.insert(id.clone(), view);
+                        *followed.ended.entry((view.state.clone(), error_code(&view))).or_default() += 1;
                     }
                     None => left.push(id.clone()),
                 }
             }
         }
-        bar.set_message(format!("{failed} failed, {refused} refused"));
+        bar.set_message(format!("{} failed, {} refused", followed.count("failed"), followed.count("rejected")));
         waiting = left;
         if waiting.is_empty() || Instant::now() >= until {
             break;
@@ -169,17 +178,45 @@ pub(super) async fn follow(
         tokio::time::sleep(POLL).await;
     }
     bar.finish();
-    Ok(Followed { ended: ended.into_values().collect(), missing: waiting.len() })
+    followed.missing = waiting.len() as u64;
+    Ok(followed)
+}
+
+/// Waits until no job of a batch waits any more.
+async fn follow_batch(store: &Store, batch: &str, timeout: Duration) -> Result<Followed, Failed> {
+    let until = Instant::now() + timeout;
+    let bar = progress_bar(0, "jobs");
+    loop {
+        let asked_at = Instant::now();
+        let mut counts = store.batch_counts(batch).await?;
+        let all: u64 = counts.values().sum();
+        let missing = counts.remove(&("waiting".to_owned(), String::new())).unwrap_or(0);
+        let followed = Followed { ended: counts, missing };
+        bar.set_length(all);
+        bar.set_position(all - missing);
+        bar.set_message(format!("{} failed", followed.count("failed")));
+        if (all > 0 && missing == 0) || Instant::now() >= until {
+            bar.finish();
+            // A batch that nobody has heard of has not ended.
+            let missing = if all == 0 { 1 } else { missing };
+            return Ok(Followed { missing, ..followed });
+        }
+        // Counting a large batch must not become the store's main work.
+        tokio::time::sleep(POLL.max(asked_at.elapsed() * 10)).await;
+    }
+}
+
+impl Followed {
+    fn count(&self, wanted: &str) -> u64 {
+        self.ended.iter().filter(|((state, _), _)| state == wanted).map(|(_, count)| count).sum()
+    }
 }
 
 /// Summarises and gives the exit code.
 pub(super) fn finish(output: Output, followed: &Followed) -> Result<(), Failed> {
-    let mut counts: HashMap<(String, String), usize> = HashMap::new();
-    for job in &followed.ended {
-        *counts.entry((job.state.clone(), error_code(job))).or_default() += 1;
-    }
-    let mut rows: Vec<serde_json::Value> = counts
-        .into_iter()
+    let mut rows: Vec<serde_json::Value> = followed
+        .ended
+        .iter()
         .map(|((state, code), count)| serde_json::json!({"state": state, "code": code, "count": count}))
         .collect();
     if followed.missing > 0 {
@@ -191,7 +228,7 @@ pub(super) fn finish(output: Output, followed: &Followed) -> Result<(), Failed> 
     });
     if followed.missing > 0 {
         Err(Failed::Timeout)
-    } else if followed.ended.iter().all(|job| job.state == "succeeded") {
+    } else if followed.ended.keys().all(|(state, _)| state == "succeeded") {
         Ok(())
     } else {
         Err(Failed::Jobs)

@@ -1,7 +1,7 @@
 //! `keyferry keys`: the source keys of the local store.
 
 use super::output::Output;
-use super::{Coded, Failed, warn_of_kek_file};
+use super::{Coded, Failed, operator, warn_of_kek_file};
 use crate::app::{open_keyring, open_store};
 use crate::config::Loaded;
 use crate::job::KeyKind;
@@ -227,12 +227,4 @@ impl std::fmt::Display for Encoding {
             Self::Pem => "PEM",
         })
     }
-}
-
-/// Who is named in the audit trail.
-fn operator() -> String {
-    ["SUDO_USER", "USER", "LOGNAME"]
-        .iter()
-        .find_map(|name| std::env::var(name).ok())
-        .unwrap_or_else(|| "unknown".into())
 }

@@ -3,20 +3,21 @@
 //! Tables for people on a terminal, `--json` for programs. Exit codes: 0 done, 1 it could not be done, 2 the
 //! command line or a setting is wrong, 3 a job that was waited for did not succeed, 4 waiting took too long.
 
+mod cancel;
 mod dead;
 mod jobs;
 mod keys;
 mod output;
+mod publish;
 mod source;
 mod submit;
+mod topology;
 
-use crate::amqp;
 use crate::app::{self, StartError};
-use crate::config::{ConfigError, Loaded};
+use crate::config::{ConfigError, Loaded, Transport};
 use crate::source::MaterialFault;
 use crate::store;
 use crate::telemetry::{Metrics, start_logs};
-use crate::topology::{Management, Names, own_names};
 use anyhow::Context as _;
 use clap::{Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 use output::Output;
@@ -61,7 +62,7 @@ enum Command {
     Migrate,
     /// Publish import requests.
     Submit(Box<submit::Submit>),
-    /// Look at jobs.
+    /// Look at jobs, wait for them, cancel them.
     #[command(subcommand)]
     Jobs(jobs::Jobs),
     /// Look at messages that were refused, and send them again once the cause is mended.
@@ -73,9 +74,9 @@ enum Command {
     /// Look at the servers that keys come from.
     #[command(subcommand)]
     Source(source::Source),
-    /// The broker's queues, exchanges, bindings and policies.
+    /// The queues of RabbitMQ or SQS, and RabbitMQ's exchanges, bindings and policies.
     #[command(subcommand)]
-    Topology(Topology),
+    Topology(topology::Topology),
     /// The settings.
     #[command(subcommand)]
     Config(Config),
@@ -86,15 +87,6 @@ struct Serve {
     /// Bring the schema up to date first. For demonstrations: it needs the owner's rights (`database.owner_url`).
     #[arg(long)]
     migrate: bool,
-}
-
-#[derive(Debug, Subcommand)]
-enum Topology {
-    /// Make what is missing of the default topology, over the management API (`rabbitmq.api_url`).
-    Apply,
-    /// Compare with what is there; exit code 1 when something differs. A queue or an exchange that only the settings
-    /// name has to be there and is not looked into.
-    Check,
 }
 
 #[derive(Debug, Subcommand)]
@@ -177,39 +169,6 @@ async fn run(cli: Cli) -> Result<(), Failed> {
     Ok(())
 }
 
-impl Topology {
-    async fn run(self, loaded: &Loaded, output: Output) -> Result<(), Failed> {
-        let rabbitmq = &loaded.settings.rabbitmq;
-        let broker = app::open_broker(loaded)?;
-        let (tls, _) = amqp::identity(rabbitmq)?.current();
-        let management = Management::new(loaded.rabbitmq_api_url()?, broker.vhost(), &tls)?;
-        let names = Names {
-            queue: &rabbitmq.queue,
-            dead_letter_queue: &rabbitmq.dead_letter_queue,
-            exchange: &rabbitmq.exchange,
-        };
-        let own = own_names(&names)?;
-        if matches!(self, Self::Apply) {
-            management.apply().await?;
-            if !own.is_empty() {
-                eprintln!(
-                    "keyferry: only the default topology is made; yours to make, with their bindings and policies: {}",
-                    own.join(", ")
-                );
-            }
-        }
-        let found = management.check(&names).await?;
-        output.value(&found, |found| match found.as_slice() {
-            [] => "the topology is as it should be".into(),
-            found => {
-                let lines = found.iter().map(|one| format!("{} {}: {}", one.kind, one.name, one.problem));
-                lines.collect::<Vec<_>>().join("\n")
-            }
-        });
-        if found.is_empty() { Ok(()) } else { Err(Failed::Said) }
-    }
-}
-
 impl Config {
     fn run(self, loaded: &Loaded, output: Output) -> Result<(), Failed> {
         match self {
@@ -220,7 +179,10 @@ impl Config {
                 loaded.policy()?;
                 loaded.targets()?;
                 loaded.database_url()?;
-                app::open_broker(loaded)?;
+                loaded.transports()?;
+                if loaded.uses(Transport::RabbitMq) {
+                    app::open_broker(loaded)?;
+                }
                 warn_of_kek_file(loaded);
                 let kek = loaded.kek()?;
                 crate::source::Kek::parse(secrecy::ExposeSecret::expose_secret(&kek))?;
@@ -244,6 +206,14 @@ fn warn_of_open_files(loaded: &Loaded) {
     for warning in loaded.rabbitmq_file_warnings().into_iter().chain(loaded.dsm_key_file_warnings()) {
         eprintln!("keyferry: warning: {warning}");
     }
+}
+
+/// Who is named in the audit trail: the operating system's user, as far as it says.
+fn operator() -> String {
+    ["SUDO_USER", "USER", "LOGNAME"]
+        .iter()
+        .find_map(|name| std::env::var(name).ok())
+        .unwrap_or_else(|| "unknown".into())
 }
 
 /// Cancelled by SIGTERM or SIGINT.

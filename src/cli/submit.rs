@@ -3,14 +3,12 @@
 use super::Failed;
 use super::jobs::{finish, follow, progress_bar};
 use super::output::{Output, duration};
-use crate::amqp::{SessionError, within};
-use crate::app::{open_broker, open_store};
-use crate::config::Loaded;
+use super::publish::Link;
+use crate::app::open_store;
+use crate::config::{Loaded, Transport};
 use crate::job::{MAX_BODY_BYTES, RequestId};
 use anyhow::{Context as _, anyhow, bail};
 use clap::{ArgGroup, Args};
-use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
-use lapin::{BasicProperties, Channel, Confirmation};
 use serde_json::{Map, Value, json};
 use std::io::BufRead as _;
 use std::path::PathBuf;
@@ -87,6 +85,9 @@ pub(super) struct Submit {
     /// JSON Lines, one request a line; - for standard input.
     #[arg(long, value_name = "FILE")]
     file: Option<PathBuf>,
+    /// What carries the requests: rabbitmq or sqs; absent: the first of `requests_from`.
+    #[arg(long, value_name = "NAME", value_parser = transport)]
+    over: Option<Transport>,
     /// Follow the jobs until they have ended. Exit code 3 if one did not succeed, 4 if it took too long.
     #[arg(long)]
     wait: bool,
@@ -96,43 +97,32 @@ pub(super) struct Submit {
 }
 
 /// A request ready to be published.
-struct Message {
-    id: String,
-    body: Vec<u8>,
+pub(super) struct Message {
+    pub(super) id: String,
+    pub(super) body: String,
+    /// The KMS key as it is named there; SQS orders by it.
+    pub(super) key: Option<String>,
 }
 
 impl Submit {
     pub(super) async fn run(self, loaded: &Loaded, output: Output) -> Result<(), Failed> {
         // Before anything is published: following needs the store.
         let store = if self.wait { Some(open_store(loaded).await?) } else { None };
-        let broker = open_broker(loaded)?;
-        let patience = broker.timeout();
-        let connection = broker.connect("keyferry submit").await.context("RabbitMQ cannot be reached")?;
-        let channel = within(patience, async {
-            let channel = connection.create_channel().await?;
-            channel.confirm_select(ConfirmSelectOptions::default()).await?;
-            Ok(channel)
-        })
-        .await?;
+        let first = loaded.settings.requests_from.first().copied();
+        let link = Link::open(loaded, self.over.or(first).unwrap_or(Transport::RabbitMq)).await?;
         let (timeout, is_waiting) = (self.timeout, self.wait);
 
         let (sender, mut messages) = mpsc::channel(WINDOW);
         let reader = tokio::task::spawn_blocking(move || self.read(&sender));
         let bar = progress_bar(0, "requests sent");
-        let queue = loaded.settings.rabbitmq.queue.as_str();
         let mut sent: Vec<String> = Vec::new();
         let mut window = Vec::with_capacity(WINDOW);
         let mut count = 0_u64;
         while messages.recv_many(&mut window, WINDOW).await > 0 {
-            // A broker that is short of memory or disk stops reading and says nothing to a publisher.
-            within(patience, publish(&channel, queue, &window))
-                .await
-                .map_err(anyhow::Error::from)
-                .and_then(|confirmations| taken(queue, &confirmations))
-                .with_context(|| {
-                    let more = window.len();
-                    format!("{count} requests were published, and up to {more} more may have been, before this")
-                })?;
+            link.publish(&window).await.with_context(|| {
+                let more = window.len();
+                format!("{count} requests were published, and up to {more} more may have been, before this")
+            })?;
             count += window.len() as u64;
             bar.set_length(count);
             bar.set_position(count);
@@ -143,7 +133,7 @@ impl Submit {
         }
         bar.finish_and_clear();
         let read = reader.await?;
-        within(patience, async { Ok(connection.close(200, "done".into()).await?) }).await?;
+        link.close().await?;
         read.with_context(|| format!("{count} requests were published before this"))?;
         if let Some(store) = store {
             let followed = follow(&store, "", sent, timeout).await?;
@@ -215,7 +205,7 @@ impl Submit {
         if self.dry_run {
             fields.insert("dry_run".into(), json!(true));
         }
-        Ok(Message { id, body: serde_json::to_vec(&Value::Object(fields))? })
+        Ok(Message { id, body: serde_json::to_string(&Value::Object(fields))?, key: self.key.clone() })
     }
 }
 
@@ -228,16 +218,17 @@ fn from_line(line: &str) -> anyhow::Result<Message> {
     if line.len() > MAX_BODY_BYTES {
         bail!("larger than 64 KiB");
     }
+    let key = fields.get("key").and_then(Value::as_str).map(str::to_owned);
     match fields.get("id") {
         Some(Value::String(id)) => {
             let id = request_id(id).map_err(|expected| anyhow!("id: {expected}"))?;
-            Ok(Message { id, body: line.as_bytes().to_vec() })
+            Ok(Message { id, body: line.to_owned(), key })
         }
         Some(_) => bail!("id: expected a string"),
         None => {
             let id = Uuid::new_v4().to_string();
             fields.insert("id".into(), json!(id));
-            Ok(Message { id, body: serde_json::to_vec(&fields)? })
+            Ok(Message { id, body: serde_json::to_string(&fields)?, key })
         }
     }
 }
@@ -248,33 +239,10 @@ fn request_id(text: &str) -> Result<String, String> {
     Ok(id.as_str().to_owned())
 }
 
-async fn publish(channel: &Channel, queue: &str, messages: &[Message]) -> Result<Vec<Confirmation>, SessionError> {
-    let mut sent = Vec::with_capacity(messages.len());
-    for message in messages {
-        let properties = BasicProperties::default()
-            .with_content_type("application/json".into())
-            .with_delivery_mode(2)
-            .with_message_id(message.id.as_str().into());
-        let options = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
-        sent.push(channel.basic_publish("".into(), queue.into(), options, &message.body, properties).await?);
+fn transport(text: &str) -> Result<Transport, String> {
+    match text {
+        "rabbitmq" => Ok(Transport::RabbitMq),
+        "sqs" => Ok(Transport::Sqs),
+        _ => Err("expected rabbitmq or sqs".to_owned()),
     }
-    let mut confirmations = Vec::with_capacity(sent.len());
-    for confirmation in sent {
-        confirmations.push(confirmation.await?);
-    }
-    Ok(confirmations)
-}
-
-/// Whether the broker took every request of a window.
-fn taken(queue: &str, confirmations: &[Confirmation]) -> anyhow::Result<()> {
-    for confirmation in confirmations {
-        match confirmation {
-            Confirmation::Ack(None) => {}
-            Confirmation::Ack(Some(_)) => bail!("there is no queue {queue}; make it with: keyferry topology apply"),
-            Confirmation::Nack(_) | Confirmation::NotRequested => {
-                bail!("the queue {queue} is full: RabbitMQ would not take a request")
-            }
-        }
-    }
-    Ok(())
 }

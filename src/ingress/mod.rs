@@ -3,6 +3,7 @@
 //! One shape for every transport: an [`Ingress`] opens sessions, a [`Session`] gives batches and takes their settlements.
 
 pub mod rabbitmq;
+pub mod sqs;
 
 use crate::job::Envelope;
 use std::fmt;
@@ -26,7 +27,7 @@ pub trait Ingress: Send + Sync {
 /// Why a session of this ingress is of no more use.
 pub type SessionFault<I> = <<I as Ingress>::Session as Session>::Error;
 
-/// A consumer with at most one batch in hand. What it holds is the broker's again when it is gone.
+/// A consumer with at most one batch in hand. What it holds is the broker's again once it has ended.
 pub trait Session: Send {
     /// Why it is of no more use.
     type Error: fmt::Display + Send;
@@ -39,6 +40,10 @@ pub trait Session: Send {
 
     /// Ends the session: takes no more, gives back what is in hand.
     fn give_back(self) -> impl Future<Output = Result<(), Self::Error>> + Send;
+
+    /// Ends a session that is of no more use: what it holds and the broker would not have back by itself is given back,
+    /// as far as that goes within a bound.
+    fn abandon(self) -> impl Future<Output = ()> + Send;
 }
 
 /// A message in hand.

@@ -133,6 +133,9 @@ impl super::Session for Session {
         };
         within(timeout, giving_back).await
     }
+
+    /// A broker has everything back when the connection is gone, which is when this value is.
+    async fn abandon(self) {}
 }
 
 fn delivery(amqp: AmqpDelivery) -> Delivery {

@@ -249,6 +249,8 @@ codes! {
         TargetRemoved = "target_removed",
         /// The policy no longer allows it.
         Revoked = "revoked",
+        /// An operator cancelled it.
+        Cancelled = "cancelled",
         /// Postgres refuses the outcome's row.
         Unstorable = "unstorable",
     }
@@ -263,6 +265,18 @@ pub struct Failure {
     pub message: String,
     /// Whether AWS may have been changed by this job.
     pub aws_changed: bool,
+}
+
+impl Failure {
+    /// An operator cancelled the job, and nothing is in doubt.
+    pub fn cancelled(aws_changed: bool) -> Self {
+        let message = if aws_changed {
+            "cancelled by an operator when a part of the materials was deleted; see key_material_ids of the audit trail"
+        } else {
+            "cancelled by an operator before anything was changed"
+        };
+        Self { code: FailureCode::Cancelled, message: message.into(), aws_changed }
+    }
 }
 
 /// The result of an import in the flat shape of the original call's answer.

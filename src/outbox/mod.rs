@@ -3,6 +3,7 @@
 //! At least once: an event whose confirmation was lost is published again, under the same id.
 
 pub mod rabbitmq;
+pub mod sqs;
 
 use crate::retry::{self, Attempts, Class};
 use crate::store::{OutboxRow, Queue, Store, StoreError};

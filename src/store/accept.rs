@@ -266,11 +266,11 @@ async fn write_jobs(
 ) -> Result<(), StoreError> {
     const INSERT: &str = "
         insert into job (id, line_id, seq, lane_id, kms_key_id, principal, request_source, request_id, request,
-                         traceparent, accepted_at, deadline)
-        select id, line_id, seq, lane_id, key_id, principal, source, request_id, request, trace, $12, deadline
+                         traceparent, accepted_at, deadline, batch)
+        select id, line_id, seq, lane_id, key_id, principal, source, request_id, request, trace, $12, deadline, batch
         from unnest($1::uuid[], $2::bigint[], $3::bigint[], $4::bigint[], $5::uuid[], $6::text[], $7::text[],
-                    $8::text[], $9::text[], $10::text[], $11::timestamptz[])
-             as new(id, line_id, seq, lane_id, key_id, principal, source, request_id, request, trace, deadline)";
+                    $8::text[], $9::text[], $10::text[], $11::timestamptz[], $13::text[])
+             as new(id, line_id, seq, lane_id, key_id, principal, source, request_id, request, trace, deadline, batch)";
     let ids: Vec<Uuid> = jobs.iter().map(|job| job.id).collect();
     let known: Vec<KnownKey> = jobs.iter().map(|job| keys[&wanted(job)]).collect();
     let lines: Vec<i64> = known.iter().map(|key| key.line_id).collect();
@@ -283,7 +283,8 @@ async fn write_jobs(
     let traces: Vec<Option<&str>> = jobs.iter().map(|job| job.traceparent.as_deref()).collect();
     let deadlines: Vec<OffsetDateTime> = jobs.iter().map(|job| job.request.deadline_from(now)).collect();
     let insert = transaction.prepare_cached(INSERT).await?;
-    let columns: [&(dyn ToSql + Sync); 12] = [
+    let batches: Vec<Option<&str>> = jobs.iter().map(|job| job.request.batch.as_deref()).collect();
+    let columns: [&(dyn ToSql + Sync); 13] = [
         &ids,
         &lines,
         &places,
@@ -296,6 +297,7 @@ async fn write_jobs(
         &traces,
         &deadlines,
         &now,
+        &batches,
     ];
     transaction.execute(&insert, &columns).await?;
     Ok(())

@@ -1,5 +1,6 @@
 //! Claims: lines with work, each under a lease, with all that the head's job needs.
 
+use super::advance::{Leases, advance};
 use super::urgent::OVERTAKE;
 use super::{DsmChoice, Store, StoreError};
 use crate::job::{ImportParameters, KeyArn, KeyKind, Request, RequestId, Wrapping, WrappingAlgorithm, WrappingKeySpec};
@@ -70,6 +71,8 @@ pub struct ClaimedJob {
     pub key_id: Uuid,
     /// When the KMS key was registered.
     pub key_created_at: OffsetDateTime,
+    /// An operator has cancelled it.
+    pub is_cancelled: bool,
     /// How far earlier attempts came.
     pub progress: Progress,
     /// The source key that was chosen, or that the request names; `None`: unknown, or none named.
@@ -226,7 +229,9 @@ pub const READ: &str = "
            coalesce(progress.deleted_ids, '{}'), known.tiers,
            progress.dsm_connection, progress.dsm_key_id, progress.dsm_key_name, progress.dsm_fingerprint,
            progress.dsm_fingerprint_version,
-           job.seq, case when line.urgent_seq is null then line.attempt else urgent.attempt end
+           job.seq, case when line.urgent_seq is null then line.attempt else urgent.attempt end,
+           -- One look where none is, not one for each job.
+           (select exists (select from cancellation)) and exists (select from cancellation where job_id = job.id)
     from unnest($1::bigint[]) as claimed(line_id)
     join line on line.id = claimed.line_id
     left join urgent on urgent.line_id = line.id and urgent.seq = line.urgent_seq
@@ -327,8 +332,9 @@ impl Store {
         let put_aside = lines.len() - rows.len();
         if put_aside > 0 {
             let read: HashSet<i64> = rows.iter().map(|row| row.get(0)).collect();
-            let ended: Vec<i64> = lines.iter().copied().filter(|line| !read.contains(line)).collect();
-            super::advance::go_on(&transaction, &ended).await?;
+            let ended: Vec<(i64, bool)> =
+                lines.iter().filter(|line| !read.contains(line)).map(|line| (*line, false)).collect();
+            advance(&transaction, &ended, Leases::GiveUp).await?;
         }
         let jobs: Vec<ClaimedJob> =
             rows.iter().filter_map(|row| claimed_job(row, &heads).inspect_err(unread).ok()).collect();
@@ -495,6 +501,7 @@ fn claimed_job(row: &Row, heads: &HashMap<i64, Head>) -> Result<ClaimedJob, Stor
         key: KeyArn::parse(row.get(9)).map_err(|_| broken("the key's ARN"))?,
         key_id: row.get(10),
         key_created_at: row.get(11),
+        is_cancelled: row.get(48),
         progress: Progress {
             is_chosen: row.get::<_, Option<Uuid>>(24).is_some() || row.get::<_, Option<&str>>(42).is_some(),
             dsm: dsm_choice(row),

@@ -7,6 +7,7 @@
 mod accept;
 mod advance;
 mod bisect;
+mod cancel;
 mod claim;
 mod dead;
 mod keys;
@@ -20,6 +21,7 @@ mod urgent;
 
 pub use accept::{Candidate, MessageDigest, NewJob, NewRefusal, Verdict};
 pub use bisect::bisect;
+pub use cancel::{CANCEL_PAGE, Cancelled};
 pub use claim::{ClaimedJob, JOIN_PAGE, KnownMaterial, Lease, Progress, Renewed, Scan};
 pub use dead::{LetterKey, RefusalRow};
 pub use keys::{KeyDeletion, KeyListing, NewSourceKey, SourceKeyOrigin};

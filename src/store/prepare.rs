@@ -116,6 +116,8 @@ pub enum Prepared {
     LeaseLost,
     /// The source key was deleted meanwhile.
     SourceKeyDeleted,
+    /// An operator has cancelled the job, and nothing is in doubt.
+    Cancelled,
 }
 
 impl Store {
@@ -134,19 +136,22 @@ impl Store {
             return Ok(vec![Prepared::LeaseLost; steps.len()]);
         };
 
-        let generated: Vec<&SealedKey> =
-            steps.iter().filter(|step| held.contains_key(&step.lease)).filter_map(|step| step.generated()).collect();
+        let stopped: Vec<Option<Prepared>> = steps.iter().map(|step| stop(held.get(&step.lease))).collect();
+        let going_on = || steps.iter().zip(&stopped).filter(|(_, stopped)| stopped.is_none()).map(|(step, _)| *step);
+
+        let generated: Vec<&SealedKey> = going_on().filter_map(Step::generated).collect();
         super::keys::insert_source_keys(&transaction, &generated, super::SourceKeyOrigin::Generated, now).await?;
-        let sources: Vec<Uuid> = steps.iter().filter_map(|step| step.source_key_id()).collect();
+        let sources: Vec<Uuid> = going_on().filter_map(Step::source_key_id).collect();
         let pin = transaction.prepare_cached(PIN).await?;
         let alive: HashSet<Uuid> = transaction.query(&pin, &[&sources]).await?.iter().map(|row| row.get(0)).collect();
 
         let outcomes: Vec<Prepared> = steps
             .iter()
-            .map(|step| match held.contains_key(&step.lease) {
-                false => Prepared::LeaseLost,
-                true if step.source_key_id().is_none_or(|key| alive.contains(&key)) => Prepared::Ready,
-                true => Prepared::SourceKeyDeleted,
+            .zip(stopped)
+            .map(|(step, stopped)| match stopped {
+                Some(stopped) => stopped,
+                None if step.source_key_id().is_none_or(|key| alive.contains(&key)) => Prepared::Ready,
+                None => Prepared::SourceKeyDeleted,
             })
             .collect();
         let ready: Vec<&Step> = steps
@@ -168,6 +173,16 @@ impl Store {
         .await?;
         transaction.commit().await?;
         Ok(outcomes)
+    }
+}
+
+/// Why a step is not made, as far as the job itself tells.
+fn stop(held: Option<&Held>) -> Option<Prepared> {
+    match held {
+        None => Some(Prepared::LeaseLost),
+        // What is in doubt is settled by the same call again.
+        Some(held) if held.is_cancelled && !held.is_unsettled() => Some(Prepared::Cancelled),
+        Some(_) => None,
     }
 }
 

@@ -16,7 +16,7 @@ pub struct JobFilter {
     pub state: Option<String>,
     /// A KMS key's ARN or the id that Keyferry gave it. Its jobs are read alone, along its line.
     pub key: Option<String>,
-    /// The name of a batch. Jobs are read, newest first, until enough are of it.
+    /// The name of a batch. Its jobs are read alone, unless a key is given too.
     pub batch: Option<String>,
     /// Only jobs that would be listed after this one, for the next page.
     pub before: Option<Uuid>,
@@ -77,8 +77,9 @@ const REFUSAL: &str = "select id, request_id, principal, refused_at, code, field
 impl Store {
     /// Jobs, newest first; those of one key by their place in its line, last first. Nothing when the key is unknown.
     pub async fn jobs(&self, filter: &JobFilter) -> Result<Option<Vec<JobView>>, StoreError> {
-        // Backwards along the primary key.
+        // Backwards along the primary key, or along the index of batches.
         const ALL: &str = "job.id < $4 order by job.id desc";
+        const OF_BATCH: &str = "job.batch = $2 and job.id < $4 order by job.batch desc, job.id desc";
         // Backwards along the unique index on line and place. A line can be that of several keys; jobs that have no
         // place yet come first.
         const OF_KEY: &str = "job.line_id = $5 and job.kms_key_id = $6";
@@ -89,7 +90,7 @@ impl Store {
         const HAS_PLACE: &str = "select seq is not null from job where id = $1";
         let client = self.client().await?;
         let JobFilter { state, key, batch, before, limit } = filter;
-        let mut which = ALL.to_owned();
+        let mut which = if batch.is_some() { OF_BATCH } else { ALL }.to_owned();
         let before_id = before.unwrap_or(Uuid::max());
         let mut values: Vec<&(dyn ToSql + Sync)> = vec![state, batch, limit, &before_id];
         let names;
@@ -106,7 +107,7 @@ impl Store {
         let list = format!(
             "select {COLUMNS} {TABLES}
              where ($1::text is null or job.state = $1)
-               and ($2::text is null or job.request::jsonb ->> 'batch' = $2)
+               and ($2::text is null or job.batch = $2)
                and {which} limit $3"
         );
         Ok(Some(client.query(&list, &values).await?.iter().map(job_view).collect()))

@@ -10,6 +10,7 @@ use crate::source::Fingerprint;
 use deadpool_postgres::Transaction;
 use futures_util::FutureExt as _;
 use serde_json::{Value, json};
+use std::collections::HashMap;
 use std::time::Duration;
 use time::OffsetDateTime;
 use uuid::Uuid;
@@ -213,8 +214,12 @@ impl Store {
         let Some((held, now)) = lock(&transaction, &leases).await? else {
             return Ok(vec![false; settlements.len()]);
         };
-        let valid: Vec<(&Settlement, &Held)> =
-            settlements.iter().filter_map(|end| Some((*end, held.get(&end.lease)?))).collect();
+        let cancelled: HashMap<Lease, Settlement> =
+            settlements.iter().filter_map(|end| Some((end.lease, end.as_cancelled(held.get(&end.lease)?)?))).collect();
+        let valid: Vec<(&Settlement, &Held)> = settlements
+            .iter()
+            .filter_map(|end| Some((cancelled.get(&end.lease).unwrap_or(end), held.get(&end.lease)?)))
+            .collect();
 
         // One round trip: the statements go out together. None depends on another.
         let ended = Ended::of(&valid, now);
@@ -230,6 +235,8 @@ impl Store {
         ])
         .await?;
         serve_urgent(&transaction, &valid, now).await?;
+        let ended = valid.iter().filter(|(end, held)| held.is_cancelled && end.kind.is_end());
+        super::cancel::forget(&transaction, &ended.map(|(end, _)| end.job.id).collect::<Vec<_>>()).await?;
         transaction.commit().await?;
         Ok(settlements.iter().map(|end| held.contains_key(&end.lease)).collect())
     }
@@ -250,7 +257,36 @@ async fn write_audit(
     insert_audit(transaction, entries).await
 }
 
+impl SettlementKind {
+    fn is_end(&self) -> bool {
+        matches!(self, Self::Ended { .. })
+    }
+}
+
 impl Settlement {
+    /// The end instead of this, if an operator has cancelled the job and nothing is in doubt any more.
+    fn as_cancelled(&self, held: &Held) -> Option<Self> {
+        let is_unsettled = match &self.kind {
+            SettlementKind::Ended { .. } => return None,
+            SettlementKind::Retry { state, .. } => state.in_doubt || state.answered.is_some() || held.is_answered,
+            SettlementKind::PutBack { .. } => held.is_unsettled(),
+        };
+        if !held.is_cancelled || is_unsettled {
+            return None;
+        }
+        let failure = Failure::cancelled(held.has_deleted || self.removed != Removed::Nothing);
+        let kind = SettlementKind::Ended { outcome: Err(failure), source_key_id: held.source_key_id, material: None };
+        Some(Self {
+            lease: self.lease,
+            job: self.job.clone(),
+            key_id: self.key_id,
+            facts: self.facts.clone(),
+            late_effect: self.late_effect.clone(),
+            removed: self.removed.clone(),
+            kind,
+        })
+    }
+
     /// The entry of the ending itself.
     fn own_fact(&self) -> Option<Fact> {
         match &self.kind {

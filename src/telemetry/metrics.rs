@@ -8,7 +8,7 @@ use prometheus::{
 #[derive(Clone, Debug)]
 pub struct Metrics {
     registry: Registry,
-    /// Messages decided at intake, by verdict: accepted, duplicate, refused.
+    /// Messages decided at intake, by transport and verdict: accepted, duplicate, refused.
     pub intake_messages: IntCounterVec,
     /// Jobs that ended, by outcome.
     pub jobs_finished: IntCounterVec,
@@ -28,6 +28,9 @@ pub struct Metrics {
     pub broker_sessions: IntCounterVec,
     /// Those of them that ended by a fault, by the same.
     pub broker_sessions_broken: IntCounterVec,
+    /// Messages of SQS that this process could do no more about and that come again, by reason: `not_deleted`,
+    /// `not_dead_lettered`, `receipt_lost`.
+    pub sqs_messages_left: IntCounterVec,
     /// Jobs under way.
     pub jobs_running: IntGauge,
     /// KMIP operations by connection, operation and outcome: ok, refused, failed. Connections are those of the settings.
@@ -76,7 +79,11 @@ impl Metrics {
         registry.register(Box::new(build))?;
         registry.register(Box::new(prometheus::process_collector::ProcessCollector::for_self()))?;
         let metrics = Self {
-            intake_messages: counters("keyferry_intake_messages_total", "Messages decided at intake.", &["verdict"])?,
+            intake_messages: counters(
+                "keyferry_intake_messages_total",
+                "Messages decided at intake.",
+                &["transport", "verdict"],
+            )?,
             jobs_finished: counters("keyferry_jobs_finished_total", "Jobs that ended.", &["outcome", "code"])?,
             retries: counters("keyferry_retries_total", "Attempts that will be repeated.", &["reason"])?,
             aws_calls: counters("keyferry_aws_calls_total", "AWS calls.", &["operation", "result"])?,
@@ -100,6 +107,11 @@ impl Metrics {
                 "Sessions with a broker that ended by a fault.",
                 &["transport", "role"],
             )?,
+            sqs_messages_left: counters(
+                "keyferry_sqs_messages_left_total",
+                "Messages of SQS that could not be settled and come again.",
+                &["reason"],
+            )?,
             jobs_running,
             dsm_requests: counters(
                 "keyferry_dsm_requests_total",
@@ -120,12 +132,17 @@ impl Metrics {
             )?,
             registry,
         };
-        for verdict in ["accepted", "duplicate", "refused"] {
-            metrics.intake_messages.with_label_values(&[verdict]);
+        for transport in ["rabbitmq", "sqs"] {
+            for verdict in ["accepted", "duplicate", "refused"] {
+                metrics.intake_messages.with_label_values(&[transport, verdict]);
+            }
+            for role in ["ingress", "events"] {
+                metrics.broker_sessions.with_label_values(&[transport, role]);
+                metrics.broker_sessions_broken.with_label_values(&[transport, role]);
+            }
         }
-        for role in ["ingress", "events"] {
-            metrics.broker_sessions.with_label_values(&["rabbitmq", role]);
-            metrics.broker_sessions_broken.with_label_values(&["rabbitmq", role]);
+        for reason in ["not_deleted", "not_dead_lettered", "receipt_lost"] {
+            metrics.sqs_messages_left.with_label_values(&[reason]);
         }
         metrics.jobs_finished.with_label_values(&["succeeded", ""]);
         Ok(metrics)
@@ -145,7 +162,7 @@ mod tests {
     fn known_series_exist_at_zero() {
         let text = Metrics::new().unwrap().render().unwrap();
         for line in [
-            "keyferry_intake_messages_total{verdict=\"duplicate\"} 0",
+            "keyferry_intake_messages_total{transport=\"sqs\",verdict=\"duplicate\"} 0",
             "keyferry_events_held_total 0",
             "keyferry_broker_sessions_total{role=\"ingress\",transport=\"rabbitmq\"} 0",
         ] {

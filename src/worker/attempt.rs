@@ -111,6 +111,9 @@ impl Run {
     /// What is judged before anything is asked of AWS.
     fn may_run(&mut self) -> Or<()> {
         let job = &self.job;
+        if job.is_cancelled && !(self.in_doubt || self.answered.is_some()) {
+            return self.cancelled();
+        }
         if self.attempt.context.policy.judge(&job.principal, &job.request) == Verdict::Denied {
             return self.fail(FailureCode::Revoked, "the policy no longer allows this; ask its keeper");
         }

@@ -10,14 +10,15 @@ const EDGES: &[(&str, &[&str])] = &[
     ("config", &["policy"]),
     ("dead", &["amqp", "ingress", "job", "source", "store"]),
     ("failpoint", &[]),
-    ("ingress", &["amqp", "job"]),
+    ("ingress", &["amqp", "job", "retry", "sqs", "telemetry"]),
     ("intake", &["ingress", "job", "policy", "retry", "source", "store", "telemetry"]),
     ("job", &[]),
     ("kms", &["job", "telemetry"]),
-    ("outbox", &["amqp", "retry", "store", "telemetry"]),
+    ("outbox", &["amqp", "retry", "sqs", "store", "telemetry"]),
     ("policy", &["job"]),
     ("retry", &[]),
     ("source", &["config", "job", "retry", "telemetry", "tls"]),
+    ("sqs", &["retry", "telemetry"]),
     ("store", &["audit", "config", "job", "source", "tls"]),
     ("telemetry", &["config"]),
     ("tls", &[]),
@@ -28,7 +29,7 @@ const EDGES: &[(&str, &[&str])] = &[
 
 /// Crates whose types stay in the rooms that talk to these systems.
 const ADAPTERS: &[(&str, &[&str])] = &[
-    ("aws_", &["kms"]),
+    ("aws_", &["kms", "sqs"]),
     ("backoff", &["retry"]),
     ("deadpool_postgres", &["store"]),
     ("aes_kw", &["wrap"]),

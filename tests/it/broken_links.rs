@@ -1,7 +1,6 @@
 //! The broker is away, empty, or closes the door: the worker says so and comes back by itself.
 
 use crate::support::broker::JOBS;
-use crate::support::db::connect;
 use crate::support::world::{Tuning, World, request};
 use crate::support::{eventually, variable};
 use keyferry::amqp::Broker;
@@ -124,22 +123,17 @@ async fn an_event_that_nobody_wants_waits_and_delays_no_other() {
 async fn while_postgres_is_away_messages_are_kept_in_hand() {
     let mut world = World::with_worker(Tuning::default()).await;
     let arns = world.fake.seed(json!({"count": 3})).await;
-    let server = connect(&format!("{}?sslmode=require", variable("KEYFERRY_TEST_POSTGRES")).parse().unwrap()).await;
-    let database: String = world.client.query_one("select current_database()::text", &[]).await.unwrap().get(0);
     // One job is in the middle of its import.
     world.fake.fault("ImportKeyMaterial", &arns[0], Some(1), json!({"kind": "hold"})).await;
     world.publish(request("r0", &arns[0], json!({}))).await;
     world.fake.held(1, "ImportKeyMaterial", &arns[0]).await;
-    server.batch_execute(&format!("alter database {database} allow_connections false")).await.unwrap();
-    let end = "select pg_terminate_backend(pid) from pg_stat_activity
-               where datname = current_database() and usename = 'keyferry_worker'";
-    world.client.execute(end, &[]).await.unwrap();
+    world.lock_postgres().await;
     world.publish(request("r1", &arns[1], json!({}))).await;
     says(&world, 0, "not ready: store").await;
     world.fake.release(&arns[0]).await;
     world.fake.wait(1, &format!("key={}&effect=imported", arns[0])).await;
     world.publish(request("r2", &arns[2], json!({}))).await;
-    server.batch_execute(&format!("alter database {database} allow_connections true")).await.unwrap();
+    world.unlock_postgres().await;
     for id in ["r0", "r1", "r2"] {
         world.succeeded(id).await;
     }

@@ -5,6 +5,7 @@ use crate::support::checker::violations;
 use crate::support::fake::WORKER;
 use crate::support::snapshot::{Entry, Job, Line, Material, Refusal, Secret, Snapshot, SourceKey};
 use serde_json::{Value, json};
+use std::collections::BTreeMap;
 use time::OffsetDateTime;
 use uuid::Uuid;
 
@@ -24,6 +25,8 @@ fn event(id: Uuid, outcome: &str, operation: &str, request_id: &str) -> Received
         message_id: Some(id.to_string()),
         content_type: Some("application/cloudevents+json".into()),
         delivery_mode: Some(2),
+        headers: BTreeMap::new(),
+        group: None,
     }
 }
 

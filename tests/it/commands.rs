@@ -14,6 +14,7 @@ fn submitted(request: &Value) -> Message {
         body: request.to_string().into_bytes(),
         content_type: Some("application/json".into()),
         message_id: request["id"].as_str().map(str::to_owned),
+        ..Message::default()
     }
 }
 
@@ -174,7 +175,7 @@ async fn jobs_are_listed_and_shown() {
     let envelope = json!({"specversion": "1.0", "source": "/orders", "type": "t", "id": "four",
                           "data": {"key": arns[0]}});
     let content_type = Some("application/cloudevents+json".into());
-    world.send(Message { body: envelope.to_string().into_bytes(), content_type, message_id: None }).await;
+    world.send(Message { body: envelope.to_string().into_bytes(), content_type, ..Message::default() }).await;
     world.ended("four").await;
     ended(&world.run(&["jobs", "show", "four"]).await, 1, "--source");
     ended(&world.run(&["jobs", "show", "four", "--source", "/orders"]).await, 0, "four");

@@ -39,6 +39,23 @@ impl Case {
         self.world.until("the jobs are accepted", "select count(*) from job", count).await;
     }
 
+    /// The job that has sent an import cannot even look whether it took effect.
+    async fn is_left_in_doubt(&self) {
+        self.world.fake.fault("DescribeKey", &self.arn, None, error("KMSInternalException")).await;
+        let looked = "select count(*) from progress where in_doubt and last_error ->> 'step' = 'DescribeKey'";
+        self.world.until("the job is in doubt", looked, 1).await;
+    }
+
+    /// The head waits for longer than any test is patient.
+    async fn stands_still(&self) {
+        let far = "update line set due_at = keyferry_now() + interval '1 h' where token is null
+                   and exists (select from progress)";
+        crate::support::eventually("the head waits for an hour", || async {
+            (self.world.client.execute(far, &[]).await.unwrap() == 1).then_some(())
+        })
+        .await;
+    }
+
     async fn calls(&self, operation: &str) -> usize {
         self.world.fake.journal(&format!("key={}&operation={operation}", self.arn)).await.len()
     }
@@ -91,14 +108,9 @@ async fn an_urgent_delete_waits_while_the_heads_import_is_in_doubt() {
     case.import("r1").await;
     case.import("r2").await;
     case.world.fake.held(1, IMPORT, &case.arn).await;
-    case.world.fake.fault("DescribeKey", &case.arn, None, error("KMSInternalException")).await;
     case.urgent("u").await;
     case.accepted(3).await;
-    let doubt = "select count(*) from progress join job on job.id = job_id where in_doubt and request_id = 'r1'";
-    case.world.until("the first is in doubt", doubt, 1).await;
-    case.world
-        .until("it is tried again", "select count(*) from progress where last_error ->> 'step' = 'DescribeKey'", 1)
-        .await;
+    case.is_left_in_doubt().await;
     assert_eq!((case.calls(DELETE).await, case.world.job("u").await.unwrap().attempts), (0, 0));
     case.world.fake.release(&case.arn).await;
     case.world.fake.clear_faults().await;
@@ -115,14 +127,7 @@ async fn an_urgent_delete_does_not_wait_for_a_heads_long_back_off() {
     case.world.succeeded("r0").await;
     case.world.fake.fault("GetParametersForImport", &case.arn, None, json!({"kind": "throttle"})).await;
     case.import("r1").await;
-    let throttled = "select count(*) from progress where last_error ->> 'class' = 'throttled'";
-    case.world.until("the head waits", throttled, 1).await;
-    // Longer than any test is patient.
-    let far = "update line set due_at = keyferry_now() + interval '1 h' where token is null";
-    crate::support::eventually("the head waits for an hour", || async {
-        (case.world.client.execute(far, &[]).await.unwrap() == 1).then_some(())
-    })
-    .await;
+    case.stands_still().await;
     case.urgent("u").await;
     let urgent = case.world.succeeded("u").await;
     assert!(urgent.attempts == 1 && !case.is_imported().await);
@@ -151,4 +156,109 @@ async fn a_worker_dies_over_an_urgent_delete() {
         case.world.succeeded("r1").await;
         case.world.finish().await;
     }
+}
+
+#[tokio::test]
+async fn jobs_are_cancelled_by_the_command() {
+    let mut case = case(Tuning::default()).await;
+    case.world.fake.fault("GetParametersForImport", &case.arn, Some(1), json!({"kind": "hold"})).await;
+    for id in ["r1", "r2", "r3", "r4"] {
+        case.import(id).await;
+    }
+    let ahead = (case.world.now().await + time::Duration::hours(1)).replace_nanosecond(0).unwrap();
+    let ahead = ahead.format(&time::format_description::well_known::Rfc3339).unwrap();
+    case.import_with("later", json!({"not_before": ahead})).await;
+    case.world.publish(request("refused", "nonsense", json!({}))).await;
+    case.world.fake.held(1, "GetParametersForImport", &case.arn).await;
+    case.accepted(5).await;
+    case.world.refused(1).await;
+    let r3 = case.world.job("r3").await.unwrap().id.to_string();
+    let ran = case.world.run(&["jobs", "cancel", "r1", "r2", &r3, "later", "--json"]).await;
+    let became: Vec<Value> = ran.json().as_array().unwrap().iter().map(|line| line["became"].clone()).collect();
+    assert!(ran.code == Some(0) && became == ["requested", "cancelled", "cancelled", "cancelled"], "{ran:?}");
+    for id in ["r2", "r3", "later"] {
+        assert!(!case.world.failed(id, "cancelled").await.aws_changed());
+    }
+    assert_eq!(case.world.events_of("r2").await.len(), 1);
+    case.world.fake.release(&case.arn).await;
+    let first = case.world.failed("r1", "cancelled").await;
+    assert!(!first.aws_changed() && case.calls(IMPORT).await <= 1, "it ended before its import");
+    case.world.succeeded("r4").await;
+    let ran = case.world.run(&["jobs", "cancel", "r1", "r4", "refused", "nobody"]).await;
+    assert_eq!(ran.code, Some(1), "{ran:?}");
+    for said in ["cancelled before", "it had succeeded before", "was refused", "no job has this id"] {
+        assert!(ran.out.contains(said), "{said}: {ran:?}");
+    }
+    assert_eq!(case.world.run(&["jobs", "cancel", "r1"]).await.code, Some(0), "once more does no harm");
+    assert_eq!(case.world.run(&["jobs", "cancel"]).await.code, Some(2));
+    case.world.finish().await;
+}
+
+#[tokio::test]
+async fn a_cancelled_job_in_doubt_is_settled_first() {
+    let mut case = case(Tuning::hasty()).await;
+    case.world.fake.fault(IMPORT, &case.arn, Some(1), json!({"kind": "hold"})).await;
+    case.import("r1").await;
+    case.import("r2").await;
+    case.world.fake.held(1, IMPORT, &case.arn).await;
+    case.accepted(2).await;
+    case.is_left_in_doubt().await;
+    let ran = case.world.run(&["jobs", "cancel", "r1"]).await;
+    assert!(ran.code == Some(0) && ran.out.contains("requested"), "{ran:?}");
+    case.world.fake.release(&case.arn).await;
+    case.world.fake.clear_faults().await;
+    // What it sent has taken effect: the truth is that it succeeded.
+    case.world.succeeded("r1").await;
+    case.world.succeeded("r2").await;
+    case.world.finish().await;
+}
+
+#[tokio::test]
+async fn a_delete_of_many_is_cancelled_between_two_calls() {
+    let mut case = crate::materials::rotated(Tuning::default()).await;
+    case.world.fake.fault(DELETE, &case.arn, Some(1), json!({"kind": "hold"})).await;
+    case.ask("d", json!({"operation": "delete", "scope": "all"})).await;
+    case.world.fake.held(1, DELETE, &case.arn).await;
+    assert_eq!(case.world.run(&["jobs", "cancel", "d"]).await.code, Some(0));
+    case.world.fake.release(&case.arn).await;
+    let job = case.world.failed("d", "cancelled").await;
+    assert!(job.aws_changed());
+    let shown = case.shown(&case.old.clone()).await;
+    assert!(shown["imported"] == true && case.shown(&case.new.clone()).await["imported"] == false);
+    case.world.finish().await;
+}
+
+/// A batch on one key, the command killed in the middle and given again.
+#[tokio::test]
+async fn a_batch_is_cancelled_listed_and_waited_for() {
+    let mut case = case(Tuning::default()).await;
+    case.world.fake.fault("GetParametersForImport", &case.arn, None, json!({"kind": "throttle"})).await;
+    case.import("first").await;
+    case.stands_still().await;
+    for number in 0..450 {
+        case.import_with(&format!("b{number}"), json!({"batch": "night"})).await;
+    }
+    case.import("last").await;
+    case.accepted(452).await;
+    let waiting = case.world.run(&["jobs", "wait", "--batch", "night", "--timeout", "1s"]).await;
+    assert!(waiting.code == Some(4) && waiting.out.contains("450"), "{waiting:?}");
+    let killed = case
+        .world
+        .run_with(&["jobs", "cancel", "--batch", "night"], &[("FAILPOINTS", "cancel.after_page=return")], "")
+        .await;
+    assert_eq!(killed.code, None, "{killed:?}");
+    let ended = "select count(*) from job where error ->> 'code' = 'cancelled'";
+    assert_eq!(case.world.count(ended).await, 200);
+    let ran = case.world.run(&["jobs", "cancel", "--batch", "night", "--json"]).await;
+    assert_eq!(ran.json(), json!({"batch": "night", "cancelled": 250, "requested": 0, "ended": 0}), "{ran:?}");
+    let waited = case.world.run(&["jobs", "wait", "--batch", "night", "--json"]).await;
+    assert_eq!(waited.json(), json!([{"state": "failed", "code": "cancelled", "count": 450}]));
+    assert_eq!(waited.code, Some(3));
+    let listed = case.world.run(&["jobs", "list", "--batch", "night", "--limit", "500", "--json"]).await;
+    assert_eq!(listed.json().as_array().unwrap().len(), 450);
+    case.world.fake.clear_faults().await;
+    case.world.db.advance(std::time::Duration::from_secs(3_600)).await;
+    case.world.succeeded("last").await;
+    assert_eq!(case.world.run(&["jobs", "cancel", "--batch", "nobody"]).await.code, Some(1));
+    case.world.finish().await;
 }

@@ -5,6 +5,7 @@ use super::{Or, Run};
 use crate::audit::{Fact, Kind};
 use crate::job::{DeleteTarget, FailureCode, JobResult, KeyKind};
 use crate::kms::{CallError, ErrorKind, HeldMaterial, KeyDescription};
+use crate::retry::Class;
 use crate::store::{Answered, Intent, Removed, Settlement, SettlementKind};
 use serde_json::json;
 
@@ -126,11 +127,26 @@ impl Run {
                                the audit trail";
                 return self.fail(FailureCode::DeadlineExceeded, message);
             }
+            if number > 0 {
+                self.may_go_on().await?;
+            }
             self.send_delete(Some(id)).await?;
         }
         self.in_doubt = false;
         self.answered = Some(Answered::default());
         Ok(())
+    }
+
+    /// Between two mutating calls: whether an operator has said that there is to be no other.
+    async fn may_go_on(&mut self) -> Or<()> {
+        match self.attempt.context.store.is_cancelled(self.job.id).await {
+            Ok(false) => Ok(()),
+            Ok(true) => self.cancelled(),
+            Err(error) => {
+                let message = error.to_string();
+                self.retry(Class::Transient, "store", &message, None)
+            }
+        }
     }
 
     /// One mutating call. Repeating it is harmless: it names the material.

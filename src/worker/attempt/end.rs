@@ -82,6 +82,12 @@ impl Run {
         Err(self.settled(SettlementKind::Ended { outcome: Err(failure), source_key_id, material }))
     }
 
+    /// An operator has cancelled the job, and nothing is in doubt.
+    pub(super) fn cancelled<T>(&mut self) -> Or<T> {
+        let Failure { code, message, .. } = Failure::cancelled(self.may_have_changed_aws());
+        self.fail(code, &message)
+    }
+
     /// Between two steps a stopping worker gives the job back.
     pub(super) fn not_stopping(&mut self) -> Or<()> {
         if !self.attempt.give_back.is_cancelled() {

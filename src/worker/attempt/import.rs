@@ -210,6 +210,7 @@ impl Run {
             Some(Ok(Prepared::SourceKeyDeleted)) => {
                 self.fail(FailureCode::SourceKeyDeleted, "the source key was deleted")
             }
+            Some(Ok(Prepared::Cancelled)) => self.cancelled(),
             Some(Err(error)) => {
                 let message = error.to_string();
                 self.retry(Class::Transient, "store", &message, None)

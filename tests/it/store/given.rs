@@ -243,7 +243,7 @@ pub async fn contents(client: &Client) -> String {
     let mut all = Vec::new();
     for table in ["line", "job", "progress", "future", "kms_key", "kms_material", "request", "refusal", "outbox"]
         .into_iter()
-        .chain(["audit_entry", "source_key", "urgent"])
+        .chain(["audit_entry", "source_key", "urgent", "cancellation"])
     {
         let query = format!("select coalesce(string_agg(t::text, E'\\n' order by t::text), '') from {table} as t");
         all.push(format!("-- {table}\n{}", value::<String>(client, &query, &[]).await));
@@ -268,6 +268,8 @@ pub async fn assert_heads_wait(client: &Client) {
     let query = "
         select line.id from line
         where head_seq <> coalesce((select min(seq) from job where line_id = line.id and state = 'waiting'), tail_seq + 1)
+        union all
+        select line_id from cancellation left join job on id = job_id where state is distinct from 'waiting'
         union all
         select urgent.line_id from urgent left join job using (line_id, seq) where job.state is distinct from 'waiting'";
     let wrong = client.query(query, &[]).await.unwrap();

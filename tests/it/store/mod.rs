@@ -2,6 +2,7 @@
 
 mod accept;
 mod bisection;
+mod cancel;
 mod claim;
 mod connection;
 mod given;

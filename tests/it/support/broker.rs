@@ -8,10 +8,11 @@ use lapin::options::{
     BasicGetOptions, BasicPublishOptions, ConfirmSelectOptions, QueueBindOptions, QueueDeclareOptions,
     QueueDeleteOptions,
 };
-use lapin::types::FieldTable;
+use lapin::types::{AMQPValue, FieldTable};
 use lapin::{BasicProperties, Channel, Confirmation, Connection};
 use reqwest::Method;
 use serde_json::{Value, json};
+use std::collections::BTreeMap;
 use std::sync::OnceLock;
 use url::Url;
 use uuid::Uuid;
@@ -35,6 +36,8 @@ pub struct Message {
     pub content_type: Option<String>,
     /// AMQP `message_id`.
     pub message_id: Option<String>,
+    /// AMQP headers, or SQS's message attributes.
+    pub headers: BTreeMap<String, String>,
 }
 
 /// A message that was received.
@@ -50,6 +53,10 @@ pub struct Received {
     pub content_type: Option<String>,
     /// AMQP `delivery_mode`.
     pub delivery_mode: Option<u8>,
+    /// The publisher's AMQP headers, or SQS's message attributes.
+    pub headers: BTreeMap<String, String>,
+    /// SQS's message group.
+    pub group: Option<String>,
 }
 
 impl Received {
@@ -138,6 +145,13 @@ impl Vhost {
         if let Some(id) = &message.message_id {
             properties = properties.with_message_id(id.as_str().into());
         }
+        if !message.headers.is_empty() {
+            let mut headers = FieldTable::default();
+            for (name, value) in &message.headers {
+                headers.insert(name.as_str().into(), AMQPValue::LongString(value.as_str().into()));
+            }
+            properties = properties.with_headers(headers);
+        }
         let options = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
         let sent = self.channel().basic_publish("".into(), JOBS.into(), options, &message.body, properties);
         let confirmation = sent.await.unwrap().await.unwrap();
@@ -161,6 +175,8 @@ impl Vhost {
                 message_id: properties.message_id().as_ref().map(ToString::to_string),
                 content_type: properties.content_type().as_ref().map(ToString::to_string),
                 delivery_mode: *properties.delivery_mode(),
+                headers: headers(properties),
+                group: None,
                 body: delivery.data,
             });
         }
@@ -223,6 +239,18 @@ impl Vhost {
         assert!(status.is_success(), "{path:?}: {status} {text}");
         serde_json::from_str(&text).unwrap_or(Value::Null)
     }
+}
+
+/// Texts alone: what the broker adds about a death is no text.
+fn headers(properties: &BasicProperties) -> BTreeMap<String, String> {
+    let Some(table) = properties.headers().as_ref() else { return BTreeMap::new() };
+    let texts = table.inner().iter().filter(|(name, _)| !name.as_str().starts_with("x-"));
+    texts
+        .filter_map(|(name, value)| match value {
+            AMQPValue::LongString(text) => Some((name.to_string(), text.to_string())),
+            _ => None,
+        })
+        .collect()
 }
 
 impl Drop for Vhost {

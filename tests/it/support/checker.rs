@@ -367,13 +367,15 @@ fn the_audit_trail_is_whole(snapshot: &Snapshot, found: &mut Vec<String>) {
         }
         let is_told = match job.operation.as_str() {
             // A dry run is accepted and ends; what it saw is in its result.
-            _ if job.dry_run => kinds.iter().all(|kind| ["accepted", "attempt_failed", &job.state].contains(kind)),
+            _ if job.dry_run => {
+                kinds.iter().all(|kind| ["accepted", "attempt_failed", "cancel_requested", &job.state].contains(kind))
+            }
             // Nothing was meant where there has never been material.
             "delete" if job.result.as_ref().is_some_and(|result| result["key_material_ids"] == json!([])) => true,
             "delete" => count("deletion_intended") > 0 || job.state == "failed",
             _ => (count("material_chosen") == 1 && count("parameters_obtained") > 0) || job.state == "failed",
         };
-        if !is_told {
+        if !is_told || (job.code() == "cancelled" && count("cancel_requested") != 1) {
             found.push(format!("I4: request {}, {}: its trail is {kinds:?}", job.request_id, job.state));
         }
     }

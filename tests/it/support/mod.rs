@@ -9,6 +9,8 @@ pub mod kmip;
 pub mod process;
 pub mod proof;
 pub mod snapshot;
+pub mod sqs;
+pub mod sqs_proxy;
 pub mod world;
 
 use std::path::PathBuf;

@@ -176,7 +176,7 @@ impl Snapshot {
     /// Reads what Postgres holds.
     pub async fn of_store(client: &Client, store: &Store, kek: &str) -> Self {
         let mut left = BTreeMap::new();
-        for table in ["outbox", "progress", "future", "urgent"] {
+        for table in ["outbox", "progress", "future", "urgent", "cancellation"] {
             let count: i64 = client.query_one(&format!("select count(*) from {table}"), &[]).await.unwrap().get(0);
             left.insert(table.to_owned(), count);
         }

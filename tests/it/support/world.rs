@@ -1,11 +1,13 @@
-//! One test's world: a database, a virtual host, a double of AWS KMS and real workers, all its own.
+//! One test's world: a database, a virtual host, queues of SQS, a double of AWS KMS and real workers, all its own.
 
 use super::broker::{DEAD, JOBS, Message, Received, Vhost};
 use super::checker::violations;
-use super::db::TestDb;
+use super::db::{TestDb, connect};
 use super::fake::{ACCOUNT, Fake, REGION, SECRET, WORKER};
 use super::process::Process;
 use super::snapshot::{Job, Refusal, Secret, Snapshot, jobs, refusals};
+use super::sqs::{Queues, Role, SQS_REGION};
+use super::sqs_proxy::Proxy;
 use super::{eventually, http, keyferry, variable};
 use rustix::process::Signal;
 use serde_json::{Value, json};
@@ -17,6 +19,53 @@ use tempfile::TempDir;
 use time::OffsetDateTime;
 use tokio_postgres::Client;
 
+/// What carries messages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Carrier {
+    RabbitMq,
+    Sqs,
+    SqsFifo,
+}
+
+impl Carrier {
+    fn setting(self) -> &'static str {
+        match self {
+            Self::RabbitMq => "rabbitmq",
+            Self::Sqs | Self::SqsFifo => "sqs",
+        }
+    }
+
+    pub fn is_sqs(self) -> bool {
+        self != Self::RabbitMq
+    }
+
+    /// Whether it can carry these bytes. SQS takes no empty body, and of Unicode only what XML can hold
+    /// (SQS API Reference, `SendMessage`).
+    pub fn carries(self, message: &Message) -> bool {
+        let is_char =
+            |c: char| matches!(c, '\t' | '\n' | '\r' | ' '..='\u{d7ff}' | '\u{e000}'..='\u{fffd}' | '\u{10000}'..);
+        let text = std::str::from_utf8(&message.body);
+        self == Self::RabbitMq || text.is_ok_and(|text| !text.is_empty() && text.chars().all(is_char))
+    }
+}
+
+/// What carries requests, what carries events.
+#[derive(Clone, Copy, Debug)]
+pub struct Carriage {
+    pub requests: &'static [Carrier],
+    pub events: Carrier,
+}
+
+impl Carriage {
+    pub const RABBITMQ: Self = Self { requests: &[Carrier::RabbitMq], events: Carrier::RabbitMq };
+    pub const SQS: Self = Self { requests: &[Carrier::Sqs], events: Carrier::Sqs };
+    pub const SQS_FIFO: Self = Self { requests: &[Carrier::SqsFifo], events: Carrier::SqsFifo };
+
+    fn uses(self, is_wanted: impl Fn(Carrier) -> bool) -> bool {
+        is_wanted(self.events) || self.requests.iter().copied().any(is_wanted)
+    }
+}
+
 /// A worker's settings that tests turn.
 #[derive(Clone, Copy, Debug)]
 pub struct Tuning {
@@ -25,19 +74,28 @@ pub struct Tuning {
     pub aws_timeout_ms: u64,
     pub signature_life_ms: u64,
     pub grace_ms: u64,
+    /// Seconds for which SQS hides a message whose worker died.
+    pub visibility_s: u64,
 }
 
 impl Default for Tuning {
     /// As generous as in production, but for a poll that no test waits for.
     fn default() -> Self {
-        Self { concurrency: 16, lease_ms: 30_000, aws_timeout_ms: 10_000, signature_life_ms: 600_000, grace_ms: 20_000 }
+        Self {
+            concurrency: 16,
+            lease_ms: 30_000,
+            aws_timeout_ms: 10_000,
+            signature_life_ms: 600_000,
+            grace_ms: 20_000,
+            visibility_s: 60,
+        }
     }
 }
 
 impl Tuning {
     /// For takeovers: leases run out soon, and what was unanswered is over soon.
     pub fn hasty() -> Self {
-        Self { lease_ms: 3_000, aws_timeout_ms: 1_000, signature_life_ms: 2_000, ..Self::default() }
+        Self { lease_ms: 3_000, aws_timeout_ms: 1_000, signature_life_ms: 2_000, visibility_s: 5, ..Self::default() }
     }
 }
 
@@ -125,6 +183,9 @@ pub struct World {
     pub workers: Vec<Worker>,
     pub fake: Fake,
     pub vhost: Vhost,
+    pub queues: Queues,
+    pub proxy: Proxy,
+    carriage: Carriage,
     pub client: Client,
     pub db: TestDb,
     kek: String,
@@ -141,14 +202,29 @@ pub struct World {
 impl World {
     /// A world with topology and schema, and no worker yet.
     pub async fn new(tuning: Tuning) -> Self {
-        let world = Self::without_topology(tuning).await;
-        world.vhost.apply_topology().await;
-        world.vhost.open().await;
+        Self::over(tuning, Carriage::RABBITMQ).await
+    }
+
+    /// The same over other carriers.
+    pub async fn over(tuning: Tuning, carriage: Carriage) -> Self {
+        let world = Self::bare(tuning, carriage).await;
+        if carriage.uses(|carrier| !carrier.is_sqs()) {
+            world.vhost.apply_topology().await;
+            world.vhost.open().await;
+        }
+        if carriage.uses(Carrier::is_sqs) {
+            world.queues.create().await;
+        }
         world
     }
 
     /// A world whose broker has nothing but the virtual host.
     pub async fn without_topology(tuning: Tuning) -> Self {
+        Self::bare(tuning, Carriage::RABBITMQ).await
+    }
+
+    /// A world whose brokers have nothing.
+    pub async fn bare(tuning: Tuning, carriage: Carriage) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let (db, vhost) = tokio::join!(TestDb::create(), Vhost::create());
         let fake = Fake::start(directory.path()).await;
@@ -158,6 +234,9 @@ impl World {
             workers: Vec::new(),
             fake,
             vhost,
+            queues: Queues::name(carriage.requests.contains(&Carrier::SqsFifo), carriage.events == Carrier::SqsFifo),
+            proxy: Proxy::start().await,
+            carriage,
             client: db.client().await,
             db,
             kek: hex::encode(bytes),
@@ -184,17 +263,28 @@ impl World {
     }
 
     fn settings(&self, tuning: Tuning) -> String {
-        let Tuning { concurrency, lease_ms, aws_timeout_ms, signature_life_ms, grace_ms } = tuning;
+        let Tuning { concurrency, lease_ms, aws_timeout_ms, signature_life_ms, grace_ms, visibility_s } = tuning;
+        let rabbitmq =
+            format!("[rabbitmq]\nurl = {:?}\napi_url = {:?}", self.vhost.url(), variable("KEYFERRY_TEST_RABBITMQ_API"));
+        let sqs = format!(
+            "[sqs]\nregion = {SQS_REGION:?}\nrequests_queue_url = {:?}\ndead_letter_queue_url = {:?}\n\
+             events_queue_url = {:?}\nwait_s = 1\nvisibility_timeout_s = {visibility_s}",
+            self.queues.url(Role::Requests),
+            self.queues.url(Role::Dead),
+            self.queues.url(Role::Events)
+        );
+        let from: Vec<&str> = self.carriage.requests.iter().map(|carrier| carrier.setting()).collect();
         format!(
             r#"
             policy = "allow-all"
+            requests_from = {from:?}
+            events_to = "{to}"
+            {rabbitmq}
+            {sqs}
             [database]
             url = "{worker}"
             owner_url = "{owner}"
             ca_file = "{ca}"
-            [rabbitmq]
-            url = "{amqp}"
-            api_url = "{api}"
             [keys]
             kek_file = "{kek}"
             [[targets]]
@@ -220,8 +310,9 @@ impl World {
             worker = self.db.worker_url(),
             owner = self.db.owner_url(),
             ca = variable("KEYFERRY_TEST_POSTGRES_CA"),
-            amqp = self.vhost.url(),
-            api = variable("KEYFERRY_TEST_RABBITMQ_API"),
+            to = self.carriage.events.setting(),
+            rabbitmq = if self.carriage.uses(|carrier| !carrier.is_sqs()) { rabbitmq.as_str() } else { "" },
+            sqs = if self.carriage.uses(Carrier::is_sqs) { sqs.as_str() } else { "" },
             kek = self.path("kek").display(),
         )
     }
@@ -249,6 +340,7 @@ impl World {
             .env_clear()
             .env("USER", "tester")
             .env("AWS_ENDPOINT_URL_KMS", self.fake.url())
+            .env("AWS_ENDPOINT_URL_SQS", self.proxy.url())
             .env("AWS_ACCESS_KEY_ID", WORKER)
             .env("AWS_SECRET_ACCESS_KEY", SECRET)
             .env("AWS_REGION", REGION)
@@ -355,8 +447,40 @@ impl World {
 
     /// Publishes any message.
     pub async fn send(&mut self, message: Message) {
-        self.vhost.publish(&message).await;
+        self.send_over(self.carriage.requests[0], message).await;
+    }
+
+    /// The same over one of several carriers.
+    pub async fn send_over(&mut self, carrier: Carrier, message: Message) {
+        match carrier {
+            Carrier::RabbitMq => self.vhost.publish(&message).await,
+            Carrier::Sqs | Carrier::SqsFifo => {
+                // As publishers should: in order for each KMS key.
+                let body: Value = serde_json::from_slice(&message.body).unwrap_or_default();
+                let group = body["key"].as_str().filter(|key| key.starts_with("arn:")).unwrap_or("others");
+                self.queues.send(&message, group).await;
+            }
+        }
         self.published.push(message);
+    }
+
+    /// Messages that wait for a worker at the brokers.
+    pub async fn waiting(&self) -> u32 {
+        let mut count = 0;
+        for carrier in self.carriage.requests {
+            count += match carrier {
+                Carrier::RabbitMq => self.vhost.ready(JOBS).await,
+                Carrier::Sqs | Carrier::SqsFifo => self.queues.ready(Role::Requests).await,
+            };
+        }
+        count
+    }
+
+    /// The same with those that SQS hides, as from a worker that died.
+    async fn left(&self) -> u32 {
+        let over_sqs = self.carriage.requests.iter().any(|carrier| carrier.is_sqs());
+        let hidden = if over_sqs { self.queues.hidden(Role::Requests).await } else { 0 };
+        self.waiting().await + hidden
     }
 
     /// Notes messages that the program under test published.
@@ -429,6 +553,26 @@ impl World {
         .await
     }
 
+    /// Lets no worker at the database, and ends their connections.
+    pub async fn lock_postgres(&self) {
+        self.allow_connections(false).await;
+        let end = "select pg_terminate_backend(pid) from pg_stat_activity
+                   where datname = current_database() and usename = 'keyferry_worker'";
+        self.client.execute(end, &[]).await.unwrap();
+    }
+
+    /// Lets them again.
+    pub async fn unlock_postgres(&self) {
+        self.allow_connections(true).await;
+    }
+
+    async fn allow_connections(&self, are_allowed: bool) {
+        let url = format!("{}?sslmode=require", variable("KEYFERRY_TEST_POSTGRES"));
+        let server = connect(&url.parse().unwrap()).await;
+        let database: String = self.client.query_one("select current_database()::text", &[]).await.unwrap().get(0);
+        server.batch_execute(&format!("alter database {database} allow_connections {are_allowed}")).await.unwrap();
+    }
+
     /// All refusals, once there are so many.
     pub async fn refused(&self, count: usize) -> Vec<Refusal> {
         eventually(&format!("{count} refusals"), || async {
@@ -449,7 +593,10 @@ impl World {
 
     /// All events so far.
     pub async fn events(&mut self) -> &[Received] {
-        let new = self.vhost.take_events().await;
+        let new = match self.carriage.events {
+            Carrier::RabbitMq => self.vhost.take_events().await,
+            Carrier::Sqs | Carrier::SqsFifo => self.queues.take(Role::Events).await,
+        };
         self.events.extend(new);
         &self.events
     }
@@ -468,8 +615,13 @@ impl World {
 
     /// All dead letters so far.
     pub async fn dead(&mut self) -> &[Received] {
-        let new = self.vhost.take(DEAD).await;
-        self.dead.extend(new);
+        for carrier in self.carriage.requests {
+            let new = match carrier {
+                Carrier::RabbitMq => self.vhost.take(DEAD).await,
+                Carrier::Sqs | Carrier::SqsFifo => self.queues.take(Role::Dead).await,
+            };
+            self.dead.extend(new);
+        }
         &self.dead
     }
 
@@ -490,7 +642,7 @@ impl World {
         for round in 0.. {
             assert!(round < 5, "messages come back with every stop");
             eventually("everything is drained", || async {
-                (self.vhost.ready(JOBS).await == 0 && self.count(open).await == 0).then_some(())
+                (self.left().await == 0 && self.count(open).await == 0).then_some(())
             })
             .await;
             for worker in &mut self.workers {
@@ -499,7 +651,7 @@ impl World {
                 }
             }
             // A message that was in hand is back.
-            if self.vhost.ready(JOBS).await == 0 {
+            if self.left().await == 0 {
                 break;
             }
             self.serve().await;
@@ -515,7 +667,7 @@ impl World {
         self.events().await;
         self.dead().await;
         let mut snapshot = Snapshot::of_store(&self.client, &self.db.store().await, &self.kek).await;
-        snapshot.left.insert(JOBS.to_owned(), i64::from(self.vhost.ready(JOBS).await));
+        snapshot.left.insert(JOBS.to_owned(), i64::from(self.left().await));
         for (at, worker) in self.workers.iter().enumerate() {
             snapshot.texts.push((format!("the log of worker {at}"), worker.log().into_bytes()));
         }

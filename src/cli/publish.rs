@@ -1,0 +1,136 @@
+//! Requests to the queue of one transport, confirmed.
+
+use super::submit::Message;
+use crate::amqp::{SessionError, within};
+use crate::app::open_broker;
+use crate::config::{Loaded, Transport};
+use crate::sqs::{Attribute, Batch, Order, Outcome, Outgoing, Queue, Sqs};
+use crate::telemetry::Metrics;
+use anyhow::{Context as _, bail};
+use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
+use lapin::{BasicProperties, Channel, Confirmation, Connection};
+use sha2::{Digest as _, Sha256};
+use std::time::Duration;
+
+/// Calls to SQS for one request.
+const ATTEMPTS: u32 = 5;
+/// Longest `MessageGroupId` (SQS API Reference, `SendMessage`).
+const MOST_GROUP: usize = 128;
+
+/// Where requests go.
+pub(super) enum Link {
+    RabbitMq(Box<Amqp>),
+    Sqs(Queue),
+}
+
+/// A connection that publishes with confirmations.
+pub(super) struct Amqp {
+    connection: Connection,
+    channel: Channel,
+    queue: String,
+    patience: Duration,
+}
+
+impl Link {
+    pub(super) async fn open(loaded: &Loaded, transport: Transport) -> anyhow::Result<Self> {
+        let settings = &loaded.settings;
+        match transport {
+            Transport::RabbitMq => {
+                let broker = open_broker(loaded)?;
+                let patience = broker.timeout();
+                let connection = broker.connect("keyferry submit").await.context("RabbitMQ cannot be reached")?;
+                let channel = within(patience, async {
+                    let channel = connection.create_channel().await?;
+                    channel.confirm_select(ConfirmSelectOptions::default()).await?;
+                    Ok(channel)
+                })
+                .await?;
+                let queue = settings.rabbitmq.queue.clone();
+                Ok(Self::RabbitMq(Box::new(Amqp { connection, channel, queue, patience })))
+            }
+            // A publisher needs no right but to send.
+            Transport::Sqs => {
+                let client = Sqs::connect(settings.sqs.region.as_deref(), Metrics::new()?).await;
+                Ok(Self::Sqs(client.queue(loaded.sqs_requests_url()?)))
+            }
+        }
+    }
+
+    /// Returns once the broker has all of them; an error says nothing of how many it took.
+    pub(super) async fn publish(&self, messages: &[Message]) -> anyhow::Result<()> {
+        match self {
+            Self::RabbitMq(amqp) => {
+                let Amqp { channel, queue, patience, .. } = amqp.as_ref();
+                // A broker that is short of memory or disk stops reading and says nothing to a publisher.
+                taken(queue, &within(*patience, over_amqp(channel, queue, messages)).await?)
+            }
+            Self::Sqs(queue) => over_sqs(queue, messages).await,
+        }
+    }
+
+    pub(super) async fn close(self) -> anyhow::Result<()> {
+        match self {
+            Self::RabbitMq(amqp) => {
+                let Amqp { connection, patience, .. } = *amqp;
+                Ok(within(patience, async { Ok(connection.close(200, "done".into()).await?) }).await?)
+            }
+            Self::Sqs(_) => Ok(()),
+        }
+    }
+}
+
+async fn over_amqp(channel: &Channel, queue: &str, messages: &[Message]) -> Result<Vec<Confirmation>, SessionError> {
+    let mut sent = Vec::with_capacity(messages.len());
+    for message in messages {
+        let properties = BasicProperties::default()
+            .with_content_type("application/json".into())
+            .with_delivery_mode(2)
+            .with_message_id(message.id.as_str().into());
+        let options = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
+        let body = message.body.as_bytes();
+        sent.push(channel.basic_publish("".into(), queue.into(), options, body, properties).await?);
+    }
+    let mut confirmations = Vec::with_capacity(sent.len());
+    for confirmation in sent {
+        confirmations.push(confirmation.await?);
+    }
+    Ok(confirmations)
+}
+
+/// Whether the broker took every request of a window.
+fn taken(queue: &str, confirmations: &[Confirmation]) -> anyhow::Result<()> {
+    for confirmation in confirmations {
+        match confirmation {
+            Confirmation::Ack(None) => {}
+            Confirmation::Ack(Some(_)) => bail!("there is no queue {queue}; make it with: keyferry topology apply"),
+            Confirmation::Nack(_) | Confirmation::NotRequested => {
+                bail!("the queue {queue} is full: RabbitMQ would not take a request")
+            }
+        }
+    }
+    Ok(())
+}
+
+async fn over_sqs(queue: &Queue, messages: &[Message]) -> anyhow::Result<()> {
+    let messages: Vec<Outgoing> = messages.iter().map(|message| outgoing(message, queue.is_fifo())).collect();
+    let outcomes = queue.carry_out(Batch::Send(&messages), ATTEMPTS).await;
+    let untaken: Vec<&Outcome> = outcomes.iter().filter(|outcome| **outcome != Outcome::Done).collect();
+    match untaken.first() {
+        None => Ok(()),
+        Some(first) => bail!("SQS did not take {} of {} requests: {first}", untaken.len(), outcomes.len()),
+    }
+}
+
+/// On FIFO the requests for one key are in order. Copies are known by their bytes: one id with two contents is for the
+/// worker to judge, and SQS would silently drop the second.
+fn outgoing(message: &Message, is_fifo: bool) -> Outgoing {
+    let digest = hex::encode(Sha256::digest(&message.body));
+    let is_group =
+        |key: &&str| (1..=MOST_GROUP).contains(&key.len()) && key.bytes().all(|byte| byte.is_ascii_graphic());
+    let group = message.key.as_deref().filter(is_group).unwrap_or(&digest).to_owned();
+    Outgoing {
+        body: message.body.clone(),
+        attributes: vec![Attribute::text("content-type", "application/json")],
+        order: is_fifo.then_some(Order { group, deduplication: digest }),
+    }
+}

@@ -1,0 +1,86 @@
+//! `keyferry topology`: what has to be there at the brokers that the settings use.
+
+use super::Failed;
+use super::output::Output;
+use crate::amqp;
+use crate::app::open_broker;
+use crate::config::{Loaded, Transport};
+use crate::sqs::{Queues, Sqs};
+use crate::telemetry::Metrics;
+use crate::topology::{Difference, Management, Names, own_names};
+use clap::Subcommand;
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Topology {
+    /// Make what is missing: RabbitMQ's default topology over its management API (`rabbitmq.api_url`), and the queues that
+    /// `[sqs]` names. What is there stays as it is.
+    Apply,
+    /// Compare with what is there; exit code 1 when something differs. A queue or an exchange of RabbitMQ that only the
+    /// settings name has to be there and is not looked into.
+    Check,
+}
+
+impl Topology {
+    /// Of the transports that carry requests or events.
+    pub(super) async fn run(self, loaded: &Loaded, output: Output) -> Result<(), Failed> {
+        let mut found = Vec::new();
+        if loaded.uses(Transport::RabbitMq) {
+            found.extend(self.rabbitmq(loaded).await?);
+        }
+        if loaded.uses(Transport::Sqs) {
+            found.extend(self.sqs(loaded).await?);
+        }
+        output.value(&found, |found| match found.as_slice() {
+            [] => "the topology is as it should be".into(),
+            found => {
+                let lines = found.iter().map(|one| format!("{} {}: {}", one.kind, one.name, one.problem));
+                lines.collect::<Vec<_>>().join("\n")
+            }
+        });
+        if found.is_empty() { Ok(()) } else { Err(Failed::Said) }
+    }
+
+    async fn rabbitmq(&self, loaded: &Loaded) -> anyhow::Result<Vec<Difference>> {
+        let rabbitmq = &loaded.settings.rabbitmq;
+        let broker = open_broker(loaded)?;
+        let (tls, _) = amqp::identity(rabbitmq)?.current();
+        let management = Management::new(loaded.rabbitmq_api_url()?, broker.vhost(), &tls)?;
+        let names = Names {
+            queue: &rabbitmq.queue,
+            dead_letter_queue: &rabbitmq.dead_letter_queue,
+            exchange: &rabbitmq.exchange,
+        };
+        let own = own_names(&names)?;
+        if matches!(self, Self::Apply) {
+            management.apply().await?;
+            if !own.is_empty() {
+                eprintln!(
+                    "keyferry: only the default topology is made; yours to make, with their bindings and policies: {}",
+                    own.join(", ")
+                );
+            }
+        }
+        Ok(management.check(&names).await?)
+    }
+
+    async fn sqs(&self, loaded: &Loaded) -> anyhow::Result<Vec<Difference>> {
+        let settings = &loaded.settings;
+        let client = Sqs::connect(settings.sqs.region.as_deref(), Metrics::new()?).await;
+        let requests = if settings.requests_from.contains(&Transport::Sqs) {
+            let (requests, dead_letters) = loaded.sqs_requests_urls()?;
+            Some((client.queue(requests), client.queue(dead_letters)))
+        } else {
+            None
+        };
+        let events = match settings.events_to {
+            Transport::Sqs => Some(client.queue(loaded.sqs_events_url()?)),
+            Transport::RabbitMq => None,
+        };
+        let queues = Queues { requests, events, visibility: settings.sqs.visibility() };
+        if matches!(self, Self::Apply) {
+            queues.apply().await?;
+        }
+        let found = queues.check().await?.into_iter();
+        Ok(found.map(|(name, finding)| Difference { kind: "queue", name, problem: finding.to_string() }).collect())
+    }
+}

@@ -1,0 +1,154 @@
+//! Events to an SQS queue, in batches.
+//!
+//! On a FIFO queue the events of one KMS key are in order, as far as they are published in one window, and a copy within
+//! five minutes is dropped by SQS itself: its deduplication id is the event's id.
+
+use super::{Destination, Publication};
+use crate::sqs::{Attribute, Batch, CallError, Order, Outcome, Outgoing, Queue};
+use crate::store::OutboxRow;
+use serde::Deserialize;
+use std::time::Duration;
+
+/// Calls for one event before it is held.
+const ATTEMPTS: u32 = 3;
+/// For a window: well within the lease that a relay has on its events.
+const WINDOW_TIMEOUT: Duration = Duration::from_secs(25);
+/// Longest `MessageGroupId` (SQS API Reference, `SendMessage`).
+const MOST_GROUP: usize = 128;
+
+/// A queue of events.
+#[derive(Clone, Debug)]
+pub struct Events {
+    /// The queue.
+    pub queue: Queue,
+}
+
+/// Why events cannot be sent.
+#[derive(Debug, thiserror::Error)]
+pub enum PublishError {
+    /// SQS, or the way to it.
+    #[error(transparent)]
+    Call(#[from] CallError),
+    /// A window took too long; what was sent of it is sent again.
+    #[error("SQS did not take a window of events within {} s", .0.as_secs())]
+    Timeout(Duration),
+}
+
+/// A queue that was there when it was last asked for.
+#[derive(Debug)]
+pub struct Publisher {
+    queue: Queue,
+}
+
+/// Of an event, what the queue's attributes and order are made of.
+#[derive(Default, Deserialize)]
+struct Head {
+    #[serde(rename = "type", default)]
+    kind: String,
+    #[serde(default)]
+    subject: Option<String>,
+}
+
+impl Destination for Events {
+    const TRANSPORT: &'static str = "sqs";
+    type Publisher = Publisher;
+
+    async fn open(&self) -> Result<Publisher, PublishError> {
+        self.queue.attributes().await?;
+        Ok(Publisher { queue: self.queue.clone() })
+    }
+}
+
+impl super::Publisher for Publisher {
+    type Error = PublishError;
+
+    /// A window of which SQS took nothing, for want of SQS, is an error; one of which it took a part is not: the rest is
+    /// held, and nothing that was taken is sent twice.
+    async fn publish(&self, rows: &[OutboxRow]) -> Result<Vec<Publication>, PublishError> {
+        let messages: Vec<Outgoing> = rows.iter().map(|row| message(row, self.queue.is_fifo())).collect();
+        let sending = self.queue.carry_out(Batch::Send(&messages), ATTEMPTS);
+        let outcomes =
+            tokio::time::timeout(WINDOW_TIMEOUT, sending).await.map_err(|_| PublishError::Timeout(WINDOW_TIMEOUT))?;
+        let failed = outcomes.iter().find_map(|outcome| match outcome {
+            Outcome::Failed(error) => Some(error.clone()),
+            _ => None,
+        });
+        if let Some(error) = failed
+            && !outcomes.contains(&Outcome::Done)
+        {
+            return Err(error.into());
+        }
+        let told = rows.iter().zip(outcomes).map(|(row, outcome)| match outcome {
+            Outcome::Done => Publication::Confirmed,
+            outcome => {
+                tracing::warn!(event.id = %row.event_id, queue = self.queue.name(), %outcome, "an event was not sent");
+                Publication::Refused
+            }
+        });
+        Ok(told.collect())
+    }
+
+    /// There is no connection that could break unseen.
+    fn check(&self) -> Result<(), PublishError> {
+        Ok(())
+    }
+
+    async fn close(self) {}
+}
+
+fn message(row: &OutboxRow, is_fifo: bool) -> Outgoing {
+    // An event that cannot be read is sent as it is.
+    let Head { kind, subject } = serde_json::from_str(&row.body).unwrap_or_default();
+    let id = row.event_id.to_string();
+    let group = subject.filter(|subject| is_group(subject)).unwrap_or_else(|| id.clone());
+    let mut attributes = vec![
+        Attribute::text("content-type", "application/cloudevents+json"),
+        Attribute::text("routing-key", row.routing_key.as_str()),
+    ];
+    // SQS takes no empty value.
+    if !kind.is_empty() {
+        attributes.push(Attribute::text("type", kind));
+    }
+    let order = is_fifo.then_some(Order { group, deduplication: id });
+    Outgoing { body: row.body.clone(), attributes, order }
+}
+
+/// Letters, digits and punctuation of ASCII.
+fn is_group(text: &str) -> bool {
+    (1..=MOST_GROUP).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_graphic())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use time::OffsetDateTime;
+    use uuid::Uuid;
+
+    fn row(body: &str) -> OutboxRow {
+        OutboxRow {
+            id: 1,
+            event_id: Uuid::from_u128(7),
+            routing_key: "job.failed.import.111122223333.eu-central-1".into(),
+            body: body.into(),
+            attempts: 1,
+            due_at: OffsetDateTime::UNIX_EPOCH,
+        }
+    }
+
+    #[test]
+    fn an_event_is_ordered_by_its_key_and_known_by_its_id() {
+        let arn = "arn:aws:kms:eu-central-1:111122223333:key/031c5703-aaf7-425e-a141-7e0c6f5886ab";
+        let id = Uuid::from_u128(7).to_string();
+        let body = format!(r#"{{"type":"io.keyferry.job.failed","subject":"{arn}"}}"#);
+        let event = message(&row(&body), true);
+        assert_eq!(event.order, Some(Order { group: arn.into(), deduplication: id.clone() }));
+        assert_eq!(event.body, body);
+        let names: Vec<&str> = event.attributes.iter().map(|attribute| attribute.name.as_str()).collect();
+        assert_eq!(names, ["content-type", "routing-key", "type"]);
+        assert_eq!(message(&row(&body), false).order, None);
+        // A refusal has no key; a subject that SQS would not take is none.
+        for body in ["{}", r#"{"subject":"a b"}"#, r#"{"subject":""}"#, "no JSON"] {
+            assert_eq!(message(&row(body), true).order.unwrap().group, id, "{body}");
+        }
+    }
+}

@@ -1,0 +1,284 @@
+//! Cancellation: jobs that wait end at once; those that a worker has under way, or of which something is in doubt, are
+//! marked, and the attempt that finds nothing in doubt ends them.
+
+use super::accept::{insert_audit, insert_events};
+use super::advance::{Leases, advance};
+use super::settle::END_JOBS;
+use super::{Store, StoreError, urgent};
+use crate::audit::{Fact, Kind};
+use crate::job::{Event, Failure, JobSummary, KeyArn, Request, RequestId, failure_json};
+use deadpool_postgres::Transaction;
+use serde_json::{Value, json};
+use std::collections::{BTreeMap, HashMap};
+use time::OffsetDateTime;
+use tokio_postgres::Row;
+use uuid::Uuid;
+
+/// Jobs that one transaction cancels at most.
+pub const CANCEL_PAGE: usize = 200;
+
+/// What became of a job that was to be cancelled.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Cancelled {
+    /// It has ended as `failed`, `cancelled`.
+    Ended,
+    /// It ends between two of its steps, once nothing that it sent to AWS is in doubt. What AWS has done by then
+    /// stands, and may be that it succeeds.
+    Requested,
+    /// It had ended before.
+    EndedBefore {
+        /// `succeeded` or `failed`.
+        state: String,
+        /// Why it failed.
+        code: Option<String>,
+    },
+    /// There is no such job.
+    Unknown,
+}
+
+impl Store {
+    /// Cancels up to [`CANCEL_PAGE`] jobs in one transaction; what became of each, in the order of `ids`. Doing it
+    /// again changes nothing.
+    pub async fn cancel(&self, ids: &[Uuid], operator: &str) -> Result<Vec<Cancelled>, StoreError> {
+        self.retrying(|| self.cancel_once(ids, operator)).await
+    }
+
+    /// Jobs of a batch that wait, the oldest first, after `after`.
+    pub async fn waiting_of_batch(&self, batch: &str, after: Uuid, limit: i64) -> Result<Vec<Uuid>, StoreError> {
+        const READ: &str = "
+            select id from job where batch = $1 and id > $2 and state = 'waiting' order by batch, id limit $3";
+        let client = self.client().await?;
+        let read = client.prepare_cached(READ).await?;
+        let rows = client.query(&read, &[&batch, &after, &limit]).await?;
+        Ok(rows.iter().map(|row| row.get(0)).collect())
+    }
+
+    /// How many jobs of a batch there are, by state and, of those that failed, code.
+    pub async fn batch_counts(&self, batch: &str) -> Result<BTreeMap<(String, String), u64>, StoreError> {
+        const COUNT: &str = "
+            select state, coalesce(error ->> 'code', ''), count(*) from job where batch = $1 group by 1, 2";
+        let client = self.client().await?;
+        let count = client.prepare_cached(COUNT).await?;
+        let rows = client.query(&count, &[&batch]).await?;
+        Ok(rows
+            .iter()
+            .map(|row| ((row.get(0), row.get(1)), u64::try_from(row.get::<_, i64>(2)).unwrap_or(0)))
+            .collect())
+    }
+
+    /// Whether an operator has said since that the job is not to go on. Asked between two mutating calls of an attempt.
+    pub async fn is_cancelled(&self, job: Uuid) -> Result<bool, StoreError> {
+        let client = self.client().await?;
+        let read = client.prepare_cached("select exists (select from cancellation where job_id = $1)").await?;
+        Ok(client.query_one(&read, &[&job]).await?.get(0))
+    }
+
+    async fn cancel_once(&self, ids: &[Uuid], operator: &str) -> Result<Vec<Cancelled>, StoreError> {
+        // Before the lines, as housekeeping does it, which skips what is locked.
+        const FUTURE: &str = "select from future where job_id = any($1) order by job_id for update";
+        const LINES: &str = "
+            select from line where id in (select line_id from job where id = any($1) and state = 'waiting')
+            order by id for no key update";
+        let mut client = self.client().await?;
+        let transaction = client.transaction().await?;
+        transaction.execute(FUTURE, &[&ids]).await?;
+        transaction.execute(LINES, &[&ids]).await?;
+        // A statement of its own: it sees what was committed while the locks were waited for.
+        let rows = transaction.query(FOUND, &[&ids]).await?;
+        let now: OffsetDateTime = transaction.query_one("select keyferry_now()", &[]).await?.get(0);
+        let found: Vec<Found> = rows.iter().map(Found::of).collect::<Result<_, _>>()?;
+        let (ending, requested): (Vec<&Found>, Vec<&Found>) =
+            found.iter().filter(|job| job.state == "waiting").partition(|job| job.may_end());
+        let requested: Vec<&Found> = requested.into_iter().filter(|job| !job.is_requested).collect();
+        end(&transaction, &ending, operator, now).await?;
+        request(&transaction, &requested, operator, now).await?;
+        transaction.commit().await?;
+        let became: HashMap<Uuid, Cancelled> = found.iter().map(|job| (job.summary.id, job.became())).collect();
+        Ok(ids.iter().map(|id| became.get(id).cloned().unwrap_or(Cancelled::Unknown)).collect())
+    }
+}
+
+const FOUND: &str = "
+    select job.id, job.state, job.error ->> 'code', job.line_id, job.seq,
+           line.token is not null and coalesce(line.urgent_seq, line.head_seq) = job.seq,
+           coalesce(progress.in_doubt or progress.imported, false), coalesce(progress.deleted_ids <> '{}', false),
+           coalesce(progress.audit_n, 1), cancellation.job_id is not null,
+           coalesce(urgent.attempt, case when line.head_seq = job.seq then line.attempt else 0 end),
+           line.head_seq = job.seq, job.seq = (select min(seq) from urgent where urgent.line_id = line.id),
+           exists (select from urgent where urgent.line_id = line.id), progress.source_key_id,
+           kms_key.arn, job.principal, job.request_id, job.request_source, job.request, job.accepted_at,
+           job.traceparent
+    from job
+    join line on line.id = job.line_id
+    join kms_key on kms_key.id = job.kms_key_id
+    left join progress on progress.job_id = job.id
+    left join cancellation on cancellation.job_id = job.id
+    left join urgent on urgent.line_id = job.line_id and urgent.seq = job.seq
+    where job.id = any($1)";
+
+/// A job that is to be cancelled, under the lock of its line.
+#[expect(clippy::struct_excessive_bools, reason = "each is a column of its own")]
+struct Found {
+    summary: JobSummary,
+    state: String,
+    code: Option<String>,
+    line_id: i64,
+    seq: Option<i64>,
+    /// A worker has it under way, or had when it died.
+    is_leased: bool,
+    /// What it did to AWS is to be learnt, or seen, first.
+    is_unsettled: bool,
+    /// Some of the materials are deleted.
+    has_deleted: bool,
+    audit_n: i32,
+    is_requested: bool,
+    attempts: i32,
+    is_head: bool,
+    /// It is the urgent job that is next.
+    is_first_urgent: bool,
+    line_has_urgent: bool,
+    source_key_id: Option<Uuid>,
+}
+
+impl Found {
+    fn of(row: &Row) -> Result<Self, StoreError> {
+        let id: Uuid = row.get(0);
+        let broken = || {
+            StoreError::Settings(format!("job {id} cannot be read; was it written by a newer version? Use that one"))
+        };
+        let request_id = RequestId::parse(row.get(17)).ok_or_else(broken)?;
+        let request = Request::from_canonical(row.get(19), request_id, row.get(18)).map_err(|_| broken())?;
+        let summary = JobSummary {
+            id,
+            key: KeyArn::parse(row.get(15)).map_err(|_| broken())?,
+            principal: row.get(16),
+            request_id: request.id.as_str().to_owned(),
+            operation: request.operation().as_str(),
+            dry_run: request.dry_run,
+            batch: request.batch.clone(),
+            // One that has not joined its line has none.
+            sequence: row.get::<_, Option<i64>>(4).unwrap_or(0),
+            accepted_at: row.get(20),
+            traceparent: row.get(21),
+        };
+        Ok(Self {
+            summary,
+            state: row.get(1),
+            code: row.get(2),
+            line_id: row.get(3),
+            seq: row.get(4),
+            is_leased: row.get::<_, Option<bool>>(5).unwrap_or(false),
+            is_unsettled: row.get(6),
+            has_deleted: row.get(7),
+            audit_n: row.get(8),
+            is_requested: row.get(9),
+            attempts: row.get(10),
+            is_head: row.get::<_, Option<bool>>(11).unwrap_or(false),
+            is_first_urgent: row.get::<_, Option<bool>>(12).unwrap_or(false),
+            line_has_urgent: row.get(13),
+            source_key_id: row.get(14),
+        })
+    }
+
+    fn may_end(&self) -> bool {
+        !self.is_leased && !self.is_unsettled
+    }
+
+    fn became(&self) -> Cancelled {
+        match self.state.as_str() {
+            "waiting" if self.may_end() => Cancelled::Ended,
+            "waiting" => Cancelled::Requested,
+            state => Cancelled::EndedBefore { state: state.to_owned(), code: self.code.clone() },
+        }
+    }
+
+    fn request_entry(&self, operator: &str, now: OffsetDateTime) -> (Uuid, i32, String) {
+        let (id, n) = (self.summary.id, self.audit_n + 1);
+        (id, n, Fact::new(Kind::CancelRequested, json!({"operator": operator})).entry(id, n, now))
+    }
+}
+
+/// Ends jobs that wait, with all that belongs to an end.
+async fn end(
+    transaction: &Transaction<'_>,
+    jobs: &[&Found],
+    operator: &str,
+    now: OffsetDateTime,
+) -> Result<(), StoreError> {
+    if jobs.is_empty() {
+        return Ok(());
+    }
+    let ids: Vec<Uuid> = jobs.iter().map(|job| job.summary.id).collect();
+    let failures: Vec<Failure> = jobs.iter().map(|job| Failure::cancelled(job.has_deleted)).collect();
+    let errors: Vec<Value> = failures.iter().map(failure_json).collect();
+    let states = vec!["failed"; jobs.len()];
+    let times = vec![now; jobs.len()];
+    let results: Vec<Option<Value>> = vec![None; jobs.len()];
+    let sources: Vec<Option<Uuid>> = jobs.iter().map(|job| job.source_key_id).collect();
+    let attempts: Vec<i32> = jobs.iter().map(|job| job.attempts).collect();
+    let write = transaction.prepare_cached(END_JOBS).await?;
+    transaction.execute(&write, &[&ids, &states, &times, &results, &errors, &sources, &attempts]).await?;
+    for table in ["progress", "cancellation", "future"] {
+        transaction.execute(&format!("delete from {table} where job_id = any($1)"), &[&ids]).await?;
+    }
+
+    let mut entries = Vec::new();
+    let mut events = Vec::new();
+    for ((job, failed), error) in jobs.iter().zip(failures).zip(errors) {
+        let (id, n) = (job.summary.id, job.audit_n + 2);
+        entries.push(job.request_entry(operator, now));
+        entries.push((id, n, Fact::new(Kind::Failed, error).entry(id, n, now)));
+        events.push(Event::of_job(&job.summary, &Err(failed), now));
+    }
+    insert_audit(transaction, entries).await?;
+    insert_events(transaction, &events).await?;
+    leave_lines(transaction, jobs, now).await
+}
+
+/// The lines go on without their jobs. Those in the middle are passed over when their turn would come.
+async fn leave_lines(transaction: &Transaction<'_>, jobs: &[&Found], now: OffsetDateTime) -> Result<(), StoreError> {
+    let places: Vec<(i64, i64)> = jobs.iter().filter_map(|job| Some((job.line_id, job.seq?))).collect();
+    if jobs.iter().any(|job| job.line_has_urgent) {
+        urgent::end(transaction, &places).await?;
+    }
+    // Of each line whose next job is among them: whether the urgent one that is next stays.
+    let mut lines: BTreeMap<i64, bool> = BTreeMap::new();
+    for job in jobs.iter().filter(|job| job.is_head || job.is_first_urgent) {
+        *lines.entry(job.line_id).or_insert(job.line_has_urgent) &= !job.is_first_urgent;
+    }
+    let moved: Vec<(i64, bool)> = lines.into_iter().collect();
+    advance(transaction, &moved, Leases::Stay).await?;
+    let hurried: Vec<i64> = moved.iter().filter(|(_, stays)| !stays).map(|(line, _)| *line).collect();
+    urgent::hurry(transaction, &hurried, now).await
+}
+
+/// Marks jobs, so that the next look at one between two steps ends it.
+async fn request(
+    transaction: &Transaction<'_>,
+    jobs: &[&Found],
+    operator: &str,
+    now: OffsetDateTime,
+) -> Result<(), StoreError> {
+    const MARK: &str =
+        "insert into cancellation (job_id, requested_at) select id, $2 from unnest($1::uuid[]) as new(id)";
+    const COUNT: &str = "
+        insert into progress (job_id, audit_n) select * from unnest($1::uuid[], $2::integer[])
+        on conflict (job_id) do update set audit_n = excluded.audit_n";
+    if jobs.is_empty() {
+        return Ok(());
+    }
+    let ids: Vec<Uuid> = jobs.iter().map(|job| job.summary.id).collect();
+    let counts: Vec<i32> = jobs.iter().map(|job| job.audit_n + 1).collect();
+    transaction.execute(MARK, &[&ids, &now]).await?;
+    transaction.execute(COUNT, &[&ids, &counts]).await?;
+    insert_audit(transaction, jobs.iter().map(|job| job.request_entry(operator, now)).collect()).await
+}
+
+/// Jobs that have ended are not to be cancelled any more.
+pub(super) async fn forget(transaction: &Transaction<'_>, jobs: &[Uuid]) -> Result<(), StoreError> {
+    if !jobs.is_empty() {
+        let forget = transaction.prepare_cached("delete from cancellation where job_id = any($1)").await?;
+        transaction.execute(&forget, &[&jobs]).await?;
+    }
+    Ok(())
+}
