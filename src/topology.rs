@@ -89,14 +89,27 @@ impl Management {
     }
 
     /// Compares every queue, exchange, binding and policy of the definitions with the broker's, and sees whether the
-    /// queue and the exchange of the settings are there. Those that are not of the definitions are not looked into.
+    /// queues and the exchange of the settings are there. Those that are not of the definitions are not looked into, but
+    /// for what would let dead letters be lost.
     pub async fn check(&self, settings: &Names<'_>) -> Result<Vec<Difference>, TopologyError> {
         let wanted: Value = serde_json::from_str(DEFINITIONS)?;
         let request = self.client.get(self.url(&["api", "definitions", &self.vhost])?);
         let present = self.send(request).await?;
         let mut found = differences(&wanted, &present);
         found.extend(missing_names(settings, &wanted, &present));
+        found.extend(self.lossy(settings.dead_letter_queue).await?);
         Ok(found)
+    }
+
+    /// What is in force for the dead-letter queue: another policy may have taken the place of the one that is there.
+    async fn lossy(&self, name: &str) -> Result<Option<Difference>, TopologyError> {
+        let request = self.client.get(self.url(&["api", "queues", &self.vhost, name])?);
+        match self.send(request).await {
+            Ok(queue) => Ok(lossy(name, &queue)),
+            // That it is missing is said already.
+            Err(TopologyError::Refused { status: 404, .. }) => Ok(None),
+            Err(error) => Err(error),
+        }
     }
 
     async fn send(&self, request: reqwest::RequestBuilder) -> Result<Value, TopologyError> {
@@ -121,6 +134,26 @@ impl Management {
         url.path_segments_mut().map_err(|()| TopologyError::ApiUrl)?.pop_if_empty().extend(path);
         Ok(url)
     }
+}
+
+/// Looks at one letter that lose it nothing, for as long as anybody keeps letters.
+const ENOUGH_LOOKS: u64 = 1_000_000;
+
+/// Whether looking at its letters would in the end lose them.
+fn lossy(name: &str, queue: &Value) -> Option<Difference> {
+    if queue["type"] != "quorum" {
+        return None;
+    }
+    let limit = &queue["effective_policy_definition"]["delivery-limit"];
+    if limit.as_u64().is_some_and(|limit| limit >= ENOUGH_LOOKS) {
+        return None;
+    }
+    let limit = if limit.is_null() { "not set, which is 20 from RabbitMQ 4 on".to_owned() } else { limit.to_string() };
+    let problem = format!(
+        "its delivery-limit in force is {limit}: each keyferry dead list counts as a delivery, and letters over the limit \
+         are dropped; give it a policy with 1000000000"
+    );
+    Some(Difference { kind: "queue", name: name.to_owned(), problem })
 }
 
 /// reqwest's own words say nothing of why.
@@ -255,6 +288,18 @@ mod tests {
         let found = missing_names(&settings, &wanted, &serde_json::json!({"queues": [{"name": "q"}]}));
         let missing = |kind, name: &str| Difference { kind, name: name.to_owned(), problem: "is missing".into() };
         assert_eq!(found, [missing("queue", "d"), missing("exchange", "x")]);
+    }
+
+    #[test]
+    fn a_dead_letter_queue_has_to_bear_being_looked_at() {
+        let queue =
+            |kind: &str, policy: Value| serde_json::json!({"type": kind, "effective_policy_definition": policy});
+        let limit = |limit: u64| serde_json::json!({"delivery-limit": limit});
+        assert_eq!(lossy("d", &queue("quorum", limit(1_000_000_000))), None);
+        assert_eq!(lossy("d", &queue("classic", serde_json::json!({}))), None);
+        assert!(lossy("d", &queue("quorum", limit(20))).unwrap().problem.contains("is 20:"));
+        // As the API says that there is no policy.
+        assert!(lossy("d", &queue("quorum", serde_json::json!([]))).unwrap().problem.contains("not set"));
     }
 
     #[test]

@@ -358,3 +358,21 @@ async fn letters_leave_no_faster_than_asked_and_stay_where_nothing_takes_them() 
     let gone = world.run(&["dead", "list"]).await;
     assert!(gone.code == Some(1) && gone.err.contains("the dead-letter queue cannot be read"), "{gone:?}");
 }
+
+#[tokio::test]
+async fn a_policy_under_which_letters_would_be_lost_is_found() {
+    let world = World::new(Tuning::default()).await;
+    let check = async || world.run(&["topology", "check"]).await;
+    assert_eq!(check().await.code, Some(0));
+    // A policy of the house takes the place of the one that is still there.
+    let broad = json!({"pattern": ".*", "apply-to": "queues", "priority": 200, "definition": {"delivery-limit": 5}});
+    world.vhost.set_policy("house", broad).await;
+    let checked = check().await;
+    assert!(
+        checked.code == Some(1) && checked.out.contains("keyferry.dead: its delivery-limit in force is 5"),
+        "{checked:?}"
+    );
+    let own = [("KEYFERRY_RABBITMQ__DEAD_LETTER_QUEUE", "own.dead")];
+    let checked = world.run_with(&["topology", "check"], &own, "").await;
+    assert!(checked.code == Some(1) && checked.out.contains("queue own.dead: is missing"), "{checked:?}");
+}
