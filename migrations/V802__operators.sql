@@ -65,3 +65,20 @@ create index line_parked on line (parked_by, id) where parked_by is not null;
 grant select, insert on hold to keyferry_worker;
 grant update (released_by, released_at) on hold to keyferry_worker;
 grant select on hold to keyferry_reader;
+
+-- How many jobs of each principal wait: the row and what is still to be folded into it.
+create table backlog (
+    principal text primary key,
+    waiting bigint not null
+) with (fillfactor = 50, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 200);
+create table backlog_change (
+    id bigint generated always as identity primary key,
+    principal text not null,
+    change bigint not null
+) with (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 1000);
+insert into backlog (principal, waiting)
+select principal, count(*) from job where state = 'waiting' group by principal;
+grant select, insert, update on backlog to keyferry_worker;
+-- Locking a row needs the right to update it.
+grant select, insert, update, delete on backlog_change to keyferry_worker;
+grant select on backlog, backlog_change to keyferry_reader;

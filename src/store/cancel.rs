@@ -4,7 +4,7 @@
 use super::accept::{insert_audit, insert_events};
 use super::advance::{Leases, advance};
 use super::settle::END_JOBS;
-use super::{Store, StoreError, urgent};
+use super::{Store, StoreError, backlog, urgent};
 use crate::audit::{Fact, Kind};
 use crate::job::{Event, Failure, JobSummary, KeyArn, Request, RequestId, failure_json};
 use deadpool_postgres::Transaction;
@@ -225,6 +225,7 @@ async fn end(
     }
     insert_audit(transaction, entries).await?;
     insert_events(transaction, &events).await?;
+    backlog::change(transaction, jobs.iter().map(|job| job.summary.principal.as_str()), -1).await?;
     leave_lines(transaction, jobs, now).await
 }
 

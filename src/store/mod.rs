@@ -6,6 +6,7 @@
 
 mod accept;
 mod advance;
+mod backlog;
 mod bisect;
 mod cancel;
 mod claim;

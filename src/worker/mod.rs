@@ -344,6 +344,9 @@ async fn keep_house(context: Arc<Context>, stop: CancellationToken) {
         if let Err(error) = see_holds(&context, &mut holds).await {
             tracing::warn!(%error, "holds could not be looked at");
         }
+        if let Err(error) = context.store.fold_backlog().await {
+            tracing::warn!(%error, "the backlog's changes could not be folded");
+        }
         let kept = context.store.keep_house().await;
         context.health.set(Part::Store, kept.is_ok());
         match kept {

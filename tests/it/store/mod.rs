@@ -1,6 +1,7 @@
 //! The store against a real Postgres, as the worker's role.
 
 mod accept;
+mod backlog;
 mod bisection;
 mod cancel;
 mod claim;
