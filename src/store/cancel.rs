@@ -66,13 +66,6 @@ impl Store {
             .collect())
     }
 
-    /// Whether an operator has said since that the job is not to go on. Asked between two mutating calls of an attempt.
-    pub async fn is_cancelled(&self, job: Uuid) -> Result<bool, StoreError> {
-        let client = self.client().await?;
-        let read = client.prepare_cached("select exists (select from cancellation where job_id = $1)").await?;
-        Ok(client.query_one(&read, &[&job]).await?.get(0))
-    }
-
     async fn cancel_once(&self, ids: &[Uuid], operator: &str) -> Result<Vec<Cancelled>, StoreError> {
         // Before the lines, as housekeeping does it, which skips what is locked.
         const FUTURE: &str = "select from future where job_id = any($1) order by job_id for update";

@@ -6,6 +6,7 @@ mod cancel;
 mod claim;
 mod connection;
 mod given;
+mod hold;
 mod keys;
 mod outbox;
 mod plans;
