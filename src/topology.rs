@@ -97,19 +97,15 @@ impl Management {
         let present = self.send(request).await?;
         let mut found = differences(&wanted, &present);
         found.extend(missing_names(settings, &wanted, &present));
-        found.extend(self.lossy(settings.dead_letter_queue).await?);
+        found.extend(lossy(settings.dead_letter_queue, &self.queues().await?, &present));
         Ok(found)
     }
 
-    /// What is in force for the dead-letter queue: another policy may have taken the place of the one that is there.
-    async fn lossy(&self, name: &str) -> Result<Option<Difference>, TopologyError> {
-        let request = self.client.get(self.url(&["api", "queues", &self.vhost, name])?);
-        match self.send(request).await {
-            Ok(queue) => Ok(lossy(name, &queue)),
-            // That it is missing is said already.
-            Err(TopologyError::Refused { status: 404, .. }) => Ok(None),
-            Err(error) => Err(error),
-        }
+    /// Queues with the names of the policies in force. Without statistics, which come only seconds after a change.
+    async fn queues(&self) -> Result<Value, TopologyError> {
+        let mut url = self.url(&["api", "queues", &self.vhost])?;
+        url.set_query(Some("disable_stats=true&enable_queue_totals=true"));
+        self.send(self.client.get(url)).await
     }
 
     async fn send(&self, request: reqwest::RequestBuilder) -> Result<Value, TopologyError> {
@@ -139,12 +135,12 @@ impl Management {
 /// Looks at one letter that lose it nothing, for as long as anybody keeps letters.
 const ENOUGH_LOOKS: u64 = 1_000_000;
 
-/// Whether looking at its letters would in the end lose them.
-fn lossy(name: &str, queue: &Value) -> Option<Difference> {
-    if queue["type"] != "quorum" {
-        return None;
-    }
-    let limit = &queue["effective_policy_definition"]["delivery-limit"];
+/// Whether looking at a queue's letters would in the end lose them. Of several policies that fit, only one is in force,
+/// which need not be the one that is meant for the queue.
+fn lossy(name: &str, queues: &Value, definitions: &Value) -> Option<Difference> {
+    let queue = queues.as_array()?.iter().find(|queue| queue["name"] == name && queue["type"] == "quorum")?;
+    let policy = each(definitions, "policies").find(|policy| policy["name"] == queue["policy"]);
+    let limit = policy.map_or(&Value::Null, |policy| &policy["definition"]["delivery-limit"]);
     if limit.as_u64().is_some_and(|limit| limit >= ENOUGH_LOOKS) {
         return None;
     }
@@ -259,6 +255,7 @@ fn contains(present: &Value, wanted: &Value) -> bool {
 mod tests {
     use super::*;
     use crate::tls;
+    use serde_json::json;
 
     #[test]
     fn the_definitions_agree_with_themselves_and_every_part_is_compared() {
@@ -292,14 +289,21 @@ mod tests {
 
     #[test]
     fn a_dead_letter_queue_has_to_bear_being_looked_at() {
-        let queue =
-            |kind: &str, policy: Value| serde_json::json!({"type": kind, "effective_policy_definition": policy});
-        let limit = |limit: u64| serde_json::json!({"delivery-limit": limit});
-        assert_eq!(lossy("d", &queue("quorum", limit(1_000_000_000))), None);
-        assert_eq!(lossy("d", &queue("classic", serde_json::json!({}))), None);
-        assert!(lossy("d", &queue("quorum", limit(20))).unwrap().problem.contains("is 20:"));
-        // As the API says that there is no policy.
-        assert!(lossy("d", &queue("quorum", serde_json::json!([]))).unwrap().problem.contains("not set"));
+        let definitions = json!({"policies": [
+            {"name": "high", "definition": {"delivery-limit": 1_000_000_000}},
+            {"name": "low", "definition": {"delivery-limit": 20}},
+            {"name": "other", "definition": {}},
+        ]});
+        let of = |kind: &str, policy: &str| {
+            let queues = json!([{"name": "other"}, {"name": "d", "type": kind, "policy": policy}]);
+            lossy("d", &queues, &definitions).map(|found| found.problem)
+        };
+        assert_eq!(of("quorum", "high"), None);
+        assert_eq!(of("classic", "low"), None);
+        assert!(of("quorum", "low").unwrap().contains("is 20:"));
+        assert!(of("quorum", "other").unwrap().contains("not set"));
+        assert!(lossy("d", &json!([{"name": "d", "type": "quorum"}]), &definitions).is_some());
+        assert_eq!(lossy("d", &json!([]), &definitions), None);
     }
 
     #[test]

@@ -187,7 +187,7 @@ async fn a_letter_whose_cause_was_mended_becomes_a_job() {
     for number in 0..6 {
         world.succeeded(&format!("r{number}")).await;
     }
-    assert!(world.workers[at].metric("keyferry_intake_messages_total{verdict=\"accepted\"}").await > 5.5);
+    assert!(world.workers[at].metric("keyferry_intake_messages_total{transport=\"rabbitmq\",verdict=\"accepted\"}").await > 5.5);
     world.note_redriven(6);
     world.finish().await;
 }
@@ -199,7 +199,7 @@ async fn a_letter_that_is_refused_again_comes_back_and_is_not_chased() {
     let done = redrive(&world, &["--all"]).await;
     assert_eq!((&done["seen"], &done["redriven"]), (&json!(3), &json!(3)));
     eventually("they are refused again", || async {
-        let series = "keyferry_intake_messages_total{verdict=\"refused\"}";
+        let series = "keyferry_intake_messages_total{transport=\"rabbitmq\",verdict=\"refused\"}";
         (world.workers[at].metric(series).await > 2.5).then_some(())
     })
     .await;
@@ -223,7 +223,7 @@ async fn a_redrive_that_dies_between_publishing_and_settling_makes_a_copy() {
     let at = world.serve().await;
     world.succeeded("r0").await;
     eventually("the copy is known as one", || async {
-        let series = "keyferry_intake_messages_total{verdict=\"duplicate\"}";
+        let series = "keyferry_intake_messages_total{transport=\"rabbitmq\",verdict=\"duplicate\"}";
         (world.workers[at].metric(series).await > 0.5).then_some(())
     })
     .await;
