@@ -187,7 +187,10 @@ async fn a_letter_whose_cause_was_mended_becomes_a_job() {
     for number in 0..6 {
         world.succeeded(&format!("r{number}")).await;
     }
-    assert!(world.workers[at].metric("keyferry_intake_messages_total{transport=\"rabbitmq\",verdict=\"accepted\"}").await > 5.5);
+    assert!(
+        world.workers[at].metric("keyferry_intake_messages_total{transport=\"rabbitmq\",verdict=\"accepted\"}").await
+            > 5.5
+    );
     world.note_redriven(6);
     world.finish().await;
 }
