@@ -40,3 +40,45 @@ grant select on cancellation to keyferry_reader;
 alter table job add column batch text;
 update job set batch = request::jsonb ->> 'batch' where request like '%"batch":%';
 create index job_batch on job (batch, id) where batch is not null;
+
+-- What operators have stopped. A hold is in force until it is released; its row stays.
+create table hold (
+    id uuid primary key,
+    scope text not null check (scope in ('everything', 'account', 'region', 'principal', 'key')),
+    -- Empty for everything; of a key, the name of its line.
+    value text not null check ((value = '') = (scope = 'everything')),
+    reason text,
+    held_by text not null,
+    held_at timestamptz not null,
+    released_by text,
+    released_at timestamptz,
+    check ((released_by is null) = (released_at is null))
+);
+create unique index hold_in_force on hold (scope, value) where released_at is null;
+
+-- The hold by which the line's next job was found held: the line is due at no time until that is released.
+alter table line add column parked_by uuid;
+alter table line add check (parked_by is null or token is null);
+alter table line add check ((due_at = 'infinity') = (parked_by is not null));
+create index line_parked on line (parked_by, id) where parked_by is not null;
+
+grant select, insert on hold to keyferry_worker;
+grant update (released_by, released_at) on hold to keyferry_worker;
+grant select on hold to keyferry_reader;
+
+-- How many jobs of each principal wait: the row and what is still to be folded into it.
+create table backlog (
+    principal text primary key,
+    waiting bigint not null
+) with (fillfactor = 50, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 200);
+create table backlog_change (
+    id bigint generated always as identity primary key,
+    principal text not null,
+    change bigint not null
+) with (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 1000);
+insert into backlog (principal, waiting)
+select principal, count(*) from job where state = 'waiting' group by principal;
+grant select, insert, update on backlog to keyferry_worker;
+-- Locking a row needs the right to update it.
+grant select, insert, update, delete on backlog_change to keyferry_worker;
+grant select on backlog, backlog_change to keyferry_reader;

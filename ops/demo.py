@@ -205,9 +205,16 @@ def plan(directory):
     # Copies of messages, with the same id.
     copies = random.sample([request for request in requests if expected[request["id"]][0] == "succeeded"], 40)
 
-    with open(directory / "requests.jsonl", "w") as file:
-        for request in requests + copies:
-            file.write(json.dumps(request) + "\n")
+    # Copies of them come over the other transport, and so do requests that are the only one for their key.
+    on_key = collections.Counter(request["key"] for request in requests)
+    alone = [request for request in requests
+             if on_key[request["key"]] == 1 and expected[request["id"]][0] == "succeeded"]
+    over_sqs = random.sample(alone, 60)
+    over_rabbitmq = [request for request in requests if request not in over_sqs]
+    for name, lines in [("rabbitmq", over_rabbitmq), ("sqs", over_sqs + copies)]:
+        with open(directory / f"requests-{name}.jsonl", "w") as file:
+            for request in lines:
+                file.write(json.dumps(request) + "\n")
     with open(directory / "source-keys.txt", "w") as file:
         for name, kind in source_keys.items():
             file.write(f"{name} {kind} {directory / 'source-keys' / name}.hex\n")
@@ -218,7 +225,7 @@ def plan(directory):
                  "deleted": deleted}
         json.dump(facts, file, indent=1)
     print(f"{len({*enabled, *untouched, *refused}) + 3} KMS keys, {len(source_keys) + len(on_server)} source keys, {len(on_server)} of them on the KMIP server, "
-          f"{len(requests)} requests and {len(copies)} copies of some of them")
+          f"{len(over_rabbitmq)} requests over RabbitMQ, {len(over_sqs)} over SQS, and {len(copies)} copies of some of them")
 
 
 # --- check ------------------------------------------------------------------------------------------------------

@@ -35,6 +35,10 @@ pub enum Kind {
     Failed,
     /// An operator cancelled the job; it ends as soon as nothing is in doubt.
     CancelRequested,
+    /// An operator stopped what is within a scope.
+    Held,
+    /// An operator let it go on.
+    HoldReleased,
     /// An operator made a source key, or a job did.
     SourceKeyCreated,
     /// An operator brought a source key.
@@ -59,6 +63,8 @@ impl Kind {
             Self::Succeeded => "succeeded",
             Self::Failed => "failed",
             Self::CancelRequested => "cancel_requested",
+            Self::Held => "held",
+            Self::HoldReleased => "hold_released",
             Self::SourceKeyCreated => "source_key_created",
             Self::SourceKeyImported => "source_key_imported",
             Self::SourceKeyDeleted => "source_key_deleted",

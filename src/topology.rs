@@ -89,14 +89,23 @@ impl Management {
     }
 
     /// Compares every queue, exchange, binding and policy of the definitions with the broker's, and sees whether the
-    /// queue and the exchange of the settings are there. Those that are not of the definitions are not looked into.
+    /// queues and the exchange of the settings are there. Those that are not of the definitions are not looked into, but
+    /// for what would let dead letters be lost.
     pub async fn check(&self, settings: &Names<'_>) -> Result<Vec<Difference>, TopologyError> {
         let wanted: Value = serde_json::from_str(DEFINITIONS)?;
         let request = self.client.get(self.url(&["api", "definitions", &self.vhost])?);
         let present = self.send(request).await?;
         let mut found = differences(&wanted, &present);
         found.extend(missing_names(settings, &wanted, &present));
+        found.extend(lossy(settings.dead_letter_queue, &self.queues().await?, &present));
         Ok(found)
+    }
+
+    /// Queues with the names of the policies in force. Without statistics, which come only seconds after a change.
+    async fn queues(&self) -> Result<Value, TopologyError> {
+        let mut url = self.url(&["api", "queues", &self.vhost])?;
+        url.set_query(Some("disable_stats=true&enable_queue_totals=true"));
+        self.send(self.client.get(url)).await
     }
 
     async fn send(&self, request: reqwest::RequestBuilder) -> Result<Value, TopologyError> {
@@ -121,6 +130,26 @@ impl Management {
         url.path_segments_mut().map_err(|()| TopologyError::ApiUrl)?.pop_if_empty().extend(path);
         Ok(url)
     }
+}
+
+/// Looks at one letter that lose it nothing, for as long as anybody keeps letters.
+const ENOUGH_LOOKS: u64 = 1_000_000;
+
+/// Whether looking at a queue's letters would in the end lose them. Of several policies that fit, only one is in force,
+/// which need not be the one that is meant for the queue.
+fn lossy(name: &str, queues: &Value, definitions: &Value) -> Option<Difference> {
+    let queue = queues.as_array()?.iter().find(|queue| queue["name"] == name && queue["type"] == "quorum")?;
+    let policy = each(definitions, "policies").find(|policy| policy["name"] == queue["policy"]);
+    let limit = policy.map_or(&Value::Null, |policy| &policy["definition"]["delivery-limit"]);
+    if limit.as_u64().is_some_and(|limit| limit >= ENOUGH_LOOKS) {
+        return None;
+    }
+    let limit = if limit.is_null() { "not set, which is 20 from RabbitMQ 4 on".to_owned() } else { limit.to_string() };
+    let problem = format!(
+        "its delivery-limit in force is {limit}: each keyferry dead list counts as a delivery, and letters over the limit \
+         are dropped; give it a policy with 1000000000"
+    );
+    Some(Difference { kind: "queue", name: name.to_owned(), problem })
 }
 
 /// reqwest's own words say nothing of why.
@@ -226,6 +255,7 @@ fn contains(present: &Value, wanted: &Value) -> bool {
 mod tests {
     use super::*;
     use crate::tls;
+    use serde_json::json;
 
     #[test]
     fn the_definitions_agree_with_themselves_and_every_part_is_compared() {
@@ -255,6 +285,25 @@ mod tests {
         let found = missing_names(&settings, &wanted, &serde_json::json!({"queues": [{"name": "q"}]}));
         let missing = |kind, name: &str| Difference { kind, name: name.to_owned(), problem: "is missing".into() };
         assert_eq!(found, [missing("queue", "d"), missing("exchange", "x")]);
+    }
+
+    #[test]
+    fn a_dead_letter_queue_has_to_bear_being_looked_at() {
+        let definitions = json!({"policies": [
+            {"name": "high", "definition": {"delivery-limit": 1_000_000_000}},
+            {"name": "low", "definition": {"delivery-limit": 20}},
+            {"name": "other", "definition": {}},
+        ]});
+        let of = |kind: &str, policy: &str| {
+            let queues = json!([{"name": "other"}, {"name": "d", "type": kind, "policy": policy}]);
+            lossy("d", &queues, &definitions).map(|found| found.problem)
+        };
+        assert_eq!(of("quorum", "high"), None);
+        assert_eq!(of("classic", "low"), None);
+        assert!(of("quorum", "low").unwrap().contains("is 20:"));
+        assert!(of("quorum", "other").unwrap().contains("not set"));
+        assert!(lossy("d", &json!([{"name": "d", "type": "quorum"}]), &definitions).is_some());
+        assert_eq!(lossy("d", &json!([]), &definitions), None);
     }
 
     #[test]

@@ -5,6 +5,7 @@
 
 mod cancel;
 mod dead;
+mod hold;
 mod jobs;
 mod keys;
 mod output;
@@ -38,6 +39,8 @@ use tokio_util::sync::CancellationToken;
         keyferry keys create ...    make a source key\n  \
         keyferry serve              run the worker\n  \
         keyferry submit ... --wait  ask for an import and follow it\n\n\
+        In an emergency:\n  \
+        keyferry hold everything    stop all jobs at once; keyferry release everything\n\n\
         Settings come from keyferry.toml, each overridable by KEYFERRY_SECTION__NAME,\n\
         as in KEYFERRY_DATABASE__URL. `keyferry config show` prints them all.\n\n\
         Exit codes: 0 done; 1 could not be done; 2 command line or setting wrong;\n\
@@ -68,6 +71,10 @@ enum Command {
     /// Look at messages that were refused, and send them again once the cause is mended.
     #[command(subcommand)]
     Dead(dead::Dead),
+    /// Stop jobs until they are released, or list what is held.
+    Hold(hold::Hold),
+    /// Let go on what was held.
+    Release(hold::Release),
     /// Keep the source keys of the local store.
     #[command(subcommand)]
     Keys(keys::Keys),
@@ -161,6 +168,8 @@ async fn run(cli: Cli) -> Result<(), Failed> {
         Command::Submit(submit) => submit.run(&loaded, output).await?,
         Command::Jobs(jobs) => jobs.run(&loaded, output).await?,
         Command::Dead(dead) => dead.run(&loaded, output).await?,
+        Command::Hold(hold) => hold.run(&loaded, output).await?,
+        Command::Release(release) => release.run(&loaded, output).await?,
         Command::Keys(keys) => keys.run(&loaded, output).await?,
         Command::Source(source) => source.run(&loaded, output).await?,
         Command::Topology(topology) => topology.run(&loaded, output).await?,

@@ -249,6 +249,7 @@ async fn insert_jobs(transaction: &Transaction<'_>, jobs: &[&NewJob], now: Offse
         write_jobs(transaction, jobs, &keys, &places, now).boxed(),
         write_future(transaction, jobs, now).boxed(),
         insert_audit(transaction, entries).boxed(),
+        super::backlog::change(transaction, jobs.iter().map(|job| job.principal.as_str()), 1).boxed(),
     ])
     .await?;
     let urgent = jobs.iter().zip(&places).filter(|(job, _)| job.request.urgent);

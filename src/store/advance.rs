@@ -47,7 +47,9 @@ pub(super) async fn advance(
             due_at = case when next_seq > tail_seq then null
                           when keeps then due_at
                           when moves then keyferry_now()
+                          when parked_by is not null then coalesce(head_due_at, keyferry_now())
                           else coalesce(head_due_at, due_at) end,
+            parked_by = case when keeps and next_seq <= tail_seq then parked_by end,
             lane_id = case when keeps then lane_id
                            when moves then next_lane_id
                            else coalesce(head_lane_id, lane_id) end,

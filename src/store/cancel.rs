@@ -4,7 +4,7 @@
 use super::accept::{insert_audit, insert_events};
 use super::advance::{Leases, advance};
 use super::settle::END_JOBS;
-use super::{Store, StoreError, urgent};
+use super::{Store, StoreError, backlog, urgent};
 use crate::audit::{Fact, Kind};
 use crate::job::{Event, Failure, JobSummary, KeyArn, Request, RequestId, failure_json};
 use deadpool_postgres::Transaction;
@@ -64,13 +64,6 @@ impl Store {
             .iter()
             .map(|row| ((row.get(0), row.get(1)), u64::try_from(row.get::<_, i64>(2)).unwrap_or(0)))
             .collect())
-    }
-
-    /// Whether an operator has said since that the job is not to go on. Asked between two mutating calls of an attempt.
-    pub async fn is_cancelled(&self, job: Uuid) -> Result<bool, StoreError> {
-        let client = self.client().await?;
-        let read = client.prepare_cached("select exists (select from cancellation where job_id = $1)").await?;
-        Ok(client.query_one(&read, &[&job]).await?.get(0))
     }
 
     async fn cancel_once(&self, ids: &[Uuid], operator: &str) -> Result<Vec<Cancelled>, StoreError> {
@@ -232,6 +225,7 @@ async fn end(
     }
     insert_audit(transaction, entries).await?;
     insert_events(transaction, &events).await?;
+    backlog::change(transaction, jobs.iter().map(|job| job.summary.principal.as_str()), -1).await?;
     leave_lines(transaction, jobs, now).await
 }
 

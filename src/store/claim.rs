@@ -1,13 +1,14 @@
 //! Claims: lines with work, each under a lease, with all that the head's job needs.
 
 use super::advance::{Leases, advance};
+use super::hold::{Holds, park};
 use super::urgent::OVERTAKE;
 use super::{DsmChoice, Store, StoreError};
 use crate::job::{ImportParameters, KeyArn, KeyKind, Request, RequestId, Wrapping, WrappingAlgorithm, WrappingKeySpec};
 use crate::source::{Fingerprint, SealedKey};
 use deadpool_postgres::Transaction;
-use futures_util::try_join;
-use std::collections::{HashMap, HashSet};
+use futures_util::{TryFutureExt as _, try_join};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::time::Duration;
 use time::OffsetDateTime;
 use tokio_postgres::Row;
@@ -326,7 +327,11 @@ impl Store {
         let read = transaction.prepare_cached(READ).await?;
         let of_lines: [&(dyn ToSql + Sync); 1] = [&lines];
         // One round trip: they run in this order.
-        let (_, rows) = try_join!(transaction.execute(&overtake, &of_lines), transaction.query(&read, &of_lines))?;
+        let (_, rows, holds) = try_join!(
+            transaction.execute(&overtake, &of_lines).map_err(StoreError::from),
+            transaction.query(&read, &of_lines).map_err(StoreError::from),
+            Holds::read(&transaction),
+        )?;
         // A row that cannot be read holds up its own line and no other.
         let unread = |error: &StoreError| tracing::error!(%error, "a job stays where it is");
         let put_aside = lines.len() - rows.len();
@@ -339,7 +344,16 @@ impl Store {
         let jobs: Vec<ClaimedJob> =
             rows.iter().filter_map(|row| claimed_job(row, &heads).inspect_err(unread).ok()).collect();
         mark_late(&transaction, &jobs, &heads, signature_life).await?;
+        let held: BTreeMap<i64, Uuid> = jobs
+            .iter()
+            // One that is to end as cancelled needs nothing of AWS for that.
+            .filter(|job| !job.is_cancelled || job.progress.in_doubt || job.progress.answered)
+            .filter_map(|job| Some((job.lease.line_id, holds.on(&job.principal, &job.key)?)))
+            .collect();
+        park(&transaction, &held).await?;
         transaction.commit().await?;
+        let put_aside = put_aside + held.len();
+        let jobs = jobs.into_iter().filter(|job| !held.contains_key(&job.lease.line_id)).collect();
         Ok(Claimed { jobs, put_aside })
     }
 

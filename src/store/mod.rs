@@ -6,10 +6,12 @@
 
 mod accept;
 mod advance;
+mod backlog;
 mod bisect;
 mod cancel;
 mod claim;
 mod dead;
+mod hold;
 mod keys;
 mod lock;
 mod outbox;
@@ -24,6 +26,7 @@ pub use bisect::bisect;
 pub use cancel::{CANCEL_PAGE, Cancelled};
 pub use claim::{ClaimedJob, JOIN_PAGE, KnownMaterial, Lease, Progress, Renewed, Scan};
 pub use dead::{LetterKey, RefusalRow};
+pub use hold::{Held, Hold, Scope, Stop};
 pub use keys::{KeyDeletion, KeyListing, NewSourceKey, SourceKeyOrigin};
 pub use outbox::{OutboxRow, Queue};
 pub use prepare::{Chosen, DsmChoice, Intent, Prepared, Step};

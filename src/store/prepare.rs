@@ -1,6 +1,7 @@
 //! The step before AWS is changed: the choice of material and the import parameters become durable.
 
 use super::accept::insert_audit;
+use super::hold::held_jobs;
 use super::lock::{Held, lock};
 use super::{Lease, Store, StoreError, together};
 use crate::audit::Fact;
@@ -118,6 +119,8 @@ pub enum Prepared {
     SourceKeyDeleted,
     /// An operator has cancelled the job, and nothing is in doubt.
     Cancelled,
+    /// An operator holds what the job is within.
+    Held,
 }
 
 impl Store {
@@ -136,7 +139,15 @@ impl Store {
             return Ok(vec![Prepared::LeaseLost; steps.len()]);
         };
 
-        let stopped: Vec<Option<Prepared>> = steps.iter().map(|step| stop(held.get(&step.lease))).collect();
+        let jobs: Vec<Uuid> = steps.iter().map(|step| step.job_id).collect();
+        let on_hold = held_jobs(&transaction, &jobs).await?;
+        let stopped: Vec<Option<Prepared>> = steps
+            .iter()
+            .map(|step| {
+                let of_job = stop(held.get(&step.lease));
+                of_job.or_else(|| on_hold.contains(&step.job_id).then_some(Prepared::Held))
+            })
+            .collect();
         let going_on = || steps.iter().zip(&stopped).filter(|(_, stopped)| stopped.is_none()).map(|(step, _)| *step);
 
         let generated: Vec<&SealedKey> = going_on().filter_map(Step::generated).collect();

@@ -3,7 +3,7 @@
 use super::accept::{insert_audit, insert_events};
 use super::claim::millis;
 use super::lock::{Held, lock};
-use super::{Lease, Store, StoreError, together, urgent};
+use super::{Lease, Store, StoreError, backlog, together, urgent};
 use crate::audit::{Fact, Kind};
 use crate::job::{Event, Failure, JobResult, JobSummary, ScarceCall, failure_json};
 use crate::source::Fingerprint;
@@ -232,6 +232,7 @@ impl Store {
             keep_progress(&transaction, &valid).boxed(),
             mark_removed(&transaction, &valid, now).boxed(),
             release(&transaction, &valid, now, signature_life).boxed(),
+            backlog::change(&transaction, ended_principals(&valid), -1).boxed(),
         ])
         .await?;
         serve_urgent(&transaction, &valid, now).await?;
@@ -240,6 +241,10 @@ impl Store {
         transaction.commit().await?;
         Ok(settlements.iter().map(|end| held.contains_key(&end.lease)).collect())
     }
+}
+
+fn ended_principals<'a>(ends: &'a [(&Settlement, &Held)]) -> impl Iterator<Item = &'a str> {
+    ends.iter().filter(|(end, _)| end.kind.is_end()).map(|(end, _)| end.job.principal.as_str())
 }
 
 async fn write_audit(

@@ -44,8 +44,10 @@ const HURRY: &str = concat!(
     "with ",
     next!(),
     "
-    update line set due_at = greatest($2, line.late_until), lane_id = job.lane_id,
-                    head_due_at = coalesce(line.head_due_at, line.due_at),
+    update line set due_at = greatest($2::timestamptz, line.late_until), lane_id = job.lane_id,
+                    -- A head that was parked is looked at again when it is next.
+                    head_due_at = coalesce(line.head_due_at, case when line.parked_by is null then line.due_at else $2 end),
+                    parked_by = null,
                     head_lane_id = coalesce(line.head_lane_id, line.lane_id)
     from next join job on job.line_id = next.line_id and job.seq = next.seq
     where line.id = next.line_id and line.token is null"

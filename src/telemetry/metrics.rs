@@ -33,6 +33,8 @@ pub struct Metrics {
     pub sqs_messages_left: IntCounterVec,
     /// Jobs under way.
     pub jobs_running: IntGauge,
+    /// Holds of operators that are in force.
+    pub holds: IntGauge,
     /// KMIP operations by connection, operation and outcome: ok, refused, failed. Connections are those of the settings.
     pub dsm_requests: IntCounterVec,
     /// Round trips to KMIP servers by connection; a message may hold several operations.
@@ -71,6 +73,8 @@ impl Metrics {
         registry.register(Box::new(dsm_request_seconds.clone()))?;
         let jobs_running = IntGauge::new("keyferry_jobs_running", "Jobs under way in this process.")?;
         registry.register(Box::new(jobs_running.clone()))?;
+        let holds = IntGauge::new("keyferry_holds", "Holds of operators that are in force.")?;
+        registry.register(Box::new(holds.clone()))?;
         let build = IntGauge::with_opts(
             Opts::new("keyferry_build_info", "Always 1; the version is a label.")
                 .const_label("version", env!("CARGO_PKG_VERSION")),
@@ -113,6 +117,7 @@ impl Metrics {
                 &["reason"],
             )?,
             jobs_running,
+            holds,
             dsm_requests: counters(
                 "keyferry_dsm_requests_total",
                 "KMIP operations.",

@@ -14,7 +14,7 @@ use crate::policy::{Policy, Targets};
 use crate::retry::{Attempts, Class};
 use crate::source::{Dsm, Keyring};
 use crate::store::{
-    ClaimedJob, JOIN_PAGE, Prepared, Scan, Settlement, SettlementKind, Step, Store, StoreError, bisect,
+    ClaimedJob, Hold, JOIN_PAGE, Prepared, Scan, Settlement, SettlementKind, Step, Store, StoreError, bisect,
 };
 use crate::telemetry::{Health, Metrics, Part};
 use attempt::Attempt;
@@ -313,15 +313,40 @@ fn count(metrics: &Metrics, end: &Settlement) {
     }
 }
 
+/// Tells what is held, and wakes the lines that were parked by what no longer is.
+async fn see_holds(context: &Context, seen: &mut Vec<Hold>) -> Result<(), StoreError> {
+    let holds = context.store.holds().await?;
+    for hold in holds.iter().filter(|hold| !seen.iter().any(|known| known.id == hold.id)) {
+        let reason = hold.reason.as_deref().unwrap_or("none given");
+        tracing::warn!(hold.id = %hold.id, scope = hold.scope, value = hold.value, by = hold.by, reason, "held");
+    }
+    for hold in seen.iter().filter(|known| !holds.iter().any(|hold| hold.id == known.id)) {
+        tracing::info!(hold.id = %hold.id, scope = hold.scope, value = hold.value, "a hold was released");
+    }
+    context.metrics.holds.set(i64::try_from(holds.len()).unwrap_or(i64::MAX));
+    *seen = holds;
+    while context.store.wake_parked().await? > 0 {
+        context.jobs.notify_one();
+    }
+    Ok(())
+}
+
 /// Lets waiting jobs join their lines and moves the lanes' lower bounds.
 async fn keep_house(context: Arc<Context>, stop: CancellationToken) {
     let mut pause = HOUSEKEEPING;
+    let mut holds = Vec::new();
     loop {
         tokio::select! {
             () = stop.cancelled() => return,
             () = tokio::time::sleep(pause) => {}
         }
         pause = HOUSEKEEPING;
+        if let Err(error) = see_holds(&context, &mut holds).await {
+            tracing::warn!(%error, "holds could not be looked at");
+        }
+        if let Err(error) = context.store.fold_backlog().await {
+            tracing::warn!(%error, "the backlog's changes could not be folded");
+        }
         let kept = context.store.keep_house().await;
         context.health.set(Part::Store, kept.is_ok());
         match kept {

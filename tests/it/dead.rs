@@ -187,7 +187,10 @@ async fn a_letter_whose_cause_was_mended_becomes_a_job() {
     for number in 0..6 {
         world.succeeded(&format!("r{number}")).await;
     }
-    assert!(world.workers[at].metric("keyferry_intake_messages_total{verdict=\"accepted\"}").await > 5.5);
+    assert!(
+        world.workers[at].metric("keyferry_intake_messages_total{transport=\"rabbitmq\",verdict=\"accepted\"}").await
+            > 5.5
+    );
     world.note_redriven(6);
     world.finish().await;
 }
@@ -199,7 +202,7 @@ async fn a_letter_that_is_refused_again_comes_back_and_is_not_chased() {
     let done = redrive(&world, &["--all"]).await;
     assert_eq!((&done["seen"], &done["redriven"]), (&json!(3), &json!(3)));
     eventually("they are refused again", || async {
-        let series = "keyferry_intake_messages_total{verdict=\"refused\"}";
+        let series = "keyferry_intake_messages_total{transport=\"rabbitmq\",verdict=\"refused\"}";
         (world.workers[at].metric(series).await > 2.5).then_some(())
     })
     .await;
@@ -223,7 +226,7 @@ async fn a_redrive_that_dies_between_publishing_and_settling_makes_a_copy() {
     let at = world.serve().await;
     world.succeeded("r0").await;
     eventually("the copy is known as one", || async {
-        let series = "keyferry_intake_messages_total{verdict=\"duplicate\"}";
+        let series = "keyferry_intake_messages_total{transport=\"rabbitmq\",verdict=\"duplicate\"}";
         (world.workers[at].metric(series).await > 0.5).then_some(())
     })
     .await;
@@ -357,4 +360,22 @@ async fn letters_leave_no_faster_than_asked_and_stay_where_nothing_takes_them() 
     world.vhost.delete_queue(DEAD).await;
     let gone = world.run(&["dead", "list"]).await;
     assert!(gone.code == Some(1) && gone.err.contains("the dead-letter queue cannot be read"), "{gone:?}");
+}
+
+#[tokio::test]
+async fn a_policy_under_which_letters_would_be_lost_is_found() {
+    let world = World::new(Tuning::default()).await;
+    let check = async || world.run(&["topology", "check"]).await;
+    assert_eq!(check().await.code, Some(0));
+    // A policy of the house takes the place of the one that is still there.
+    let broad = json!({"pattern": ".*", "apply-to": "queues", "priority": 200, "definition": {"delivery-limit": 5}});
+    world.vhost.set_policy("house", broad).await;
+    let checked = check().await;
+    assert!(
+        checked.code == Some(1) && checked.out.contains("keyferry.dead: its delivery-limit in force is 5"),
+        "{checked:?}"
+    );
+    let own = [("KEYFERRY_RABBITMQ__DEAD_LETTER_QUEUE", "own.dead")];
+    let checked = world.run_with(&["topology", "check"], &own, "").await;
+    assert!(checked.code == Some(1) && checked.out.contains("queue own.dead: is missing"), "{checked:?}");
 }

@@ -262,3 +262,120 @@ async fn a_batch_is_cancelled_listed_and_waited_for() {
     assert_eq!(case.world.run(&["jobs", "cancel", "--batch", "nobody"]).await.code, Some(1));
     case.world.finish().await;
 }
+
+#[tokio::test]
+async fn a_hold_stops_jobs_under_way_in_all_workers_until_it_is_released() {
+    let mut case = case(Tuning::default()).await;
+    case.world.serve().await;
+    let arns = case.world.fake.seed(json!({"count": 12})).await;
+    // One stands before its import.
+    case.world.fake.fault("GetParametersForImport", &case.arn, Some(1), json!({"kind": "hold"})).await;
+    case.import("under-way").await;
+    case.world.fake.held(1, "GetParametersForImport", &case.arn).await;
+    let ran = case.world.run(&["hold", "everything", "--reason", "an incident", "--json"]).await;
+    assert!(ran.code == Some(0) && ran.json()["under_way"] == 1, "{ran:?}");
+    assert_eq!(ran.json()["held"]["by"], "tester");
+    case.world.fake.release(&case.arn).await;
+    for (number, arn) in arns.iter().enumerate() {
+        let more = json!({"source_key_identifier": "payroll", "dry_run": number % 3 == 0});
+        case.world.publish(request(&format!("r{number}"), arn, more)).await;
+    }
+    case.accepted(13).await;
+    case.world.until("every line is parked", "select count(*) from line where parked_by is not null", 13).await;
+    assert_eq!(case.world.fake.journal("operation=ImportKeyMaterial").await.len(), 0);
+    assert_eq!(case.world.fake.journal(&format!("key={}", arns[0])).await.len(), 0, "a dry run is held as well");
+    let listed = case.world.run(&["hold", "list"]).await;
+    assert!(listed.out.contains("an incident") && listed.out.contains("tester"), "{listed:?}");
+    crate::support::eventually("the workers say so", || async {
+        let held =
+            case.world.workers[0].metric("keyferry_holds").await + case.world.workers[1].metric("keyferry_holds").await;
+        (held > 1.5 && case.world.workers.iter().all(|worker| worker.log().contains("\"held\""))).then_some(())
+    })
+    .await;
+    let again = case.world.run(&["hold", "everything"]).await;
+    assert!(again.code == Some(0) && again.out.contains("already"), "{again:?}");
+    assert_eq!(case.world.run(&["release", "account", "111122223333"]).await.code, Some(1));
+    let released = case.world.run(&["release", "everything"]).await;
+    assert!(released.code == Some(0) && released.out.contains("is released"), "{released:?}");
+    case.world.succeeded("under-way").await;
+    for number in 0..arns.len() {
+        case.world.succeeded(&format!("r{number}")).await;
+    }
+    case.world.finish().await;
+}
+
+/// A worker dies over a held line, and the command that releases dies before it has woken anything.
+#[tokio::test]
+async fn deaths_lose_no_held_line() {
+    let mut case = case(Tuning::hasty()).await;
+    let key = case.arn.clone();
+    assert_eq!(case.world.run(&["hold", "key", &key]).await.code, Some(0));
+    for id in ["r1", "r2"] {
+        case.import(id).await;
+    }
+    case.accepted(2).await;
+    case.world.until("the line is parked", "select count(*) from line where parked_by is not null", 1).await;
+    case.world.workers[0].kill();
+    let killed =
+        case.world.run_with(&["release", "key", &key], &[("FAILPOINTS", "release.after_commit=return")], "").await;
+    assert_eq!(killed.code, None, "{killed:?}");
+    assert_eq!(case.world.count("select count(*) from line where parked_by is not null").await, 1);
+    case.world.serve().await;
+    case.world.succeeded("r2").await;
+    case.world.finish().await;
+}
+
+#[tokio::test]
+async fn each_scope_is_held_by_its_name() {
+    let mut case = case(Tuning::default()).await;
+    let key = case.arn.clone();
+    let parked = "select count(*) from line where parked_by is not null";
+    let scopes = [
+        vec!["account", "111122223333"],
+        vec!["region", "eu-central-1"],
+        vec!["principal", "anonymous"],
+        vec!["key", &key],
+    ];
+    for (number, scope) in scopes.into_iter().enumerate() {
+        let ran = case.world.run(&[&["hold"], &scope[..], &["--wait"]].concat()).await;
+        assert!(ran.code == Some(0) && !ran.err.contains("warning"), "{ran:?}");
+        let id = format!("r{number}");
+        case.import(&id).await;
+        case.world.until("it is parked", parked, 1).await;
+        assert_eq!(case.world.run(&[&["release"], &scope[..]].concat()).await.code, Some(0));
+        case.world.succeeded(&id).await;
+    }
+    // By Keyferry's own id of the key.
+    let id = case.world.job("r0").await.unwrap().result.unwrap()["id"].as_str().unwrap().to_owned();
+    assert_eq!(case.world.run(&["hold", "key", &id]).await.code, Some(0));
+    assert_eq!(case.world.run(&["release", "key", &key]).await.code, Some(0), "both names mean one");
+    for (wrong, code, says) in [
+        (["hold", "key", "nonsense"], 1, "the id that Keyferry gave it"),
+        (["hold", "account", "12"], 2, "12 digits"),
+        (["release", "region", "eu-west-1"], 1, "is not held"),
+    ] {
+        let ran = case.world.run(&wrong).await;
+        assert!(ran.code == Some(code) && ran.err.contains(says), "{ran:?}");
+    }
+    let far = case.world.run(&["hold", "region", "mars-north-1"]).await;
+    assert!(far.code == Some(0) && far.err.contains("spelt right"), "{far:?}");
+    assert_eq!(case.world.run(&["release", "region", "mars-north-1"]).await.code, Some(0));
+    case.world.finish().await;
+}
+
+#[tokio::test]
+async fn a_delete_of_many_is_held_between_two_calls() {
+    let mut case = crate::materials::rotated(Tuning::default()).await;
+    case.world.fake.fault(DELETE, &case.arn, Some(1), json!({"kind": "hold"})).await;
+    case.ask("d", json!({"operation": "delete", "scope": "all"})).await;
+    case.world.fake.held(1, DELETE, &case.arn).await;
+    assert_eq!(case.world.run(&["hold", "principal", "anonymous"]).await.code, Some(0));
+    case.world.fake.release(&case.arn).await;
+    case.world.until("the line is parked", "select count(*) from line where parked_by is not null", 1).await;
+    let shown = case.shown(&case.old.clone()).await;
+    assert!(shown["imported"] == true && case.shown(&case.new.clone()).await["imported"] == false);
+    assert_eq!(case.world.run(&["release", "principal", "anonymous"]).await.code, Some(0));
+    case.world.succeeded("d").await;
+    assert_eq!(case.world.fake.journal(&format!("key={}&operation={DELETE}", case.arn)).await.len(), 2);
+    case.world.finish().await;
+}

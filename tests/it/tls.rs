@@ -293,6 +293,9 @@ fn a_wrong_setting_is_named_before_anything_is_connected() {
         assert!(error.to_string().contains(named), "{url}: {error}");
     }
     assert!(Broker::new(&with_password(), "amqp://u@h").is_ok());
+    let shown = format!("{:?}", Broker::new(&settings("client"), "amqps://u:hunter2@h").unwrap());
+    let key = std::fs::read_to_string(file("client.key")).unwrap();
+    assert!(!shown.contains("hunter2") && key.lines().all(|line| !shown.contains(line)), "{shown}");
 }
 
 #[tokio::test]

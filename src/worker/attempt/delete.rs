@@ -6,7 +6,7 @@ use crate::audit::{Fact, Kind};
 use crate::job::{DeleteTarget, FailureCode, JobResult, KeyKind};
 use crate::kms::{CallError, ErrorKind, HeldMaterial, KeyDescription};
 use crate::retry::Class;
-use crate::store::{Answered, Intent, Removed, Settlement, SettlementKind};
+use crate::store::{Answered, Intent, Removed, Settlement, SettlementKind, Stop};
 use serde_json::json;
 
 impl Run {
@@ -139,9 +139,10 @@ impl Run {
 
     /// Between two mutating calls: whether an operator has said that there is to be no other.
     async fn may_go_on(&mut self) -> Or<()> {
-        match self.attempt.context.store.is_cancelled(self.job.id).await {
-            Ok(false) => Ok(()),
-            Ok(true) => self.cancelled(),
+        match self.attempt.context.store.is_stopped(self.job.id).await {
+            Ok(None) => Ok(()),
+            Ok(Some(Stop::Cancelled)) => self.cancelled(),
+            Ok(Some(Stop::Held)) => self.held(),
             Err(error) => {
                 let message = error.to_string();
                 self.retry(Class::Transient, "store", &message, None)

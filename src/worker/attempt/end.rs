@@ -93,15 +93,25 @@ impl Run {
         if !self.attempt.give_back.is_cancelled() {
             return Ok(());
         }
+        self.give_back("stop", "given back by a stopping worker")
+    }
+
+    /// An operator holds what the job is within: its next claim finds that, and the line is parked.
+    pub(super) fn held<T>(&mut self) -> Or<T> {
+        tracing::info!(job.id = %self.job.id, key = %self.job.key, "given back: an operator holds it");
+        self.give_back("hold", "given back: an operator holds it")
+    }
+
+    fn give_back<T>(&mut self, step: &str, message: &str) -> Or<T> {
         if !self.has_committed {
             return Err(self.settled(SettlementKind::PutBack { until: self.job.now, deadline: self.job.deadline }));
         }
         // What was learnt must not be lost, nor a step stand that says a call may be under way when none is.
         let reason = json!({
-            "step": "stop",
+            "step": step,
             "class": Class::Immediate.as_str(),
             "times": 1,
-            "message": "given back by a stopping worker",
+            "message": message,
             "aws_changed": self.may_have_changed_aws(),
         });
         let again = self.again(Duration::ZERO, reason);

@@ -211,6 +211,7 @@ impl Run {
                 self.fail(FailureCode::SourceKeyDeleted, "the source key was deleted")
             }
             Some(Ok(Prepared::Cancelled)) => self.cancelled(),
+            Some(Ok(Prepared::Held)) => self.held(),
             Some(Err(error)) => {
                 let message = error.to_string();
                 self.retry(Class::Transient, "store", &message, None)

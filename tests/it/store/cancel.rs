@@ -6,7 +6,7 @@ use super::given::{
 };
 use crate::support::db::TestDb;
 use keyferry::store::{
-    Answered, CANCEL_PAGE, Cancelled, ClaimedJob, Intent, JobFilter, Prepared, RetryState, Step, Store,
+    Answered, CANCEL_PAGE, Cancelled, ClaimedJob, Intent, JobFilter, Prepared, RetryState, Step, Stop, Store,
 };
 use serde_json::json;
 use std::time::Duration;
@@ -122,7 +122,7 @@ async fn a_job_under_way_ends_between_two_steps() {
         assert_eq!(case.cancel("j-1").await, Cancelled::Requested);
         case.assert_sound().await;
     }
-    assert!(case.store.is_cancelled(leased.id).await.unwrap());
+    assert_eq!(case.store.is_stopped(leased.id).await.unwrap(), Some(Stop::Cancelled));
     let (step, generated) = generating_step(&leased);
     assert_eq!(case.store.prepare(&[&step]).await.unwrap(), [Prepared::Cancelled]);
     assert!(case.store.sealed_source_key(&generated.name).await.unwrap().is_none(), "nothing was written");

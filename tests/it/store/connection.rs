@@ -195,20 +195,29 @@ async fn a_schema_that_does_not_fit_is_named() {
 
     let version = migrate(&db.owner_url(), &db.settings()).await.unwrap().version;
     let client = db.client().await;
-    client.execute("update refinery_schema_history set version = version - 1", &[]).await.unwrap();
+    // By way of negative numbers: versions may be neighbours, and each is there once.
+    let shift = async |by: i32| {
+        let both = format!(
+            "update refinery_schema_history set version = -version;
+             update refinery_schema_history set version = -version + {by}"
+        );
+        client.batch_execute(&both).await.unwrap();
+    };
+    shift(-1).await;
     let error = store.check_schema().await.unwrap_err();
     assert!(matches!(error, SchemaError::TooOld { found, needed } if found + 1 == needed), "{error}");
-    client.execute("update refinery_schema_history set version = version + 1", &[]).await.unwrap();
+    shift(1).await;
 
     client.execute("update schema_tolerance set oldest_binary = $1", &[&(version + 1)]).await.unwrap();
     let error = store.check_schema().await.unwrap_err();
     assert!(matches!(error, SchemaError::BinaryTooOld { ours, .. } if ours == version), "{error}");
     client.execute("update schema_tolerance set oldest_binary = $1", &[&version]).await.unwrap();
     // A newer schema that tolerates this binary is no obstacle.
-    client.execute("update refinery_schema_history set version = version + 5", &[]).await.unwrap();
+    shift(5).await;
     store.check_schema().await.unwrap();
 
-    client.execute("update refinery_schema_history set version = version - 5, checksum = '1'", &[]).await.unwrap();
+    shift(-5).await;
+    client.execute("update refinery_schema_history set checksum = '1'", &[]).await.unwrap();
     let error = migrate(&db.owner_url(), &db.settings()).await.unwrap_err();
     assert!(matches!(error, SchemaError::Failed(_)), "{error}");
 }

@@ -1,11 +1,13 @@
 //! The store against a real Postgres, as the worker's role.
 
 mod accept;
+mod backlog;
 mod bisection;
 mod cancel;
 mod claim;
 mod connection;
 mod given;
+mod hold;
 mod keys;
 mod outbox;
 mod plans;

@@ -196,6 +196,11 @@ impl Vhost {
         self.channel().queue_declare(queue.into(), durable, FieldTable::default()).await.unwrap();
     }
 
+    /// Makes a policy.
+    pub async fn set_policy(&self, name: &str, policy: Value) {
+        self.api(Method::PUT, &["policies", &self.name, name], Some(policy)).await;
+    }
+
     /// Deletes a queue.
     pub async fn delete_queue(&self, queue: &str) {
         self.channel().queue_delete(queue.into(), QueueDeleteOptions::default()).await.unwrap();

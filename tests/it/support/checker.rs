@@ -390,6 +390,11 @@ fn the_audit_trail_is_whole(snapshot: &Snapshot, found: &mut Vec<String>) {
             found.push(format!("I4: nothing says where the source key {} comes from", key.name));
         }
     }
+    for id in &snapshot.holds {
+        if trails.remove(id).is_none_or(|trail| trail[0]["kind"] != "held" || trail.len() > 2) {
+            found.push(format!("I4: nothing says who held what by {id}"));
+        }
+    }
     let known: HashSet<Uuid> = snapshot.source_keys.iter().map(|key| key.id).collect();
     found.extend(
         trails.keys().filter(|id| !known.contains(id)).map(|id| format!("I4: entries about {id}, which is unknown")),

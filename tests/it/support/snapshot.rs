@@ -160,6 +160,8 @@ pub struct Snapshot {
     /// SHA-256 of the material of keys on KMIP servers, by connection and identifier.
     pub dsm_keys: BTreeMap<String, String>,
     pub materials: Vec<Material>,
+    /// Ids of holds, released or not.
+    pub holds: Vec<Uuid>,
     pub lines: Vec<Line>,
     /// What is left in tables and queues that empty themselves.
     pub left: BTreeMap<String, i64>,
@@ -180,7 +182,17 @@ impl Snapshot {
             let count: i64 = client.query_one(&format!("select count(*) from {table}"), &[]).await.unwrap().get(0);
             left.insert(table.to_owned(), count);
         }
+        // Of each principal, how far the count of its waiting jobs is off.
+        let off = "
+            select coalesce(sum(abs(off)), 0)::bigint from (
+                select sum(waiting) as off from (
+                    select principal, waiting from backlog union all select principal, change from backlog_change
+                    union all select principal, -1 from job where state = 'waiting') as known
+                group by principal) as each";
+        left.insert("the backlog's count".into(), client.query_one(off, &[]).await.unwrap().get(0));
+        let holds = client.query("select id from hold", &[]).await.unwrap();
         Self {
+            holds: holds.iter().map(|row| row.get(0)).collect(),
             jobs: jobs(client).await,
             refusals: refusals(client).await,
             audit: audit(client).await,

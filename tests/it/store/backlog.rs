@@ -1,0 +1,118 @@
+//! The count of waiting jobs is exact, however jobs end and whoever folds.
+
+use super::given::{LEASE, SIGNATURE_LIFE, accept, arn, claim, job, job_with, put_back, retry, settle, succeeded};
+use crate::support::db::TestDb;
+use keyferry::store::{Cancelled, Candidate, NewJob, RetryState, Store};
+use serde_json::json;
+use std::time::Duration;
+use time::format_description::well_known::Rfc3339;
+
+async fn waiting(store: &Store, principal: &str) -> i64 {
+    store.waiting(&[principal, "nobody"]).await.unwrap().get(principal).copied().unwrap_or(0)
+}
+
+fn of(principal: &str, job: NewJob) -> NewJob {
+    NewJob { principal: principal.into(), ..job }
+}
+
+#[tokio::test]
+async fn what_waits_is_counted_whatever_becomes_of_it() {
+    let db = TestDb::create().await;
+    let (store, client) = (db.store().await, db.client().await);
+    let ahead = (store.now().await.unwrap() + time::Duration::hours(1)).replace_nanosecond(0).unwrap();
+    let later = of("a", job_with("later", &arn(9), json!({"not_before": ahead.format(&Rfc3339).unwrap()})));
+    let jobs: Vec<NewJob> =
+        (0..8).map(|n| of(if n % 2 == 0 { "a" } else { "b" }, job(&format!("j{n}"), &arn(n)))).collect();
+    accept(&store, &jobs).await;
+    accept(&store, std::slice::from_ref(&later)).await;
+    // A copy counts for nothing.
+    store.accept(&[Candidate::Job(jobs[0].clone())]).await.unwrap();
+    for folded in [false, true] {
+        if folded {
+            assert_eq!(store.fold_backlog().await.unwrap(), 3);
+        }
+        assert_eq!((waiting(&store, "a").await, waiting(&store, "b").await), (5, 4));
+    }
+    // Neither does an attempt that does not end its job, nor the end of one whose lease was taken over, nor an end that
+    // is written again.
+    let claimed = claim(&store, 20).await;
+    assert!(settle(&store, &put_back(&claimed[0], None)).await);
+    assert!(settle(&store, &retry(&claimed[1], Duration::ZERO, claimed[1].deadline, RetryState::default())).await);
+    db.advance(LEASE * 2).await;
+    let claimed_again = claim(&store, 20).await;
+    let ends: Vec<_> = claimed.iter().chain(&claimed_again).map(succeeded).collect();
+    let ends: Vec<_> = ends.iter().collect();
+    for _ in 0..2 {
+        store.settle(&ends, SIGNATURE_LIFE).await.unwrap();
+    }
+    assert_eq!((waiting(&store, "a").await, waiting(&store, "b").await), (1, 0));
+    for cancelled in
+        [Cancelled::Ended, Cancelled::EndedBefore { state: "failed".into(), code: Some("cancelled".into()) }]
+    {
+        assert_eq!(store.cancel(&[later.id], "op").await.unwrap(), [cancelled]);
+        assert!(store.waiting(&["a", "b"]).await.unwrap().is_empty());
+    }
+    store.fold_backlog().await.unwrap();
+    let rows = client.query("select principal, waiting from backlog order by 1", &[]).await.unwrap();
+    let rows: Vec<(&str, i64)> = rows.iter().map(|row| (row.get(0), row.get(1))).collect();
+    assert_eq!(rows, [("a", 0), ("b", 0)]);
+    assert!(client.query("select from backlog_change", &[]).await.unwrap().is_empty());
+}
+
+/// Publishers, workers, operators and folding housekeepers at once; at each look the count is that of the jobs.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_count_is_exact_in_every_snapshot() {
+    let db = TestDb::create().await;
+    let (store, mut client) = (db.store().await, db.client().await);
+    let publishing = async {
+        for slice in 0..20_u128 {
+            let jobs: Vec<NewJob> = (0..10)
+                .map(|n| of(["a", "b", "c"][(n % 3) as usize], job(&format!("{slice}-{n}"), &arn(slice * 10 + n))))
+                .collect();
+            accept(&store, &jobs).await;
+            if slice % 3 == 0 {
+                store.cancel(&[jobs[0].id, jobs[1].id], "op").await.unwrap();
+            }
+        }
+    };
+    let working = async {
+        let mut idle = 0;
+        while idle < 20 {
+            let claimed = claim(&store, 4).await;
+            idle = if claimed.is_empty() { idle + 1 } else { 0 };
+            for job in claimed {
+                settle(&store, &succeeded(&job)).await;
+            }
+        }
+    };
+    let folding = async {
+        for _ in 0..40 {
+            store.fold_backlog().await.unwrap();
+        }
+    };
+    let looking = async {
+        const BOTH: &str = "
+            select (select coalesce(sum(waiting), 0) from backlog)::bigint
+                     + (select coalesce(sum(change), 0) from backlog_change)::bigint,
+                   (select count(*) from job where state = 'waiting')";
+        for _ in 0..60 {
+            let transaction = client
+                .build_transaction()
+                .isolation_level(tokio_postgres::IsolationLevel::RepeatableRead)
+                .start()
+                .await
+                .unwrap();
+            let row = transaction.query_one(BOTH, &[]).await.unwrap();
+            assert_eq!(row.get::<_, i64>(0), row.get::<_, i64>(1));
+            transaction.commit().await.unwrap();
+        }
+    };
+    tokio::join!(publishing, working, folding, looking);
+    while let [_, ..] = claim(&store, 8).await.iter().map(succeeded).collect::<Vec<_>>().as_slice() {
+        db.advance(LEASE * 2).await;
+        for job in claim(&store, 200).await {
+            assert!(settle(&store, &succeeded(&job)).await);
+        }
+    }
+    assert!(store.waiting(&["a", "b", "c"]).await.unwrap().is_empty());
+}
