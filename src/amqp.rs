@@ -55,6 +55,11 @@ pub enum SessionError {
         /// Why.
         reason: String,
     },
+    /// A message whose content type no signature can cover.
+    #[error(
+        "a message cannot be signed: its content type, the key's id or the audience has characters that none can hold"
+    )]
+    Unsigned,
     /// The broker cancelled the consumer, or the stream ended without a word.
     #[error("RabbitMQ cancelled the consumer; is the queue still there?")]
     Cancelled,
@@ -108,6 +113,14 @@ impl Broker {
     /// The virtual host.
     pub fn vhost(&self) -> &str {
         self.0.address.vhost()
+    }
+
+    /// The user as whom connections are made; `None` where a client certificate says it.
+    pub fn user(&self) -> Option<&str> {
+        match self.0.address.mechanism() {
+            Mechanism::Plain => Some(self.0.address.user()),
+            Mechanism::External => None,
+        }
     }
 
     /// How long a connection may take until it can be used.

@@ -1,5 +1,7 @@
 //! Composition: settings in, a running worker out, and its orderly end.
 
+mod reload;
+
 use crate::amqp::Broker;
 use crate::config::{ConfigError, Loaded, Transport};
 use crate::ingress::Ingress;
@@ -10,15 +12,18 @@ use crate::kms::Kms;
 use crate::outbox::rabbitmq::Exchange;
 use crate::outbox::sqs::Events;
 use crate::outbox::{Destination, Relay};
-use crate::policy::{Policy, Targets};
+use crate::policy::{Current, Proof, Targets};
 use crate::source::{Dsm, Kek, KekError, Keyring};
 use crate::sqs::Sqs;
 use crate::store::{SchemaError, Store, StoreError};
 use crate::telemetry::{Health, Metrics, Part, serve_admin};
 use crate::worker::{self, Context};
+use reload::Reload;
 use secrecy::ExposeSecret as _;
+use std::collections::HashMap;
 use std::sync::{Arc, Once};
 use std::time::Duration;
+use tokio::signal::unix::Signal;
 use tokio::sync::Notify;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -85,11 +90,20 @@ pub fn open_dsm(loaded: &Loaded, metrics: &Metrics) -> Result<Dsm, StartError> {
     Ok(Dsm::new(&loaded.settings.dsm, loaded.settings.dsm_default.as_deref(), metrics)?)
 }
 
-/// Runs the worker until `stop`, then ends it in order: intake, jobs under way, events, and the rest.
-pub async fn serve(loaded: &Loaded, stop: CancellationToken) -> Result<(), StartError> {
+/// Runs the worker until `stop`, then ends it in order: intake, jobs under way, events, and the rest. At each `hang_up` the
+/// policy's file is read again.
+pub async fn serve(loaded: &Loaded, stop: CancellationToken, hang_up: Signal) -> Result<(), StartError> {
     let settings = &loaded.settings;
     // Everything that can be wrong is found before the first message is taken.
     let policy = loaded.policy()?;
+    let mut proofs = HashMap::new();
+    for transport in &settings.requests_from {
+        let proof = loaded.proof(*transport, &policy)?;
+        if let Some(warning) = policy.unproved(transport.as_str(), &proof) {
+            tracing::warn!("policy: {warning}");
+        }
+        proofs.insert(transport.as_str(), proof);
+    }
     let targets = targets(loaded)?;
     loaded.transports()?;
     let broker = if loaded.uses(Transport::RabbitMq) { Some(open_broker(loaded)?) } else { None };
@@ -97,6 +111,7 @@ pub async fn serve(loaded: &Loaded, stop: CancellationToken) -> Result<(), Start
     let keyring = Arc::new(open_keyring(loaded, &store).await?);
     let metrics = Metrics::new()?;
     let dsm = Arc::new(open_dsm(loaded, &metrics)?);
+    let (reload, policy) = Reload::start(loaded.policy_source()?, policy, store.clone(), metrics.clone()).await?;
     let ingresses = settings.requests_from.iter().map(|transport| part(*transport));
     let health = Health::of(&[Part::Store].into_iter().chain(ingresses).chain([Part::Events]).collect::<Vec<_>>());
     health.set(Part::Store, true);
@@ -114,7 +129,8 @@ pub async fn serve(loaded: &Loaded, stop: CancellationToken) -> Result<(), Start
     let common = Common {
         store: store.clone(),
         keyring: Arc::clone(&keyring),
-        policy,
+        policy: policy.clone(),
+        proofs,
         targets: targets.clone(),
         dsm: Arc::clone(&dsm),
         metrics: metrics.clone(),
@@ -150,6 +166,8 @@ pub async fn serve(loaded: &Loaded, stop: CancellationToken) -> Result<(), Start
     }
     drop(common);
     parts.spawn(worker::run(Arc::new(context), stop.clone()));
+    let stopping = stop.clone();
+    parts.spawn(async move { reload.run(hang_up, stopping).await });
 
     let is_broken = tokio::select! {
         biased;
@@ -175,7 +193,9 @@ pub async fn serve(loaded: &Loaded, stop: CancellationToken) -> Result<(), Start
 struct Common {
     store: Store,
     keyring: Arc<Keyring>,
-    policy: Policy,
+    policy: Current,
+    /// By transport.
+    proofs: HashMap<&'static str, Proof>,
     targets: Targets,
     dsm: Arc<Dsm>,
     metrics: Metrics,
@@ -258,7 +278,9 @@ fn spawn_intake<I: Ingress + 'static>(
         ingress,
         store: common.store.clone(),
         keyring: Arc::clone(&common.keyring),
-        policy: common.policy,
+        policy: common.policy.clone(),
+        // Each transport that requests come from has one.
+        proof: common.proofs.get(I::TRANSPORT).cloned().unwrap_or(Proof::Broker),
         targets: common.targets.clone(),
         dsm: Arc::clone(&common.dsm),
         metrics: common.metrics.clone(),

@@ -1,12 +1,16 @@
 //! Typed settings: one TOML file, every setting overridable by `KEYFERRY_SECTION__NAME`.
 
 mod dsm;
+mod identity;
+mod policy;
 mod sqs;
 
 pub use dsm::{DsmConnection, DsmProtocol};
+pub use identity::{Identity, IdentityProof, Senders};
+pub use policy::PolicySource;
 pub use sqs::{Sqs, Transport};
 
-use crate::policy::Policy;
+use crate::policy::{Policy, Proof};
 use figment::Figment;
 use figment::providers::{Env, Format as _, Serialized, Toml};
 use secrecy::{ExposeSecret as _, SecretString};
@@ -27,8 +31,8 @@ type Rule = (&'static str, bool, &'static str);
 #[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Settings {
-    /// Who may ask for what. `serve` refuses to start without it.
-    pub policy: Option<Policy>,
+    /// Who may ask for what: a file, or `allow-all`. `serve` refuses to start without it.
+    pub policy: Option<PolicySource>,
     /// What carries requests: one or both. `submit` publishes over the first.
     pub requests_from: Vec<Transport>,
     /// What carries events.
@@ -106,6 +110,9 @@ pub struct RabbitMq {
     pub prefetch: u16,
     /// How long a connection is waited for.
     pub connect_timeout_ms: u64,
+    /// What is asked of senders.
+    #[serde(flatten)]
+    pub senders: Senders,
 }
 
 /// The local key store.
@@ -314,9 +321,30 @@ impl Loaded {
         self.settings.events_to == transport || self.settings.requests_from.contains(&transport)
     }
 
-    /// `policy`.
+    /// `policy`, wherever this process runs.
+    pub fn policy_source(&self) -> Result<PolicySource, ConfigError> {
+        let source = self.settings.policy.clone().ok_or_else(|| self.missing("policy"))?;
+        Ok(source.within(self.file.parent().unwrap_or(Path::new(""))))
+    }
+
+    /// What the file of `policy` says.
     pub fn policy(&self) -> Result<Policy, ConfigError> {
-        self.settings.policy.ok_or_else(|| self.missing("policy"))
+        self.policy_source()?.read()
+    }
+
+    /// What is asked of senders over a transport.
+    pub fn senders(&self, transport: Transport) -> &Senders {
+        match transport {
+            Transport::RabbitMq => &self.settings.rabbitmq.senders,
+            Transport::Sqs => &self.settings.sqs.senders,
+        }
+    }
+
+    /// What senders over a transport must prove under a policy.
+    pub fn proof(&self, transport: Transport, policy: &Policy) -> Result<Proof, ConfigError> {
+        self.senders(transport)
+            .proof(policy, identity::Names::of(transport))
+            .map_err(|(name, expected)| ConfigError::Invalid { name: name.into(), expected })
     }
 
     /// `targets`, at least one.
@@ -367,6 +395,17 @@ impl Loaded {
             })
         };
         files.into_iter().filter_map(warning).collect()
+    }
+
+    /// The same of a file that holds a key which signs messages.
+    pub fn signing_key_warning(path: &Path) -> Option<String> {
+        open_to_others(path).map(|mode| {
+            format!(
+                "the file {} is open to more than its owner (mode {mode:o}): who can read it can sign in its principal's \
+                 name; chmod 600 unless something else keeps others away",
+                path.display()
+            )
+        })
     }
 
     /// The text of the key-encryption key, from the setting or its file.
@@ -483,6 +522,7 @@ impl Default for RabbitMq {
             exchange: "keyferry.events".into(),
             prefetch: 400,
             connect_timeout_ms: 10_000,
+            senders: Senders::default(),
         }
     }
 }
@@ -579,7 +619,7 @@ mod tests {
             "#,
         )
         .unwrap();
-        assert_eq!(loaded.policy().unwrap(), Policy::AllowAll);
+        assert!(matches!(loaded.policy().unwrap(), Policy::AllowAll));
         assert_eq!(loaded.settings.worker.concurrency, 64);
         assert!(!format!("{loaded:?}").contains("secret"));
         assert!(!serde_json::to_string(&loaded.settings).unwrap().contains("secret"));
@@ -611,7 +651,7 @@ mod tests {
             jail.set_env("KEYFERRY_WORKER__CONCURRENCY", "7");
             jail.set_env("KEYFERRY_TARGETS", r#"[{account="111122223333",regions=["eu-central-1"]}]"#);
             let loaded = Loaded::read(None).map_err(|error| error.to_string())?;
-            assert_eq!(loaded.policy().unwrap(), Policy::AllowAll);
+            assert!(matches!(loaded.policy().unwrap(), Policy::AllowAll));
             assert_eq!(loaded.database_url().unwrap(), "postgres://u@h/d");
             assert_eq!(loaded.settings.worker.concurrency, 7);
             assert_eq!(loaded.targets().unwrap()[0].account, "111122223333");
@@ -667,7 +707,10 @@ mod tests {
             ("[worker]\nconcurrency = \"many\"", "concurrency"),
             ("[worker]\nconcurrency = 0", "worker.concurrency"),
             ("[worker]\nlease_ms = 1000", "worker.lease_ms"),
-            ("policy = \"deny\"", "policy"),
+            ("policy = 1", "policy"),
+            ("[rabbitmq]\nidentity = \"perhaps\"", "identity"),
+            ("[rabbitmq]\nidentity_proof = \"word\"", "identity_proof"),
+            ("[rabbitmq]\ncolour = 1", "colour"),
             ("[rabbitmq]\nqueue = \"\"", "rabbitmq.queue"),
             ("[[targets]]\naccount = \"1\"\nregions = [\"r\"]", "targets.account"),
             ("requests_from = []", "requests_from"),

@@ -1,12 +1,15 @@
-//! Parse, authorise, accept or refuse, settle: one batch after the other.
+//! Who sends, what is asked, may it be: accept or refuse, and settle. One batch after the other.
+
+mod senders;
 
 use crate::ingress::{Delivery, Ingress, Session as _, SessionFault, Settlement};
-use crate::job::{Import, KeyArn, KeyRef, Refusal, RefusalCode, Rejected, Request, SourceKeyRef, Work, id_hash};
-use crate::policy::{Policy, Targets, Verdict as PolicyVerdict};
+use crate::job::{Envelope, Import, KeyArn, KeyRef, Refusal, RefusalCode, Rejected, Request, SourceKeyRef, Work};
+use crate::policy::{Ask, Current, Policy, Proof, Targets, Verdict as PolicyVerdict};
 use crate::retry::{Attempts, Class};
 use crate::source::{Dsm, DsmError, Keyring};
-use crate::store::{Candidate, MessageDigest, NewJob, NewRefusal, Store, StoreError, Verdict, bisect};
+use crate::store::{Candidate, NewJob, NewRefusal, RefusalRecord, Store, StoreError, Verdict, bisect};
 use crate::telemetry::{Health, Metrics, Part};
+use senders::{Asker, Asks, Senders, Told, known_by, tell};
 use std::collections::HashMap;
 use std::sync::Arc;
 use time::OffsetDateTime;
@@ -16,8 +19,9 @@ use uuid::Uuid;
 
 /// Messages of one transaction at most.
 const BATCH: usize = 200;
-/// Who asks, while brokers' identities are ignored.
-pub const ANONYMOUS: &str = "anonymous";
+
+/// A message as the parser took it.
+type Read = Result<Request, Box<Rejected>>;
 
 /// What the intake of one queue works with.
 #[derive(Debug)]
@@ -29,7 +33,9 @@ pub struct Intake<I> {
     /// For keyed hashes of bodies.
     pub keyring: Arc<Keyring>,
     /// Who may ask for what.
-    pub policy: Policy,
+    pub policy: Current,
+    /// What senders must prove.
+    pub proof: Proof,
     /// Which accounts and Regions may be named.
     pub targets: Targets,
     /// Which connections of the dsm tier there are.
@@ -44,6 +50,18 @@ pub struct Intake<I> {
     pub jobs: Arc<Notify>,
     /// Rung when refusals wait to be published.
     pub events: Arc<Notify>,
+}
+
+/// What the store has told about a batch.
+struct Lookup {
+    /// The store's time.
+    now: OffsetDateTime,
+    /// Keys that are named by Keyferry's own ids.
+    keys: HashMap<Uuid, KeyArn>,
+    /// Refusals that messages name which are sent again.
+    refusals: HashMap<Uuid, RefusalRecord>,
+    /// How many jobs of each principal wait.
+    waiting: HashMap<String, i64>,
 }
 
 impl<I: Ingress> Intake<I> {
@@ -154,8 +172,10 @@ impl<I: Ingress> Intake<I> {
         let mut outage = Attempts::new(Class::Reconnect);
         // Ids are drawn once: a batch whose commit's answer was lost is known as itself when it is tried again.
         let ids: Vec<Uuid> = batch.iter().map(|_| Uuid::now_v7()).collect();
+        let mut policy = self.policy.get();
+        let mut told = tell(batch, &policy, &self.proof);
         loop {
-            match self.decide_once(batch, &ids).await {
+            match self.decide_once(batch, &ids, &policy, &told).await {
                 Ok(verdicts) => {
                     self.health.set(Part::Store, true);
                     return verdicts;
@@ -167,12 +187,61 @@ impl<I: Ingress> Intake<I> {
                     tokio::time::sleep(delay).await;
                 }
             }
+            let newer = self.policy.get();
+            if !Arc::ptr_eq(&policy, &newer) {
+                told = tell(batch, &newer, &self.proof);
+                policy = newer;
+            }
         }
     }
 
-    async fn decide_once(&self, batch: &[Delivery], ids: &[Uuid]) -> Result<Vec<Verdict>, StoreError> {
-        let now = self.store.now().await?;
-        let read: Vec<Result<Request, _>> = batch.iter().map(|delivery| Request::parse(delivery.envelope())).collect();
+    async fn decide_once(
+        &self,
+        batch: &[Delivery],
+        ids: &[Uuid],
+        policy: &Policy,
+        told: &[Told],
+    ) -> Result<Vec<Verdict>, StoreError> {
+        let read: Vec<Read> = batch.iter().map(|delivery| Request::parse(self.envelope(delivery))).collect();
+        let mut lookup = self.look_up(batch, &read).await?;
+        let senders = Senders { policy, proof: &self.proof, refusals: &lookup.refusals, now: lookup.now };
+        let asks: Vec<Asks> = batch
+            .iter()
+            .zip(told)
+            .zip(&read)
+            .map(|((delivery, told), read)| senders.asker(told, delivery, read, || self.body_hash(delivery)))
+            .collect();
+        lookup.waiting = self.backlogs(policy, &asks).await?;
+        let mut candidates = Vec::with_capacity(batch.len());
+        let mut askers = Vec::with_capacity(batch.len());
+        for (((read, delivery), asks), id) in read.into_iter().zip(batch).zip(asks).zip(ids) {
+            let (asker, candidate) = match asks {
+                Err(refused) => {
+                    let (asker, refusal) = *refused;
+                    let candidate = self.refusal(read, delivery, asker.clone(), refusal, None);
+                    (asker, candidate)
+                }
+                Ok(asker) => {
+                    let candidate = self.judge(read, delivery, asker.clone(), *id, policy, &lookup);
+                    (asker, candidate)
+                }
+            };
+            askers.push(asker);
+            candidates.push(candidate);
+        }
+        let outcomes = bisect(&candidates, |range| self.store.accept(&candidates[range])).await?;
+        let mut verdicts = Vec::with_capacity(outcomes.len());
+        for ((outcome, delivery), asker) in outcomes.into_iter().zip(batch).zip(askers) {
+            verdicts.push(match outcome {
+                Ok(verdict) => verdict,
+                Err(error) => self.refuse_unstorable(delivery, asker, &error).await?,
+            });
+        }
+        Ok(verdicts)
+    }
+
+    /// All that the store is asked before the verdicts.
+    async fn look_up(&self, batch: &[Delivery], read: &[Read]) -> Result<Lookup, StoreError> {
         let named: Vec<Uuid> = read
             .iter()
             .filter_map(|request| match request {
@@ -180,28 +249,39 @@ impl<I: Ingress> Intake<I> {
                 _ => None,
             })
             .collect();
-        let known = if named.is_empty() { HashMap::new() } else { self.store.resolve_keys(&named).await? };
-        let candidates: Vec<Candidate> = read
-            .into_iter()
-            .zip(batch)
-            .zip(ids)
-            .map(|((read, delivery), id)| match read {
-                Ok(request) => self.judge(request, delivery, *id, &known, now),
-                Err(rejected) => {
-                    let rejected = *rejected;
-                    Candidate::Refusal(self.unreadable(delivery, rejected))
-                }
-            })
+        let redriven: Vec<Uuid> =
+            batch.iter().filter_map(|delivery| Uuid::try_parse(delivery.redrive.as_deref()?).ok()).collect();
+        Ok(Lookup {
+            now: self.store.now().await?,
+            keys: if named.is_empty() { HashMap::new() } else { self.store.resolve_keys(&named).await? },
+            refusals: self.store.refusals(&redriven).await?,
+            waiting: HashMap::new(),
+        })
+    }
+
+    /// How many jobs wait of those principals that have a limit.
+    async fn backlogs(&self, policy: &Policy, asks: &[Asks]) -> Result<HashMap<String, i64>, StoreError> {
+        let mut limited: Vec<&str> = asks
+            .iter()
+            .filter_map(|asks| Some(asks.as_ref().ok()?.principal.as_str()))
+            .filter(|principal| policy.max_waiting(principal).is_some())
             .collect();
-        let outcomes = bisect(&candidates, |range| self.store.accept(&candidates[range])).await?;
-        let mut verdicts = Vec::with_capacity(outcomes.len());
-        for (outcome, delivery) in outcomes.into_iter().zip(batch) {
-            verdicts.push(match outcome {
-                Ok(verdict) => verdict,
-                Err(error) => self.refuse_unstorable(delivery, &error).await?,
-            });
+        limited.sort_unstable();
+        limited.dedup();
+        if limited.is_empty() { Ok(HashMap::new()) } else { self.store.waiting(&limited).await }
+    }
+
+    /// What was delivered, as the parser takes it. A signature does not cover the transport's message id.
+    fn envelope<'a>(&self, delivery: &'a Delivery) -> Envelope<'a> {
+        match self.proof {
+            Proof::Signature { .. } => Envelope { message_id: None, ..delivery.envelope() },
+            Proof::Nothing | Proof::Broker => delivery.envelope(),
         }
-        Ok(verdicts)
+    }
+
+    /// Keyed: a body can hold a secret that a plain hash would let one guess.
+    fn body_hash(&self, delivery: &Delivery) -> [u8; 32] {
+        self.keyring.body_hash(self.ingress.queue(), &delivery.body)
     }
 
     /// A tier, or a connection of one, that is not configured.
@@ -221,87 +301,162 @@ impl<I: Ingress> Intake<I> {
         })
     }
 
-    /// Times, targets and policy. None asks AWS or a source.
+    /// What is asked: readable, in time, on a target, by a tier that is there, allowed, and not too much. None asks AWS or
+    /// a source.
     fn judge(
         &self,
-        request: Request,
+        read: Read,
         delivery: &Delivery,
+        asker: Asker,
         id: Uuid,
-        known: &HashMap<Uuid, KeyArn>,
-        now: OffsetDateTime,
+        policy: &Policy,
+        lookup: &Lookup,
     ) -> Candidate {
-        let key = match &request.key {
-            KeyRef::Arn(arn) => Some(arn.clone()),
-            KeyRef::Id(id) => known.get(id).cloned(),
-        };
-        let refusal = match &key {
-            None => Refusal::of(
-                "key",
-                RefusalCode::UnknownKey,
-                "key: no KMS key has this id here; name it by its ARN, the first accepted job registers it",
-            ),
-            Some(key) if !self.targets.contains(key) => Refusal::of(
-                "key",
-                RefusalCode::UnknownTarget,
-                "key: its account and Region are not among the configured targets",
-            ),
-            Some(_) if self.policy.judge(ANONYMOUS, &request) == PolicyVerdict::Denied => {
-                Refusal::whole(RefusalCode::NotAllowed, "the policy does not allow this; ask its keeper")
+        let request = match read {
+            Ok(request) => request,
+            Err(rejected) => {
+                let refusal = rejected.refusal.clone();
+                return self.refusal(Err(rejected), delivery, asker, refusal, None);
             }
-            Some(key) => match request.judge_times(now).and_then(|()| self.judge_tier(&request)) {
-                Err(refusal) => refusal,
-                Ok(()) => {
-                    return Candidate::Job(NewJob {
-                        id,
-                        principal: ANONYMOUS.into(),
-                        key: key.clone(),
-                        traceparent: delivery.traceparent().map(str::to_owned),
-                        ingress: I::TRANSPORT,
-                        request,
-                    });
-                }
-            },
         };
-        Candidate::Refusal(NewRefusal {
-            id: Uuid::now_v7(),
-            principal: ANONYMOUS.into(),
-            id_hash: request.id_hash(),
-            digest: MessageDigest::Request(request.digest()),
-            refusal,
-            request_id: Some(request.id.as_str().to_owned()),
-            operation: Some(request.operation()),
+        let key = lookup.key_of(&request).cloned();
+        let judged = request
+            .judge_times(lookup.now)
+            .and_then(|()| self.judge_target(key.as_ref()))
+            .and_then(|known| self.judge_tier(&request).map(|()| known.clone()));
+        let key = match judged {
+            Ok(key) => key,
+            Err(refusal) => return self.refusal_on(key, Ok(request), delivery, asker, refusal, None),
+        };
+        let dsm = match &request.work {
+            Work::Import(Import { source_key: SourceKeyRef::Dsm(reference), .. }) => self.dsm.full_name(reference).ok(),
+            _ => None,
+        };
+        let verdict = policy.judge(&Ask::of(&asker.principal, &request, &key, dsm.as_deref(), lookup.now));
+        let grant = match verdict {
+            PolicyVerdict::Allowed(grant) => grant,
+            PolicyVerdict::Denied { rule, why } => {
+                let refusal = Refusal::whole(RefusalCode::NotAllowed, why);
+                return self.refusal_on(Some(key), Ok(request), delivery, asker, refusal, rule);
+            }
+        };
+        if let Err(refusal) = judge_backlog(policy, &asker.principal, lookup) {
+            return self.refusal_on(Some(key), Ok(request), delivery, asker, refusal, grant.rule);
+        }
+        Candidate::Job(NewJob {
+            id,
+            principal: asker.principal,
             key,
+            traceparent: delivery.traceparent().map(str::to_owned),
             ingress: I::TRANSPORT,
+            request,
+            sender: asker.sender,
+            rule: grant.rule,
         })
     }
 
-    /// A message that is no request is known by its id, if that is usable, and by its body.
-    fn unreadable(&self, delivery: &Delivery, rejected: Rejected) -> NewRefusal {
-        // Keyed: a body can hold a secret that a plain hash would let one guess.
-        let body = self.keyring.body_hash(self.ingress.queue(), delivery.envelope().body);
-        NewRefusal {
-            id: Uuid::now_v7(),
-            principal: ANONYMOUS.into(),
-            id_hash: rejected.id.as_ref().map_or(body, |id| id_hash(&rejected.source, id)),
-            digest: MessageDigest::Body(body),
-            refusal: rejected.refusal,
-            request_id: rejected.id.map(|id| id.as_str().to_owned()),
-            operation: None,
-            key: rejected.key,
-            ingress: I::TRANSPORT,
+    fn judge_target<'k>(&self, key: Option<&'k KeyArn>) -> Result<&'k KeyArn, Refusal> {
+        match key {
+            None => {
+                let message =
+                    "key: no KMS key has this id here; name it by its ARN, the first accepted job registers it";
+                Err(Refusal::of("key", RefusalCode::UnknownKey, message))
+            }
+            Some(key) if !self.targets.contains(key) => {
+                let message = "key: its account and Region are not among the configured targets";
+                Err(Refusal::of("key", RefusalCode::UnknownTarget, message))
+            }
+            Some(key) => Ok(key),
         }
     }
 
+    /// A refusal of a message whose key is as it says itself.
+    fn refusal(
+        &self,
+        read: Read,
+        delivery: &Delivery,
+        asker: Asker,
+        refusal: Refusal,
+        rule: Option<String>,
+    ) -> Candidate {
+        let key = match &read {
+            Ok(Request { key: KeyRef::Arn(arn), .. }) => Some(arn.clone()),
+            Ok(_) => None,
+            Err(rejected) => rejected.key.clone(),
+        };
+        self.refusal_on(key, read, delivery, asker, refusal, rule)
+    }
+
+    /// A message that is no request is known by its id, if that is usable, and by its body.
+    fn refusal_on(
+        &self,
+        key: Option<KeyArn>,
+        read: Read,
+        delivery: &Delivery,
+        asker: Asker,
+        refusal: Refusal,
+        rule: Option<String>,
+    ) -> Candidate {
+        let (id_hash, digest) = known_by(&read, || self.body_hash(delivery));
+        let (request_id, operation) = match read {
+            Ok(request) => (Some(request.id.as_str().to_owned()), Some(request.operation())),
+            Err(rejected) => (rejected.id.map(|id| id.as_str().to_owned()), None),
+        };
+        Candidate::Refusal(NewRefusal {
+            id: Uuid::now_v7(),
+            principal: asker.principal,
+            id_hash,
+            digest,
+            refusal,
+            request_id,
+            operation,
+            key,
+            ingress: I::TRANSPORT,
+            sender: asker.sender,
+            rule,
+        })
+    }
+
     /// A row that Postgres would not take is refused without any text of the message's own.
-    async fn refuse_unstorable(&self, delivery: &Delivery, error: &StoreError) -> Result<Verdict, StoreError> {
+    async fn refuse_unstorable(
+        &self,
+        delivery: &Delivery,
+        asker: Asker,
+        error: &StoreError,
+    ) -> Result<Verdict, StoreError> {
         let refusal =
             Refusal::whole(RefusalCode::Unstorable, "Postgres does not take this request; see the worker's log");
-        let refusal = self.unreadable(delivery, Rejected { id: None, source: String::new(), key: None, refusal });
-        tracing::error!(%error, refusal.id = %refusal.id, "a message cannot be stored: refused");
-        match self.store.accept(&[Candidate::Refusal(refusal)]).await {
+        let rejected = Rejected { id: None, source: String::new(), key: None, refusal: refusal.clone() };
+        let candidate = self.refusal(Err(Box::new(rejected)), delivery, asker, refusal, None);
+        if let Candidate::Refusal(refusal) = &candidate {
+            tracing::error!(%error, refusal.id = %refusal.id, "a message cannot be stored: refused");
+        }
+        match self.store.accept(&[candidate]).await {
             // Even without a row the message is not lost: it goes to the dead-letter queue.
             Ok(_) | Err(StoreError::Data(_)) => Ok(Verdict::Refused),
             Err(other) => Err(other),
         }
+    }
+}
+
+impl Lookup {
+    fn key_of<'a>(&'a self, request: &'a Request) -> Option<&'a KeyArn> {
+        match &request.key {
+            KeyRef::Arn(arn) => Some(arn),
+            KeyRef::Id(id) => self.keys.get(id),
+        }
+    }
+}
+
+/// Whether one more job of a principal may wait. By what waited before the batch: that much it may be overshot.
+fn judge_backlog(policy: &Policy, principal: &str, lookup: &Lookup) -> Result<(), Refusal> {
+    let waiting = lookup.waiting.get(principal).copied().unwrap_or(0);
+    match policy.max_waiting(principal) {
+        Some(most) if waiting >= i64::from(most) => {
+            let message =
+                "as many jobs of this principal wait as the policy allows: send it again when some have ended";
+            Err(Refusal::whole(RefusalCode::BacklogFull, message))
+        }
+        _ => Ok(()),
     }
 }

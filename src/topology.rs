@@ -34,7 +34,7 @@ pub enum TopologyError {
 /// A difference between the broker and the definitions.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
 pub struct Difference {
-    /// `queue`, `exchange`, `binding` or `policy`.
+    /// `queue`, `exchange`, `binding`, `policy` or `user`.
     pub kind: &'static str,
     /// Its name.
     pub name: String,
@@ -99,6 +99,15 @@ impl Management {
         found.extend(missing_names(settings, &wanted, &present));
         found.extend(lossy(settings.dead_letter_queue, &self.queues().await?, &present));
         Ok(found)
+    }
+
+    /// Users with rights on the virtual host who may publish in the name of any other: where the broker's word says who
+    /// sends, each of them is everybody.
+    pub async fn impersonators(&self) -> Result<Vec<Difference>, TopologyError> {
+        let users = self.send(self.client.get(self.url(&["api", "users"])?)).await?;
+        let rights = self.client.get(self.url(&["api", "vhosts", &self.vhost, "permissions"])?);
+        let rights = self.send(rights).await?;
+        Ok(impersonators(&users, &rights))
     }
 
     /// Queues with the names of the policies in force. Without statistics, which come only seconds after a change.
@@ -196,6 +205,24 @@ fn missing_names(settings: &Names<'_>, wanted: &Value, present: &Value) -> Vec<D
         .collect()
 }
 
+fn impersonators(users: &Value, rights: &Value) -> Vec<Difference> {
+    let all = |list: &'_ Value| list.as_array().cloned().unwrap_or_default();
+    let with_rights: Vec<Value> = all(rights).iter().map(|right| right["user"].clone()).collect();
+    let is_impersonator = |user: &Value| match &user["tags"] {
+        Value::Array(tags) => tags.iter().any(|tag| tag == "impersonator"),
+        // As older brokers write it.
+        tags => tags.as_str().unwrap_or_default().split(',').any(|tag| tag.trim() == "impersonator"),
+    };
+    let found = all(users).into_iter().filter(|user| is_impersonator(user) && with_rights.contains(&user["name"]));
+    found
+        .map(|user| Difference {
+            kind: "user",
+            name: user["name"].as_str().unwrap_or_default().to_owned(),
+            problem: "has the tag impersonator, and can send in any other user's name: take the tag away".into(),
+        })
+        .collect()
+}
+
 fn has(definitions: &Value, list: &str, name: &str) -> bool {
     each(definitions, list).any(|one| one["name"] == name)
 }
@@ -256,6 +283,17 @@ mod tests {
     use super::*;
     use crate::tls;
     use serde_json::json;
+
+    #[test]
+    fn whoever_may_send_as_anybody_is_found() {
+        let users = serde_json::json!([
+            {"name": "a", "tags": ["monitoring", "impersonator"]}, {"name": "b", "tags": "monitoring, impersonator"},
+            {"name": "c", "tags": ["monitoring"]}, {"name": "d", "tags": ["impersonator"]}, {"name": "e", "tags": ""},
+        ]);
+        let rights = serde_json::json!([{"user": "a"}, {"user": "b"}, {"user": "c"}, {"user": "e"}]);
+        let found = impersonators(&users, &rights);
+        assert_eq!(found.iter().map(|one| one.name.as_str()).collect::<Vec<_>>(), ["a", "b"]);
+    }
 
     #[test]
     fn the_definitions_agree_with_themselves_and_every_part_is_compared() {

@@ -3,7 +3,7 @@
 use super::jobs::{Sent, progress_bar};
 use super::output::Output;
 use super::{Failed, operator};
-use crate::intake::ANONYMOUS;
+use crate::config::Loaded;
 use crate::store::{CANCEL_PAGE, Cancelled, JobView, Store};
 use clap::{ArgGroup, Args};
 use serde::Serialize;
@@ -51,17 +51,24 @@ struct OfBatch {
 }
 
 impl Cancel {
-    pub(super) async fn run(self, store: &Store, output: Output) -> Result<(), Failed> {
-        match self.batch {
-            Some(batch) => cancel_batch(store, batch, output).await,
-            None => cancel_each(store, &self.sent.source, &self.ids, output).await,
+    pub(super) async fn run(self, loaded: &Loaded, store: &Store, output: Output) -> Result<(), Failed> {
+        if let Some(batch) = self.batch {
+            return cancel_batch(store, batch, output).await;
         }
+        let principal = self.sent.principal(loaded)?;
+        cancel_each(store, &principal, &self.sent.source, &self.ids, output).await
     }
 }
 
-async fn cancel_each(store: &Store, source: &str, ids: &[String], output: Output) -> Result<(), Failed> {
+async fn cancel_each(
+    store: &Store,
+    principal: &str,
+    source: &str,
+    ids: &[String],
+    output: Output,
+) -> Result<(), Failed> {
     let mut found: HashMap<String, Vec<JobView>> = HashMap::new();
-    for (asked, view) in store.find_jobs(ANONYMOUS, source, ids).await? {
+    for (asked, view) in store.find_jobs(principal, source, ids).await? {
         found.entry(asked).or_default().push(view);
     }
     let mut jobs: Vec<Uuid> =

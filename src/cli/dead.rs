@@ -2,16 +2,17 @@
 
 use super::jobs::progress_bar;
 use super::output::{Output, duration};
+use super::sender::{Sender, SignArgs};
 use super::{Coded, Failed};
 use crate::app::{open_broker, open_keyring, open_store};
-use crate::config::Loaded;
+use crate::config::{Loaded, Transport};
 use crate::dead::known::{Known, Matcher, Standing};
 use crate::dead::mask::{masked, masked_text, whole};
 use crate::dead::rabbitmq::Queues;
 use crate::dead::{Census, Chosen, DeadLetters, Sent, Session};
-use crate::ingress::Sender;
-use crate::intake::ANONYMOUS;
+use crate::ingress::Sender as Word;
 use crate::job::{RefusalCode, rfc3339};
+use crate::policy::{ANONYMOUS, Policy, UNIDENTIFIED};
 use crate::source::Keyring;
 use crate::store::Store;
 use anyhow::{Context as _, anyhow};
@@ -19,6 +20,7 @@ use clap::builder::PossibleValuesParser;
 use clap::{ArgGroup, Args, Subcommand};
 use serde_json::{Value, json};
 use std::collections::HashSet;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
@@ -90,6 +92,8 @@ pub(super) struct Redrive {
     /// Say what would be put back, and change nothing.
     #[arg(long)]
     dry_run: bool,
+    #[command(flatten)]
+    sign: SignArgs,
 }
 
 /// A point in time, or one that lies so far back.
@@ -100,8 +104,12 @@ enum Since {
 }
 
 impl Dead {
-    pub(super) async fn run(self, loaded: &Loaded, output: Output) -> Result<(), Failed> {
-        let desk = Desk::open(loaded).await?;
+    pub(super) async fn run(mut self, loaded: &Loaded, output: Output) -> Result<(), Failed> {
+        let sender = match &mut self {
+            Self::Redrive(redrive) => Some(std::mem::take(&mut redrive.sign).sender(loaded, Transport::RabbitMq)?),
+            Self::List(_) | Self::Show(_) => None,
+        };
+        let desk = Desk::open(loaded, sender).await?;
         match self {
             Self::List(list) => list.run(&desk, output).await,
             Self::Show(show) => show.run(&desk, output).await,
@@ -116,19 +124,29 @@ struct Desk {
     /// Without it, a message that is no request could not be told from another.
     keyring: Keyring,
     queues: Queues,
+    policy: Policy,
 }
 
 impl Desk {
-    async fn open(loaded: &Loaded) -> Result<Self, Failed> {
+    async fn open(loaded: &Loaded, sender: Option<Sender>) -> Result<Self, Failed> {
         let store = open_store(loaded).await?;
+        let (user_id, signer) = sender.map_or((None, None), |sender| (sender.user_id, sender.signer));
+        let signer = match signer {
+            Some(signer) => Some((Arc::new(signer), store.now().await?)),
+            None => None,
+        };
+        // Letters can be looked at where no worker runs.
+        let policy = if loaded.settings.policy.is_some() { loaded.policy()? } else { Policy::AllowAll };
         let keyring = open_keyring(loaded, &store).await?;
         let rabbitmq = &loaded.settings.rabbitmq;
         let queues = Queues {
             broker: open_broker(loaded)?,
             dead: rabbitmq.dead_letter_queue.clone(),
             requests: rabbitmq.queue.clone(),
+            user_id,
+            signer,
         };
-        Ok(Self { store, keyring, queues })
+        Ok(Self { store, keyring, queues, policy })
     }
 
     fn matcher(&self) -> Matcher<'_> {
@@ -137,7 +155,8 @@ impl Desk {
             keyring: &self.keyring,
             requests: self.queues.requests(),
             transport: Queues::TRANSPORT,
-            stranger: ANONYMOUS,
+            stranger: if matches!(self.policy, Policy::AllowAll) { ANONYMOUS } else { UNIDENTIFIED },
+            policy: self.policy.digest(),
         }
     }
 
@@ -240,8 +259,8 @@ impl Show {
         let mut details = summary(known);
         if let Some(details) = details.as_object_mut() {
             let sender = letter.sender.as_ref().map(|sender| match sender {
-                Sender::RabbitMqUser(user) => json!({"kind": "rabbitmq_user", "name": user}),
-                Sender::AwsRole(role) => json!({"kind": "aws_role", "name": role}),
+                Word::RabbitMqUser(user) | Word::PassedOn(user) => json!({"kind": "rabbitmq_user", "name": user}),
+                Word::AwsRole(role) => json!({"kind": "aws_role", "name": role}),
             });
             details.insert("message".into(), json!(known.standing.row().map(|row| &row.message)));
             details.insert("ingress".into(), json!(known.standing.row().map(|row| &row.ingress)));

@@ -3,9 +3,10 @@
 use super::Failed;
 use super::cancel::Cancel;
 use super::output::{Output, duration};
-use crate::app::open_store;
+use super::sender::principal;
+use crate::app::{open_broker, open_store};
 use crate::config::Loaded;
-use crate::intake::ANONYMOUS;
+use crate::policy::Identity;
 use crate::store::{JobFilter, JobView, Store};
 use anyhow::anyhow;
 use clap::{ArgGroup, Args, Subcommand, ValueEnum};
@@ -43,6 +44,18 @@ pub(super) struct Sent {
     /// Not needed for requests that came without an envelope, and for ids of jobs and events.
     #[arg(long, value_name = "URI", default_value = "", hide_default_value = true)]
     pub(super) source: String,
+    /// Who sent the requests: their ids are unique within a principal. Absent: the one that the policy has for the user of
+    /// `rabbitmq.url`. Not needed for ids of jobs and events.
+    #[arg(long, value_name = "NAME")]
+    principal: Option<String>,
+}
+
+impl Sent {
+    pub(super) fn principal(&self, loaded: &Loaded) -> anyhow::Result<String> {
+        // Whoever only looks at jobs need not have the broker's settings.
+        let user = open_broker(loaded).ok().and_then(|broker| broker.user().map(str::to_owned));
+        principal(loaded, user.map(Identity::RabbitMqUser).as_ref(), self.principal.clone())
+    }
 }
 
 #[derive(Debug, Args)]
@@ -104,12 +117,12 @@ impl Jobs {
                 print_jobs(output, &jobs);
             }
             Self::Show { id, sent } => {
-                let found = store.find_jobs(ANONYMOUS, &sent.source, std::slice::from_ref(&id)).await?;
+                let found = store.find_jobs(&sent.principal(loaded)?, &sent.source, std::slice::from_ref(&id)).await?;
                 let found: Vec<JobView> = found.into_iter().map(|(_, view)| view).collect();
                 if found.is_empty() {
                     let message = format!(
-                        "no job and no refusal has the id {id}; see keyferry jobs list, and --source for a request \
-                         in a CloudEvents envelope"
+                        "no job and no refusal has the id {id}; see keyferry jobs list, --source for a request in a \
+                         CloudEvents envelope, and --principal for one of another sender"
                     );
                     return Err(anyhow!(message).into());
                 }
@@ -122,13 +135,15 @@ impl Jobs {
                 });
             }
             Self::Wait(wait) => {
-                let followed = match &wait.batch {
-                    Some(batch) => follow_batch(&store, batch, wait.timeout).await?,
-                    None => follow(&store, &wait.sent.source, wait.ids, wait.timeout).await?,
+                let followed = if let Some(batch) = &wait.batch {
+                    follow_batch(&store, batch, wait.timeout).await?
+                } else {
+                    let principal = wait.sent.principal(loaded)?;
+                    follow(&store, &principal, &wait.sent.source, wait.ids, wait.timeout).await?
                 };
                 finish(output, &followed)?;
             }
-            Self::Cancel(cancel) => cancel.run(&store, output).await?,
+            Self::Cancel(cancel) => cancel.run(loaded, &store, output).await?,
         }
         Ok(())
     }
@@ -145,6 +160,7 @@ pub(super) struct Followed {
 /// Waits for requests or jobs to end, with a progress bar on a terminal.
 pub(super) async fn follow(
     store: &Store,
+    principal: &str,
     source: &str,
     ids: Vec<String>,
     timeout: Duration,
@@ -159,7 +175,7 @@ pub(super) async fn follow(
     loop {
         let mut left = Vec::new();
         for page in waiting.chunks(PAGE) {
-            let mut by_id = ended_by_id(store.find_jobs(ANONYMOUS, source, page).await?);
+            let mut by_id = ended_by_id(store.find_jobs(principal, source, page).await?);
             for id in page {
                 match by_id.remove(id) {
                     Some(view) => {

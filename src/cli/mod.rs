@@ -9,7 +9,9 @@ mod hold;
 mod jobs;
 mod keys;
 mod output;
+mod policy;
 mod publish;
+mod sender;
 mod source;
 mod submit;
 mod topology;
@@ -81,6 +83,9 @@ enum Command {
     /// Look at the servers that keys come from.
     #[command(subcommand)]
     Source(source::Source),
+    /// Who may ask for what: the policy file.
+    #[command(subcommand)]
+    Policy(policy::PolicyCommand),
     /// The queues of RabbitMQ or SQS, and RabbitMQ's exchanges, bindings and policies.
     #[command(subcommand)]
     Topology(topology::Topology),
@@ -151,12 +156,14 @@ async fn run(cli: Cli) -> Result<(), Failed> {
     let output = Output { json: cli.json };
     match cli.command {
         Command::Serve(Serve { migrate }) => {
+            // First of all: without a handler the signal ends the process.
+            let hang_up = signal(SignalKind::hangup())?;
             start_logs(&loaded.settings.log)
                 .map_err(|error| anyhow::anyhow!("the setting log.filter is wrong: {error}"))?;
             if migrate {
                 store::migrate(loaded.owner_url()?, &loaded.settings.database).await.context("migrating")?;
             }
-            app::serve(&loaded, stop_signal()?).await?;
+            app::serve(&loaded, stop_signal()?, hang_up).await?;
         }
         Command::Migrate => {
             let migrated = store::migrate(loaded.owner_url()?, &loaded.settings.database).await?;
@@ -172,6 +179,7 @@ async fn run(cli: Cli) -> Result<(), Failed> {
         Command::Release(release) => release.run(&loaded, output).await?,
         Command::Keys(keys) => keys.run(&loaded, output).await?,
         Command::Source(source) => source.run(&loaded, output).await?,
+        Command::Policy(policy) => policy.run(&loaded, output)?,
         Command::Topology(topology) => topology.run(&loaded, output).await?,
         Command::Config(config) => config.run(&loaded, output)?,
     }
@@ -185,7 +193,11 @@ impl Config {
                 serde_json::to_string_pretty(settings).unwrap_or_else(|error| error.to_string())
             }),
             Self::Check => {
-                loaded.policy()?;
+                let policy = loaded.policy()?;
+                let mut unproved = Vec::new();
+                for transport in &loaded.settings.requests_from {
+                    unproved.extend(policy.unproved(transport.as_str(), &loaded.proof(*transport, &policy)?));
+                }
                 loaded.targets()?;
                 loaded.database_url()?;
                 loaded.transports()?;
@@ -197,7 +209,15 @@ impl Config {
                 crate::source::Kek::parse(secrecy::ExposeSecret::expose_secret(&kek))?;
                 app::open_dsm(loaded, &Metrics::new()?)?;
                 warn_of_open_files(loaded);
-                output.value(&serde_json::json!({"ok": true}), |_| "the settings are complete".into());
+                let warnings: Vec<&String> = policy.warnings().iter().chain(&unproved).collect();
+                let ok = serde_json::json!({
+                    "ok": true,
+                    "policy": {"digest": policy.digest(), "explanation": policy.explain(), "warnings": warnings},
+                });
+                output.value(&ok, |_| {
+                    let unproved = unproved.iter().map(|warning| format!("warning: {warning}\n")).collect::<Vec<_>>();
+                    format!("{}\n{}the settings are complete", policy::explained(&policy), unproved.concat())
+                });
             }
         }
         Ok(())

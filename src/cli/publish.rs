@@ -1,13 +1,17 @@
 //! Requests to the queue of one transport, confirmed.
 
+use super::sender::Sender;
 use super::submit::Message;
 use crate::amqp::{SessionError, within};
 use crate::app::open_broker;
 use crate::config::{Loaded, Transport};
+use crate::ingress::SIGNATURE_HEADER;
+use crate::policy::Signed;
 use crate::sqs::{Attribute, Batch, Order, Outcome, Outgoing, Queue, Sqs};
 use crate::telemetry::Metrics;
 use anyhow::{Context as _, bail};
 use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
+use lapin::types::{AMQPValue, FieldTable};
 use lapin::{BasicProperties, Channel, Confirmation, Connection};
 use sha2::{Digest as _, Sha256};
 use std::time::Duration;
@@ -17,8 +21,16 @@ const ATTEMPTS: u32 = 5;
 /// Longest `MessageGroupId` (SQS API Reference, `SendMessage`).
 const MOST_GROUP: usize = 128;
 
-/// Where requests go.
-pub(super) enum Link {
+/// What every request is sent as.
+const CONTENT_TYPE: &str = "application/json";
+
+/// Where requests go, and what proves their sender.
+pub(super) struct Link {
+    carrier: Carrier,
+    sender: Sender,
+}
+
+enum Carrier {
     RabbitMq(Box<Amqp>),
     Sqs(Queue),
 }
@@ -32,9 +44,9 @@ pub(super) struct Amqp {
 }
 
 impl Link {
-    pub(super) async fn open(loaded: &Loaded, transport: Transport) -> anyhow::Result<Self> {
+    pub(super) async fn open(loaded: &Loaded, transport: Transport, sender: Sender) -> anyhow::Result<Self> {
         let settings = &loaded.settings;
-        match transport {
+        let carrier = match transport {
             Transport::RabbitMq => {
                 let broker = open_broker(loaded)?;
                 let patience = broker.timeout();
@@ -46,46 +58,67 @@ impl Link {
                 })
                 .await?;
                 let queue = settings.rabbitmq.queue.clone();
-                Ok(Self::RabbitMq(Box::new(Amqp { connection, channel, queue, patience })))
+                Carrier::RabbitMq(Box::new(Amqp { connection, channel, queue, patience }))
             }
             // A publisher needs no right but to send.
             Transport::Sqs => {
                 let client = Sqs::connect(settings.sqs.region.as_deref(), Metrics::new()?).await;
-                Ok(Self::Sqs(client.queue(loaded.sqs_requests_url()?)))
+                Carrier::Sqs(client.queue(loaded.sqs_requests_url()?))
             }
-        }
+        };
+        Ok(Self { carrier, sender })
     }
 
     /// Returns once the broker has all of them; an error says nothing of how many it took.
     pub(super) async fn publish(&self, messages: &[Message]) -> anyhow::Result<()> {
-        match self {
-            Self::RabbitMq(amqp) => {
+        let signatures = messages.iter().map(|message| self.sign(message)).collect::<anyhow::Result<Vec<_>>>()?;
+        match &self.carrier {
+            Carrier::RabbitMq(amqp) => {
                 let Amqp { channel, queue, patience, .. } = amqp.as_ref();
+                let user_id = self.sender.user_id.as_deref();
                 // A broker that is short of memory or disk stops reading and says nothing to a publisher.
-                taken(queue, &within(*patience, over_amqp(channel, queue, messages)).await?)
+                taken(queue, &within(*patience, over_amqp(channel, queue, user_id, messages, signatures)).await?)
             }
-            Self::Sqs(queue) => over_sqs(queue, messages).await,
+            Carrier::Sqs(queue) => over_sqs(queue, messages, signatures).await,
         }
     }
 
     pub(super) async fn close(self) -> anyhow::Result<()> {
-        match self {
-            Self::RabbitMq(amqp) => {
+        match self.carrier {
+            Carrier::RabbitMq(amqp) => {
                 let Amqp { connection, patience, .. } = *amqp;
                 Ok(within(patience, async { Ok(connection.close(200, "done".into()).await?) }).await?)
             }
-            Self::Sqs(_) => Ok(()),
+            Carrier::Sqs(_) => Ok(()),
         }
+    }
+
+    fn sign(&self, message: &Message) -> anyhow::Result<Option<String>> {
+        self.sender.sign(Signed { redrive: None, content_type: Some(CONTENT_TYPE), body: message.body.as_bytes() })
     }
 }
 
-async fn over_amqp(channel: &Channel, queue: &str, messages: &[Message]) -> Result<Vec<Confirmation>, SessionError> {
+async fn over_amqp(
+    channel: &Channel,
+    queue: &str,
+    user_id: Option<&str>,
+    messages: &[Message],
+    signatures: Vec<Option<String>>,
+) -> Result<Vec<Confirmation>, SessionError> {
     let mut sent = Vec::with_capacity(messages.len());
-    for message in messages {
-        let properties = BasicProperties::default()
-            .with_content_type("application/json".into())
+    for (message, signature) in messages.iter().zip(signatures) {
+        let mut properties = BasicProperties::default()
+            .with_content_type(CONTENT_TYPE.into())
             .with_delivery_mode(2)
             .with_message_id(message.id.as_str().into());
+        if let Some(user) = user_id {
+            properties = properties.with_user_id(user.into());
+        }
+        if let Some(signature) = signature {
+            let mut headers = FieldTable::default();
+            headers.insert(SIGNATURE_HEADER.into(), AMQPValue::LongString(signature.into()));
+            properties = properties.with_headers(headers);
+        }
         let options = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
         let body = message.body.as_bytes();
         sent.push(channel.basic_publish("".into(), queue.into(), options, body, properties).await?);
@@ -111,8 +144,9 @@ fn taken(queue: &str, confirmations: &[Confirmation]) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn over_sqs(queue: &Queue, messages: &[Message]) -> anyhow::Result<()> {
-    let messages: Vec<Outgoing> = messages.iter().map(|message| outgoing(message, queue.is_fifo())).collect();
+async fn over_sqs(queue: &Queue, messages: &[Message], signatures: Vec<Option<String>>) -> anyhow::Result<()> {
+    let signed = messages.iter().zip(signatures);
+    let messages: Vec<Outgoing> = signed.map(|(message, by)| outgoing(message, by, queue.is_fifo())).collect();
     let outcomes = queue.carry_out(Batch::Send(&messages), ATTEMPTS).await;
     let untaken: Vec<&Outcome> = outcomes.iter().filter(|outcome| **outcome != Outcome::Done).collect();
     match untaken.first() {
@@ -123,14 +157,15 @@ async fn over_sqs(queue: &Queue, messages: &[Message]) -> anyhow::Result<()> {
 
 /// On FIFO the requests for one key are in order. Copies are known by their bytes: one id with two contents is for the
 /// worker to judge, and SQS would silently drop the second.
-fn outgoing(message: &Message, is_fifo: bool) -> Outgoing {
+fn outgoing(message: &Message, signature: Option<String>, is_fifo: bool) -> Outgoing {
     let digest = hex::encode(Sha256::digest(&message.body));
     let is_group =
         |key: &&str| (1..=MOST_GROUP).contains(&key.len()) && key.bytes().all(|byte| byte.is_ascii_graphic());
     let group = message.key.as_deref().filter(is_group).unwrap_or(&digest).to_owned();
+    let signature = signature.map(|signature| Attribute::text(SIGNATURE_HEADER, signature));
     Outgoing {
         body: message.body.clone(),
-        attributes: vec![Attribute::text("content-type", "application/json")],
+        attributes: [Attribute::text("content-type", CONTENT_TYPE)].into_iter().chain(signature).collect(),
         order: is_fifo.then_some(Order { group, deduplication: digest }),
     }
 }

@@ -4,6 +4,7 @@ use super::Failed;
 use super::jobs::{finish, follow, progress_bar};
 use super::output::{Output, duration};
 use super::publish::Link;
+use super::sender::SignArgs;
 use crate::app::open_store;
 use crate::config::{Loaded, Transport};
 use crate::job::{MAX_BODY_BYTES, RequestId};
@@ -28,6 +29,7 @@ const WINDOW: usize = 200;
     keyferry submit --key ... --source-key payroll --valid-to 2027-01-31T12:00:00Z\n  \
     keyferry submit --key ... --source-key payroll --dry-run --wait\n  \
     keyferry submit --key ... --operation delete --urgent --wait\n  \
+    keyferry submit --key ... --source-key payroll --sign-key-file payroll.pem --sign-key-id payroll-2026\n  \
     keyferry submit --file requests.jsonl --wait --timeout 10m\n  \
     generate-requests | keyferry submit --file -")]
 pub(super) struct Submit {
@@ -94,6 +96,11 @@ pub(super) struct Submit {
     /// Wait at most this long.
     #[arg(long, default_value = "5m", value_name = "TIME", requires = "wait", value_parser = duration)]
     timeout: Duration,
+    #[command(flatten)]
+    sign: SignArgs,
+    /// Follow the requests under this principal; absent: the one that the policy has for this sender.
+    #[arg(long, value_name = "NAME", requires = "wait")]
+    principal: Option<String>,
 }
 
 /// A request ready to be published.
@@ -105,15 +112,18 @@ pub(super) struct Message {
 }
 
 impl Submit {
-    pub(super) async fn run(self, loaded: &Loaded, output: Output) -> Result<(), Failed> {
+    pub(super) async fn run(mut self, loaded: &Loaded, output: Output) -> Result<(), Failed> {
         // Before anything is published: following needs the store.
         let store = if self.wait { Some(open_store(loaded).await?) } else { None };
         let first = loaded.settings.requests_from.first().copied();
-        let link = Link::open(loaded, self.over.or(first).unwrap_or(Transport::RabbitMq)).await?;
+        let transport = self.over.or(first).unwrap_or(Transport::RabbitMq);
+        let sender = std::mem::take(&mut self.sign).sender(loaded, transport)?;
+        let principal = if self.wait { sender.principal(loaded, self.principal.take())? } else { String::new() };
+        let link = Link::open(loaded, transport, sender).await?;
         let (timeout, is_waiting) = (self.timeout, self.wait);
 
-        let (sender, mut messages) = mpsc::channel(WINDOW);
-        let reader = tokio::task::spawn_blocking(move || self.read(&sender));
+        let (reading, mut messages) = mpsc::channel(WINDOW);
+        let reader = tokio::task::spawn_blocking(move || self.read(&reading));
         let bar = progress_bar(0, "requests sent");
         let mut sent: Vec<String> = Vec::new();
         let mut window = Vec::with_capacity(WINDOW);
@@ -136,7 +146,7 @@ impl Submit {
         link.close().await?;
         read.with_context(|| format!("{count} requests were published before this"))?;
         if let Some(store) = store {
-            let followed = follow(&store, "", sent, timeout).await?;
+            let followed = follow(&store, &principal, "", sent, timeout).await?;
             return finish(output, &followed);
         }
         output.value(&json!({"published": count, "id": sent.first()}), |_| match (count, sent.first()) {

@@ -5,6 +5,7 @@ use super::output::Output;
 use crate::amqp;
 use crate::app::open_broker;
 use crate::config::{Loaded, Transport};
+use crate::policy::Proof;
 use crate::sqs::{Queues, Sqs};
 use crate::telemetry::Metrics;
 use crate::topology::{Difference, Management, Names, own_names};
@@ -60,7 +61,18 @@ impl Topology {
                 );
             }
         }
-        Ok(management.check(&names).await?)
+        let mut found = management.check(&names).await?;
+        // Only where a policy goes by RabbitMQ's word.
+        let is_word_taken = match loaded.settings.policy {
+            Some(_) if loaded.settings.requests_from.contains(&Transport::RabbitMq) => {
+                loaded.proof(Transport::RabbitMq, &loaded.policy()?)? == Proof::Broker
+            }
+            _ => false,
+        };
+        if is_word_taken {
+            found.extend(management.impersonators().await?);
+        }
+        Ok(found)
     }
 
     async fn sqs(&self, loaded: &Loaded) -> anyhow::Result<Vec<Difference>> {

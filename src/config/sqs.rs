@@ -1,6 +1,6 @@
 //! `[sqs]`, and which transport carries what.
 
-use super::Rule;
+use super::{Rule, Senders};
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
 
@@ -45,6 +45,9 @@ pub struct Sqs {
     pub visibility_timeout_s: u64,
     /// Received and unsettled messages at most.
     pub in_hand: usize,
+    /// What is asked of senders.
+    #[serde(flatten)]
+    pub senders: Senders,
 }
 
 impl Default for Sqs {
@@ -58,6 +61,7 @@ impl Default for Sqs {
             wait_s: 20,
             visibility_timeout_s: 60,
             in_hand: 400,
+            senders: Senders::default(),
         }
     }
 }

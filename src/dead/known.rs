@@ -3,7 +3,10 @@
 use super::Letter;
 use crate::job::{KeyArn, KeyRef, Operation, Refusal, RefusalCode, Rejected, Request, id_hash};
 use crate::source::Keyring;
-use crate::store::{Candidate, LetterKey, MessageDigest, NewRefusal, RefusalRow, Store, StoreError, Verdict, bisect};
+use crate::store::{
+    Candidate, LetterKey, MessageDigest, NewRefusal, RefusalRow, Sender as NewSender, Store, StoreError, Verdict,
+    bisect,
+};
 use uuid::Uuid;
 
 /// Matches letters to refusals.
@@ -19,6 +22,8 @@ pub struct Matcher<'a> {
     pub transport: &'static str,
     /// Whose letters those without a row are.
     pub stranger: &'a str,
+    /// The digest of the policy in force, for new rows.
+    pub policy: &'a str,
 }
 
 /// A letter with what is known of it.
@@ -162,6 +167,9 @@ impl Matcher<'_> {
             operation: facts.operation,
             key,
             ingress: self.transport,
+            // Whom it says it comes from is proved by nothing any more.
+            sender: NewSender { identity: None, is_verified: false, policy: self.policy.to_owned() },
+            rule: None,
         })
     }
 }

@@ -5,7 +5,8 @@
 
 use super::{Census, Chosen, DeadLetters, Letter, Sent};
 use crate::amqp::{Broker, SessionError, within};
-use crate::ingress::{REDRIVE_HEADER, Sender};
+use crate::ingress::{REDRIVE_HEADER, SIGNATURE_HEADER, Sender};
+use crate::policy::{Signed, Signer};
 use futures_util::{FutureExt as _, StreamExt as _};
 use lapin::message::Delivery;
 use lapin::options::{
@@ -15,6 +16,7 @@ use lapin::options::{
 use lapin::types::{AMQPValue, FieldTable, ShortString};
 use lapin::{BasicProperties, Channel, Confirmation, Connection, Consumer, Queue as Declared};
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Duration;
 use time::OffsetDateTime;
 
@@ -34,6 +36,10 @@ pub struct Queues {
     pub dead: String,
     /// Where they go back to.
     pub requests: String,
+    /// As whom: AMQP `user-id`.
+    pub user_id: Option<String>,
+    /// By which key they are signed, and the time from which that holds.
+    pub signer: Option<(Arc<Signer>, OffsetDateTime)>,
 }
 
 /// One connection; one channel that reads, one that publishes.
@@ -123,7 +129,7 @@ impl super::Session for Session {
                 let delivery = &self.batch[one.place];
                 let options = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
                 let queue = self.queues.requests.as_str().into();
-                let properties = redriven(&delivery.properties, &one.refusal.to_string());
+                let properties = self.queues.redriven(delivery, &one.refusal.to_string())?;
                 let sent = self.publishing.basic_publish("".into(), queue, options, &delivery.data, properties);
                 confirmations.push((delivery.delivery_tag, sent.await?));
             }
@@ -263,6 +269,23 @@ fn headers(properties: &BasicProperties) -> impl Iterator<Item = (&ShortString, 
             || name == "x-delivery-count";
         !is_brokers && name != "CC" && name != "BCC"
     })
+}
+
+impl Queues {
+    /// What a letter is sent again with, by whoever sends it again.
+    fn redriven(&self, delivery: &Delivery, refusal: &str) -> Result<BasicProperties, SessionError> {
+        let mut new = redriven(&delivery.properties, refusal);
+        if let Some(user) = &self.user_id {
+            new = new.with_user_id(user.as_str().into());
+        }
+        let mut headers = new.headers().clone().unwrap_or_default();
+        let Some((signer, now)) = &self.signer else { return Ok(new) };
+        let content_type = new.content_type().as_ref().map(ToString::to_string);
+        let signed = Signed { redrive: Some(refusal), content_type: content_type.as_deref(), body: &delivery.data };
+        let header = signer.header(*now, signed).ok_or(SessionError::Unsigned)?;
+        headers.insert(SIGNATURE_HEADER.into(), AMQPValue::LongString(header.into()));
+        Ok(new.with_headers(headers))
+    }
 }
 
 /// What a letter is sent again with. Not its `user-id`: the broker takes no other than the connection's own, and who asked is

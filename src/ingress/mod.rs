@@ -79,6 +79,8 @@ pub enum Sender {
     RabbitMqUser(String),
     /// The role part of SQS's `SenderId`: `AROA...`.
     AwsRole(String),
+    /// A `user-id` that RabbitMQ has not compared with whoever put the message into this queue: a broker passed it on.
+    PassedOn(String),
 }
 
 /// How a message is settled, once its verdict is durable.

@@ -144,12 +144,25 @@ fn delivery(amqp: AmqpDelivery) -> Delivery {
         content_type: properties.content_type().as_ref().map(ToString::to_string),
         message_id: properties.message_id().as_ref().map(ToString::to_string),
         traceparent: header(properties, "traceparent"),
-        sender: properties.user_id().as_ref().map(|user| Sender::RabbitMqUser(user.to_string())),
+        sender: properties.user_id().as_ref().map(|user| sender(user.as_str(), properties)),
         signature: header(properties, SIGNATURE_HEADER),
         redrive: header(properties, REDRIVE_HEADER),
         received: Instant::now(),
         body: amqp.data,
     }
+}
+
+/// A `user-id` is compared with the user of the connection when a message is published, and kept when a broker passes it
+/// on: by dead-lettering, a shovel or a federation link. Their headers stay with it.
+fn sender(user: &str, properties: &BasicProperties) -> Sender {
+    let is_passed_on = properties.headers().as_ref().is_some_and(|headers| {
+        headers.inner().keys().any(|name| {
+            let name = name.as_str();
+            ["x-death", "x-shovelled", "x-received-from"].contains(&name)
+                || ["x-first-death-", "x-last-death-", "x-shovelled-"].iter().any(|start| name.starts_with(start))
+        })
+    });
+    if is_passed_on { Sender::PassedOn(user.to_owned()) } else { Sender::RabbitMqUser(user.to_owned()) }
 }
 
 fn header(properties: &BasicProperties, name: &str) -> Option<String> {

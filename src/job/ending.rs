@@ -99,12 +99,39 @@ codes! {
         ValidToWithoutExpiration = "valid_to_without_expiration",
         /// The same id with other content.
         IdConflict = "id_conflict",
+        /// Nothing proves who sent it.
+        IdentityMissing = "identity_missing",
+        /// The policy has no principal for who sent it.
+        IdentityUnknown = "identity_unknown",
+        /// The signature is not over this message, or is no signature.
+        SignatureInvalid = "signature_invalid",
+        /// The signature is past its end, or its end is too far away.
+        SignatureExpired = "signature_expired",
+        /// The signature is for another queue or deployment.
+        SignatureAudience = "signature_audience",
         /// The policy does not allow it.
         NotAllowed = "not_allowed",
+        /// Too many jobs of the principal wait.
+        BacklogFull = "backlog_full",
+        /// Whoever sent a refused message again may not, or nobody may.
+        RedriveNotAllowed = "redrive_not_allowed",
+        /// A refused message that was sent again is not the one that was refused.
+        RedriveMismatch = "redrive_mismatch",
         /// Postgres refuses the row, for a reason of the row's own.
         Unstorable = "unstorable",
         /// The broker dead-lettered it before it was decided on, or somebody moved it there.
         DeadLetteredByBroker = "dead_lettered_by_broker",
+    }
+}
+
+impl RefusalCode {
+    /// Whether the message may be sent again as it is, in its sender's name. Where the sender's own proof is at fault, only
+    /// the sender can mend it.
+    pub fn can_be_redriven(self) -> bool {
+        !matches!(
+            self,
+            Self::IdentityMissing | Self::SignatureInvalid | Self::SignatureExpired | Self::SignatureAudience
+        )
     }
 }
 
@@ -265,6 +292,8 @@ pub struct Failure {
     pub message: String,
     /// Whether AWS may have been changed by this job.
     pub aws_changed: bool,
+    /// The digest of the policy that ended it, if one did.
+    pub policy: Option<String>,
 }
 
 impl Failure {
@@ -275,7 +304,7 @@ impl Failure {
         } else {
             "cancelled by an operator before anything was changed"
         };
-        Self { code: FailureCode::Cancelled, message: message.into(), aws_changed }
+        Self { code: FailureCode::Cancelled, message: message.into(), aws_changed, policy: None }
     }
 }
 

@@ -125,11 +125,15 @@ impl Event {
 
 /// A failure as it stands in events and in the job's row.
 pub fn failure_json(failure: &Failure) -> Value {
-    json!({
+    let mut json = json!({
         "code": failure.code.as_str(),
         "message": failure.message,
         "aws_changed": failure.aws_changed,
-    })
+    });
+    if let Some(policy) = &failure.policy {
+        json["policy"] = json!(policy);
+    }
+    json
 }
 
 /// RFC 3339 in UTC.
@@ -162,7 +166,7 @@ mod tests {
 
     #[test]
     fn the_outcome_decides_type_and_routing_key_and_the_id_is_the_jobs() {
-        let failure = Failure { code: FailureCode::KeyDisabled, message: "m".into(), aws_changed: false };
+        let failure = Failure { code: FailureCode::KeyDisabled, message: "m".into(), aws_changed: false, policy: None };
         let event = Event::of_job(&summary(), &Err(failure), datetime!(2026-01-01 0:00:01 UTC));
         let body: Value = serde_json::from_str(&event.body).unwrap();
         assert_eq!(event.routing_key, "job.failed.import.111122223333.eu-central-1");

@@ -39,6 +39,21 @@ pub struct NewJob {
     pub traceparent: Option<String>,
     /// The transport, for the row of a refusal.
     pub ingress: &'static str,
+    /// As whom it asks, and by which policy that was judged.
+    pub sender: Sender,
+    /// The policy's rule that allows it; `None`: there is no file, or it is seen when the source key is known.
+    pub rule: Option<String>,
+}
+
+/// Who is behind a message, and what it was judged by.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Sender {
+    /// As an identity is printed, or what the message claims; `None`: nobody was asked, or nothing was said.
+    pub identity: Option<String>,
+    /// Whether that is proved. Only then may the message be sent again in its name.
+    pub is_verified: bool,
+    /// The digest of the policy.
+    pub policy: String,
 }
 
 /// A message that was refused.
@@ -62,6 +77,10 @@ pub struct NewRefusal {
     pub key: Option<KeyArn>,
     /// The transport.
     pub ingress: &'static str,
+    /// As whom it asked, and by which policy that was judged.
+    pub sender: Sender,
+    /// The policy's rule whose condition it breaks.
+    pub rule: Option<String>,
 }
 
 /// What a refused message says.
@@ -267,11 +286,12 @@ async fn write_jobs(
 ) -> Result<(), StoreError> {
     const INSERT: &str = "
         insert into job (id, line_id, seq, lane_id, kms_key_id, principal, request_source, request_id, request,
-                         traceparent, accepted_at, deadline, batch)
-        select id, line_id, seq, lane_id, key_id, principal, source, request_id, request, trace, $12, deadline, batch
+                         traceparent, accepted_at, deadline, batch, identity)
+        select id, line_id, seq, lane_id, key_id, principal, source, request_id, request, trace, $12, deadline, batch, identity
         from unnest($1::uuid[], $2::bigint[], $3::bigint[], $4::bigint[], $5::uuid[], $6::text[], $7::text[],
-                    $8::text[], $9::text[], $10::text[], $11::timestamptz[], $13::text[])
-             as new(id, line_id, seq, lane_id, key_id, principal, source, request_id, request, trace, deadline, batch)";
+                    $8::text[], $9::text[], $10::text[], $11::timestamptz[], $13::text[], $14::text[])
+             as new(id, line_id, seq, lane_id, key_id, principal, source, request_id, request, trace, deadline, batch,
+                    identity)";
     let ids: Vec<Uuid> = jobs.iter().map(|job| job.id).collect();
     let known: Vec<KnownKey> = jobs.iter().map(|job| keys[&wanted(job)]).collect();
     let lines: Vec<i64> = known.iter().map(|key| key.line_id).collect();
@@ -283,9 +303,10 @@ async fn write_jobs(
     let requests: Vec<&str> = jobs.iter().map(|job| job.request.canonical()).collect();
     let traces: Vec<Option<&str>> = jobs.iter().map(|job| job.traceparent.as_deref()).collect();
     let deadlines: Vec<OffsetDateTime> = jobs.iter().map(|job| job.request.deadline_from(now)).collect();
+    let identities: Vec<Option<&str>> = jobs.iter().map(|job| job.sender.identity.as_deref()).collect();
     let insert = transaction.prepare_cached(INSERT).await?;
     let batches: Vec<Option<&str>> = jobs.iter().map(|job| job.request.batch.as_deref()).collect();
-    let columns: [&(dyn ToSql + Sync); 13] = [
+    let columns: [&(dyn ToSql + Sync); 14] = [
         &ids,
         &lines,
         &places,
@@ -299,6 +320,7 @@ async fn write_jobs(
         &deadlines,
         &now,
         &batches,
+        &identities,
     ];
     transaction.execute(&insert, &columns).await?;
     Ok(())
@@ -320,6 +342,9 @@ fn accepted(job: &NewJob) -> Fact {
         Kind::Accepted,
         json!({
             "principal": job.principal,
+            "identity": job.sender.identity,
+            "rule": job.rule,
+            "policy": job.sender.policy,
             "ingress": job.ingress,
             "request_source": job.request.source,
             "request_id": job.request.id.as_str(),
@@ -501,6 +526,8 @@ fn id_conflict(job: &NewJob) -> NewRefusal {
         operation: Some(job.request.operation()),
         key: Some(job.key.clone()),
         ingress: job.ingress,
+        sender: job.sender.clone(),
+        rule: None,
     }
 }
 
@@ -511,10 +538,12 @@ async fn insert_refusals(
     now: OffsetDateTime,
 ) -> Result<(), StoreError> {
     const INSERT: &str = "
-        insert into refusal (id, principal, id_hash, digest, code, field, message, request_id, ingress, refused_at)
-        select *, $10 from unnest($1::uuid[], $2::text[], $3::bytea[], $4::bytea[], $5::text[], $6::text[], $7::text[],
-                             $8::text[], $9::text[]) as new(id, principal, id_hash, digest, code)
-        order by 2, 3, 4, 5
+        insert into refusal (id, principal, id_hash, digest, code, field, message, request_id, ingress, identity,
+                             identity_verified, policy, refused_at)
+        select *, $13 from unnest($1::uuid[], $2::text[], $3::bytea[], $4::bytea[], $5::text[], $6::text[], $7::text[],
+                             $8::text[], $9::text[], $10::text[], $11::boolean[], $12::text[])
+                      as new(id, principal, id_hash, digest, code)
+        order by 2, 3, 4, 5, 10, 11
         on conflict do nothing returning id";
     if refusals.is_empty() {
         return Ok(());
@@ -529,12 +558,25 @@ async fn insert_refusals(
     let request_ids: Vec<Option<&str>> = refusals.iter().map(|new| new.request_id.as_deref()).collect();
     let ingresses: Vec<&str> = refusals.iter().map(|new| new.ingress).collect();
     let insert = transaction.prepare_cached(INSERT).await?;
-    let rows = transaction
-        .query(
-            &insert,
-            &[&ids, &principals, &hashes, &digests, &codes, &fields, &messages, &request_ids, &ingresses, &now],
-        )
-        .await?;
+    let identities: Vec<Option<&str>> = refusals.iter().map(|new| new.sender.identity.as_deref()).collect();
+    let verified: Vec<bool> = refusals.iter().map(|new| new.sender.is_verified).collect();
+    let policies: Vec<&str> = refusals.iter().map(|new| new.sender.policy.as_str()).collect();
+    let columns: [&(dyn ToSql + Sync); 13] = [
+        &ids,
+        &principals,
+        &hashes,
+        &digests,
+        &codes,
+        &fields,
+        &messages,
+        &request_ids,
+        &ingresses,
+        &identities,
+        &verified,
+        &policies,
+        &now,
+    ];
+    let rows = transaction.query(&insert, &columns).await?;
     let new: HashSet<Uuid> = rows.iter().map(|row| row.get(0)).collect();
     let new: Vec<&NewRefusal> = refusals.iter().filter(|refusal| new.contains(&refusal.id)).collect();
     let entries = new.iter().map(|new| {
@@ -542,6 +584,10 @@ async fn insert_refusals(
             Kind::Refused,
             json!({
                 "principal": new.principal,
+                "identity": new.sender.identity,
+                "identity_verified": new.sender.is_verified,
+                "rule": new.rule,
+                "policy": new.sender.policy,
                 "ingress": new.ingress,
                 "request_id": new.request_id,
                 "key": new.key.as_ref().map(ToString::to_string),

@@ -58,6 +58,8 @@ pub struct ClaimedJob {
     pub sequence: i64,
     /// Who asked.
     pub principal: String,
+    /// As whom; `None`: nobody was asked.
+    pub identity: Option<String>,
     /// What was asked.
     pub request: Request,
     /// W3C trace context of the request.
@@ -232,7 +234,8 @@ pub const READ: &str = "
            progress.dsm_fingerprint_version,
            job.seq, case when line.urgent_seq is null then line.attempt else urgent.attempt end,
            -- One look where none is, not one for each job.
-           (select exists (select from cancellation)) and exists (select from cancellation where job_id = job.id)
+           (select exists (select from cancellation)) and exists (select from cancellation where job_id = job.id),
+           job.identity
     from unnest($1::bigint[]) as claimed(line_id)
     join line on line.id = claimed.line_id
     left join urgent on urgent.line_id = line.id and urgent.seq = line.urgent_seq
@@ -508,6 +511,7 @@ fn claimed_job(row: &Row, heads: &HashMap<i64, Head>) -> Result<ClaimedJob, Stor
         id: row.get(1),
         sequence: row.get(46),
         principal: row.get(2),
+        identity: row.get(49),
         request,
         traceparent: row.get(6),
         accepted_at: row.get(7),

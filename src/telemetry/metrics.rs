@@ -33,6 +33,10 @@ pub struct Metrics {
     pub sqs_messages_left: IntCounterVec,
     /// Jobs under way.
     pub jobs_running: IntGauge,
+    /// Times that the policy's file was read again, by result: loaded, failed.
+    pub policy_reloads: IntCounterVec,
+    /// When the policy in force was loaded, as on record, in seconds since 1970.
+    pub policy_loaded: IntGauge,
     /// Holds of operators that are in force.
     pub holds: IntGauge,
     /// KMIP operations by connection, operation and outcome: ok, refused, failed. Connections are those of the settings.
@@ -71,16 +75,7 @@ impl Metrics {
             .buckets(vec![0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0]);
         let dsm_request_seconds = HistogramVec::new(seconds, &["connection"])?;
         registry.register(Box::new(dsm_request_seconds.clone()))?;
-        let jobs_running = IntGauge::new("keyferry_jobs_running", "Jobs under way in this process.")?;
-        registry.register(Box::new(jobs_running.clone()))?;
-        let holds = IntGauge::new("keyferry_holds", "Holds of operators that are in force.")?;
-        registry.register(Box::new(holds.clone()))?;
-        let build = IntGauge::with_opts(
-            Opts::new("keyferry_build_info", "Always 1; the version is a label.")
-                .const_label("version", env!("CARGO_PKG_VERSION")),
-        )?;
-        build.set(1);
-        registry.register(Box::new(build))?;
+        build_info(&registry)?;
         registry.register(Box::new(prometheus::process_collector::ProcessCollector::for_self()))?;
         let metrics = Self {
             intake_messages: counters(
@@ -116,8 +111,14 @@ impl Metrics {
                 "Messages of SQS that could not be settled and come again.",
                 &["reason"],
             )?,
-            jobs_running,
-            holds,
+            jobs_running: gauge(&registry, "keyferry_jobs_running", "Jobs under way in this process.")?,
+            policy_reloads: policy_reloads(&registry)?,
+            policy_loaded: gauge(
+                &registry,
+                "keyferry_policy_loaded_timestamp_seconds",
+                "When the policy in force was loaded, in seconds since 1970.",
+            )?,
+            holds: gauge(&registry, "keyferry_holds", "Holds of operators that are in force.")?,
             dsm_requests: counters(
                 "keyferry_dsm_requests_total",
                 "KMIP operations.",
@@ -157,6 +158,31 @@ impl Metrics {
     pub fn render(&self) -> Result<String, prometheus::Error> {
         TextEncoder::new().encode_to_string(&self.registry.gather())
     }
+}
+
+fn policy_reloads(registry: &Registry) -> Result<IntCounterVec, prometheus::Error> {
+    let help = Opts::new("keyferry_policy_reloads_total", "Times that the policy's file was read again.");
+    let counter = IntCounterVec::new(help, &["result"])?;
+    registry.register(Box::new(counter.clone()))?;
+    for result in ["loaded", "failed"] {
+        counter.with_label_values(&[result]);
+    }
+    Ok(counter)
+}
+
+fn build_info(registry: &Registry) -> Result<(), prometheus::Error> {
+    let build = IntGauge::with_opts(
+        Opts::new("keyferry_build_info", "Always 1; the version is a label.")
+            .const_label("version", env!("CARGO_PKG_VERSION")),
+    )?;
+    build.set(1);
+    registry.register(Box::new(build))
+}
+
+fn gauge(registry: &Registry, name: &str, help: &str) -> Result<IntGauge, prometheus::Error> {
+    let gauge = IntGauge::new(name, help)?;
+    registry.register(Box::new(gauge.clone()))?;
+    Ok(gauge)
 }
 
 #[cfg(test)]

@@ -3,6 +3,7 @@
 //! Every step ends in one of two ways: it gives the next step what it needs, or it gives the
 //! [`Settlement`] that ends the attempt.
 
+mod authorise;
 mod choose;
 mod delete;
 mod dry_run;
@@ -17,7 +18,6 @@ use super::batcher::Batcher;
 use crate::audit::Fact;
 use crate::job::{Expiry, FailureCode, Import, KeyKind, Partition, SourceKeyRef, Work};
 use crate::kms::{HeldMaterial, KeyDescription, LeaseGuard};
-use crate::policy::Verdict;
 use crate::source::PlainKey;
 use crate::store::{Answered, ClaimedJob, Parameters, Prepared, Removed, Settlement, SettlementKind, Step, StoreError};
 pub(super) use end::Broken;
@@ -99,6 +99,7 @@ impl Attempt {
 
 impl Run {
     async fn steps(&mut self) -> Or<Settlement> {
+        self.authorise().await?;
         self.may_run()?;
         let before = self.describe().await?;
         let kind = self.preflight(&before)?;
@@ -113,9 +114,6 @@ impl Run {
         let job = &self.job;
         if job.is_cancelled && !(self.in_doubt || self.answered.is_some()) {
             return self.cancelled();
-        }
-        if self.attempt.context.policy.judge(&job.principal, &job.request) == Verdict::Denied {
-            return self.fail(FailureCode::Revoked, "the policy no longer allows this; ask its keeper");
         }
         if !self.attempt.context.targets.contains(&job.key) {
             return self

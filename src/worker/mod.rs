@@ -10,7 +10,7 @@ mod leases;
 use crate::config::Worker as WorkerSettings;
 use crate::job::{Failure, FailureCode};
 use crate::kms::{Kms, LeaseGuard};
-use crate::policy::{Policy, Targets};
+use crate::policy::{Current, Targets};
 use crate::retry::{Attempts, Class};
 use crate::source::{Dsm, Keyring};
 use crate::store::{
@@ -49,8 +49,8 @@ pub struct Context {
     pub keyring: Arc<Keyring>,
     /// The servers of the dsm tier.
     pub dsm: Arc<Dsm>,
-    /// Asked again at each claim.
-    pub policy: Policy,
+    /// Asked again at each attempt and before each call that changes AWS.
+    pub policy: Current,
     /// Accounts and Regions that may be touched.
     pub targets: Targets,
     /// Limits and times.
@@ -295,6 +295,7 @@ impl Settlement {
             code: FailureCode::Unstorable,
             message: "the outcome holds text that Postgres does not store; see the worker's log".into(),
             aws_changed: !self.job.dry_run,
+            policy: None,
         };
         self.facts.clear();
         self.kind = SettlementKind::Ended { outcome: Err(failure), source_key_id, material };

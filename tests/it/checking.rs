@@ -56,6 +56,8 @@ fn sound() -> Snapshot {
         published: vec![message("one"), message("two"), message("one")],
         jobs: vec![Job {
             id: JOB,
+            principal: "p".into(),
+            identity: Some("rabbitmq:p".into()),
             request_id: "r1".into(),
             arn: ARN.into(),
             line_id: 1,
@@ -73,17 +75,26 @@ fn sound() -> Snapshot {
         }],
         refusals: vec![Refusal {
             id: REFUSAL,
+            principal: "unidentified".into(),
+            identity: None,
+            identity_verified: false,
             request_id: Some("r2".into()),
             code: "invalid_arn".into(),
             field: None,
             message: "m".into(),
         }],
         audit: vec![
-            entry(JOB, 1, "accepted", json!({})),
+            entry(JOB, 1, "accepted", json!({"principal": "p", "identity": "rabbitmq:p", "policy": "allow-all"})),
             entry(JOB, 2, "material_chosen", json!({})),
             entry(JOB, 3, "parameters_obtained", json!({})),
             entry(JOB, 4, "succeeded", json!({})),
-            entry(REFUSAL, 1, "refused", json!({"code": "invalid_arn"})),
+            entry(
+                REFUSAL,
+                1,
+                "refused",
+                json!({"code": "invalid_arn", "principal": "unidentified", "identity": null,
+                       "identity_verified": false, "policy": "allow-all"}),
+            ),
             entry(SOURCE, 1, "source_key_imported", json!({})),
         ],
         source_keys: vec![source],
@@ -117,6 +128,14 @@ fn spoilt(invariant: &str, spoil: impl FnOnce(&mut Snapshot)) {
     spoil(&mut snapshot);
     let found = violations(&snapshot);
     assert!(found.iter().any(|one| one.starts_with(invariant)), "{invariant} is not found in {found:?}");
+}
+
+#[test]
+fn who_asked_must_be_on_record() {
+    spoilt("I4", |s| s.jobs[0].identity = Some("rabbitmq:other".into()));
+    spoilt("I4", |s| s.jobs[0].principal = "other".into());
+    spoilt("I4", |s| s.refusals[0].identity = Some("rabbitmq:other".into()));
+    spoilt("I4", |s| s.refusals[0].identity_verified = true);
 }
 
 #[test]
@@ -169,7 +188,7 @@ fn deleted() -> Snapshot {
     snapshot.jobs.push(delete);
     snapshot.published.push(Message { body: "nine".into(), ..Message::default() });
     snapshot.audit.extend([
-        entry(DELETE, 1, "accepted", json!({})),
+        entry(DELETE, 1, "accepted", json!({"principal": "p", "identity": "rabbitmq:p", "policy": "allow-all"})),
         entry(DELETE, 2, "deletion_intended", json!({"key_material_ids": ["m"]})),
         entry(DELETE, 3, "material_deleted", json!({"key_material_id": "m"})),
         entry(DELETE, 4, "succeeded", json!({})),

@@ -199,8 +199,7 @@ async fn a_request_may_come_in_an_envelope_and_take_its_id_from_outside() {
     // Ids are unique within a source: the same one from elsewhere is another request; the data's own id comes first.
     world.send(cloud_event(envelope("/else", json!({"id": "d1", "key": arns[1]})))).await;
     world.succeeded("d1").await;
-    let outside =
-        Message { body: data(&arns[2]).to_string().into_bytes(), message_id: Some("m1".into()), ..Message::default() };
+    let outside = Message { message_id: Some("m1".into()), ..Message::of(&data(&arns[2])) };
     world.send(outside).await;
     world.succeeded("m1").await;
     // The key by the name that Keyferry gave it.

@@ -87,6 +87,13 @@ impl Dsm {
         self.connection(reference.connection()).map(drop)
     }
 
+    /// The reference with the connection that it means, as results and policies name the key.
+    pub fn full_name(&self, reference: &DsmKeyRef) -> Result<String, DsmError> {
+        self.knows(reference)?;
+        let connection = reference.connection().or(self.default.as_deref()).unwrap_or_default();
+        Ok(format!("{connection}/{}", reference.key()))
+    }
+
     /// Fetches a key and checks that it may and can be used as material of a kind.
     ///
     /// What looks like a unique identifier (see [`DsmKeyRef`]) is tried as one first, and as a name if there is no such

@@ -153,6 +153,7 @@ impl Run {
     /// One mutating call. Repeating it is harmless: it names the material.
     async fn send_delete(&mut self, id: Option<&String>) -> Or<()> {
         self.not_stopping()?;
+        self.authorise().await?;
         let call = self.attempt.context.kms.delete(&self.job.key, id.map(String::as_str), &self.attempt.guard);
         let answer = call.await;
         crate::failpoint!("worker.after_answer");

@@ -70,12 +70,17 @@ impl Run {
 
     /// The job's end.
     pub(super) fn fail<T>(&mut self, code: FailureCode, message: &str) -> Or<T> {
+        self.fail_by(code, message, None)
+    }
+
+    /// The job's end, by a policy of this digest if by one.
+    pub(super) fn fail_by<T>(&mut self, code: FailureCode, message: &str, policy: Option<String>) -> Or<T> {
         let aws_changed = self.may_have_changed_aws();
         let source = self.source_key.clone().or_else(|| self.chosen_source_key());
         let id = self.answered.clone().and_then(|answer| answer.key_material_id);
         let material =
             source.as_ref().filter(|_| aws_changed).map(|key| self.material(key, id, self.answered.is_some()));
-        let failure = Failure { code, message: message.to_owned(), aws_changed };
+        let failure = Failure { code, message: message.to_owned(), aws_changed, policy };
         tracing::warn!(job.id = %self.job.id, key = %self.job.key, error.code = code.as_str(), "job failed: {message}");
         // A dry run brings nothing, whichever key it looked at.
         let source_key_id = source.filter(|_| !self.job.request.dry_run).and_then(|key| key.local_id());
@@ -155,14 +160,14 @@ impl Run {
         }
     }
 
-    fn may_have_changed_aws(&self) -> bool {
+    pub(super) fn may_have_changed_aws(&self) -> bool {
         self.in_doubt
             || self.answered.is_some()
             || self.removed != Removed::Nothing
             || !self.job.progress.deleted_ids.is_empty()
     }
 
-    fn again(&self, delay: Duration, reason: serde_json::Value) -> SettlementKind {
+    pub(super) fn again(&self, delay: Duration, reason: serde_json::Value) -> SettlementKind {
         let state = RetryState {
             in_doubt: self.in_doubt,
             parameters: self.parameters,

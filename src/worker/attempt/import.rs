@@ -38,6 +38,9 @@ impl Run {
             return self.verify_import(asked, kind, before).await;
         }
         let source = self.named_source_key(asked, kind).await?;
+        self.source_key.clone_from(&source);
+        // Now by the name of the key that it is.
+        self.authorise().await?;
         if !self.effect_is_known_early() {
             let own_effect = source.as_ref().map(|key| effect(&key.id(), asked.expiry));
             self.judge_late(own_effect.as_ref())?;
@@ -46,7 +49,6 @@ impl Run {
             Ok(role) => role,
             Err(none) => return self.fail(none.code, &none.message),
         };
-        self.source_key.clone_from(&source);
         let wrapping = self.choose_wrapping(asked, kind)?;
         self.compare_public_key(kind, &before).await?;
         if self.job.request.dry_run {
@@ -253,6 +255,7 @@ impl Run {
             description: self.description(asked, kind, &role),
             role,
         };
+        self.authorise().await?;
         let answer = self.attempt.context.kms.import(&self.job.key, call, &self.attempt.guard).await;
         crate::failpoint!("worker.after_answer");
         match answer {

@@ -8,7 +8,7 @@ use keyferry::job::{
 use keyferry::source::{Kek, Keyring, PlainKey, SealedKey};
 use keyferry::store::{
     Candidate, Chosen, ClaimedJob, Intent, Material, NewJob, NewRefusal, NewSourceKey, Parameters, Removed, RetryState,
-    Settlement, SettlementKind, SourceKeyOrigin, Step, Store, Verdict,
+    Sender, Settlement, SettlementKind, SourceKeyOrigin, Step, Store, Verdict,
 };
 use serde_json::{Value, json};
 use std::time::Duration;
@@ -50,7 +50,14 @@ pub fn job_with(id: &str, key: &KeyArn, mut fields: Value) -> NewJob {
         key: key.clone(),
         traceparent: None,
         ingress: "test",
+        sender: nobody(),
+        rule: None,
     }
+}
+
+/// Where nobody is asked who they are.
+pub fn nobody() -> Sender {
+    Sender { identity: None, is_verified: false, policy: "allow-all".into() }
 }
 
 /// A delete that overtakes its line.
@@ -71,6 +78,8 @@ pub fn refusal(id: &str, code: RefusalCode) -> NewRefusal {
         operation: Some(job.request.operation()),
         key: Some(job.key),
         ingress: "test",
+        sender: nobody(),
+        rule: None,
     }
 }
 
@@ -141,7 +150,7 @@ pub fn succeeded(job: &ClaimedJob) -> Settlement {
 
 /// The job failed, for this reason.
 pub fn failed(job: &ClaimedJob, message: &str) -> Settlement {
-    let failure = Failure { code: FailureCode::AwsRefused, message: message.into(), aws_changed: false };
+    let failure = Failure { code: FailureCode::AwsRefused, message: message.into(), aws_changed: false, policy: None };
     end(job, SettlementKind::Ended { outcome: Err(failure), source_key_id: None, material: None })
 }
 

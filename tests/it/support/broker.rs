@@ -36,8 +36,77 @@ pub struct Message {
     pub content_type: Option<String>,
     /// AMQP `message_id`.
     pub message_id: Option<String>,
+    /// AMQP `user_id`.
+    pub user_id: Option<String>,
     /// AMQP headers, or SQS's message attributes.
     pub headers: BTreeMap<String, String>,
+}
+
+impl Message {
+    /// A request and nothing else.
+    pub fn of(request: &Value) -> Self {
+        Self { body: request.to_string().into_bytes(), ..Self::default() }
+    }
+
+    /// As a user says that it sends it.
+    pub fn by(self, user: &str) -> Self {
+        Self { user_id: Some(user.to_owned()), ..self }
+    }
+
+    /// With one more header.
+    pub fn with(mut self, name: &str, value: &str) -> Self {
+        self.headers.insert(name.to_owned(), value.to_owned());
+        self
+    }
+
+    fn properties(&self) -> BasicProperties {
+        let mut properties = BasicProperties::default().with_delivery_mode(2);
+        if let Some(content_type) = &self.content_type {
+            properties = properties.with_content_type(content_type.as_str().into());
+        }
+        if let Some(id) = &self.message_id {
+            properties = properties.with_message_id(id.as_str().into());
+        }
+        if let Some(user) = &self.user_id {
+            properties = properties.with_user_id(user.as_str().into());
+        }
+        if self.headers.is_empty() {
+            return properties;
+        }
+        let mut headers = FieldTable::default();
+        for (name, value) in &self.headers {
+            headers.insert(name.as_str().into(), AMQPValue::LongString(value.as_str().into()));
+        }
+        properties.with_headers(headers)
+    }
+}
+
+/// A user of the broker with all rights on one virtual host, deleted when it is dropped.
+pub struct User {
+    /// Its name, of its own on this broker.
+    pub name: String,
+    /// As whom it connects, and where.
+    pub url: String,
+    api: Url,
+    channel: Channel,
+    _connection: Connection,
+}
+
+impl User {
+    /// Publishes to the queue of requests; whether the broker takes it.
+    pub async fn publish(&self, message: &Message) -> Result<(), lapin::Error> {
+        let options = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
+        let sent = self.channel.basic_publish("".into(), JOBS.into(), options, &message.body, message.properties());
+        let confirmation = sent.await?.await?;
+        assert!(matches!(confirmation, Confirmation::Ack(None)), "{confirmation:?}");
+        Ok(())
+    }
+}
+
+impl Drop for User {
+    fn drop(&mut self) {
+        delete(&self.api, vec!["users".into(), self.name.clone()]);
+    }
 }
 
 /// A message that was received.
@@ -138,21 +207,8 @@ impl Vhost {
 
     /// Publishes to the queue of requests and waits for the broker's confirmation.
     pub async fn publish(&self, message: &Message) {
-        let mut properties = BasicProperties::default().with_delivery_mode(2);
-        if let Some(content_type) = &message.content_type {
-            properties = properties.with_content_type(content_type.as_str().into());
-        }
-        if let Some(id) = &message.message_id {
-            properties = properties.with_message_id(id.as_str().into());
-        }
-        if !message.headers.is_empty() {
-            let mut headers = FieldTable::default();
-            for (name, value) in &message.headers {
-                headers.insert(name.as_str().into(), AMQPValue::LongString(value.as_str().into()));
-            }
-            properties = properties.with_headers(headers);
-        }
         let options = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
+        let properties = message.properties();
         let sent = self.channel().basic_publish("".into(), JOBS.into(), options, &message.body, properties);
         let confirmation = sent.await.unwrap().await.unwrap();
         assert!(matches!(confirmation, Confirmation::Ack(None)), "{confirmation:?}");
@@ -206,6 +262,35 @@ impl Vhost {
         self.channel().queue_delete(queue.into(), QueueDeleteOptions::default()).await.unwrap();
     }
 
+    /// Has the broker itself move dead letters back to the queue of requests, until it is told to stop.
+    pub async fn move_dead_letters_back(&self, on: bool) {
+        let path = ["policies", &self.name, "back"];
+        if !on {
+            self.api(Method::DELETE, &path, None).await;
+            return;
+        }
+        let definition = json!({"message-ttl": 1, "dead-letter-exchange": "", "dead-letter-routing-key": JOBS});
+        let policy =
+            json!({"pattern": format!("^{DEAD}$"), "definition": definition, "priority": 100, "apply-to": "queues"});
+        self.api(Method::PUT, &path, Some(policy)).await;
+    }
+
+    /// Makes a user, with tags as the broker writes them.
+    pub async fn user(&self, tags: &str) -> User {
+        let name = format!("kf-{}", Uuid::new_v4().simple());
+        self.api(Method::PUT, &["users", &name], Some(json!({"password": name, "tags": tags}))).await;
+        let everything = json!({"configure": ".*", "write": ".*", "read": ".*"});
+        self.api(Method::PUT, &["permissions", &self.name, &name], Some(everything)).await;
+        let mut url: Url = self.url().parse().unwrap();
+        url.set_username(&name).unwrap();
+        url.set_password(Some(&name)).unwrap();
+        let broker = Broker::new(&RabbitMq::default(), url.as_str()).unwrap();
+        let connection = broker.connect("keyferry tests, a user").await.unwrap();
+        let channel = connection.create_channel().await.unwrap();
+        channel.confirm_select(ConfirmSelectOptions::default()).await.unwrap();
+        User { name, url: url.into(), api: self.api.clone(), channel, _connection: connection }
+    }
+
     /// Ends connections of the worker at the broker's side, as an operator or a failing node would.
     pub async fn cut_connections(&self, name: &str) {
         let found = eventually("the broker shows the connection", || async {
@@ -255,15 +340,20 @@ fn headers(properties: &BasicProperties) -> BTreeMap<String, String> {
 
 impl Drop for Vhost {
     fn drop(&mut self) {
-        let (mut url, http, name) = (self.api.clone(), http(), self.name.clone());
-        finish_blocking(async move {
-            let (user, password) = (url.username().to_owned(), url.password().map(str::to_owned));
-            if url.set_username("").is_ok() && url.set_password(None).is_ok() {
-                if let Ok(mut path) = url.path_segments_mut() {
-                    path.pop_if_empty().extend(["api", "vhosts", &name]);
-                }
-                drop(http.delete(url).basic_auth(user, password).send().await);
-            }
-        });
+        delete(&self.api, vec!["vhosts".into(), self.name.clone()]);
     }
+}
+
+/// Takes something away by the management API, from a destructor.
+fn delete(api: &Url, path: Vec<String>) {
+    let (mut url, http) = (api.clone(), http());
+    finish_blocking(async move {
+        let (user, password) = (url.username().to_owned(), url.password().map(str::to_owned));
+        if url.set_username("").is_ok() && url.set_password(None).is_ok() {
+            if let Ok(mut segments) = url.path_segments_mut() {
+                segments.pop_if_empty().push("api").extend(&path);
+            }
+            drop(http.delete(url).basic_auth(user, password).send().await);
+        }
+    });
 }

@@ -65,8 +65,8 @@ fn every_message_has_one_end(snapshot: &Snapshot, found: &mut Vec<String>) {
     }
     let mut ids = HashSet::new();
     for job in &snapshot.jobs {
-        if !ids.insert(&job.request_id) {
-            found.push(format!("I1: two jobs for request {}", job.request_id));
+        if !ids.insert((&job.principal, &job.request_id)) {
+            found.push(format!("I1: two jobs for request {} of {}", job.request_id, job.principal));
         }
         let is_whole = match job.state.as_str() {
             "succeeded" => job.result.is_some() && job.error.is_none(),
@@ -354,6 +354,13 @@ fn the_audit_trail_is_whole(snapshot: &Snapshot, found: &mut Vec<String>) {
     for job in &snapshot.jobs {
         let trail = trails.remove(&job.id).unwrap_or_default();
         let kinds: Vec<&str> = trail.iter().map(|entry| entry["kind"].as_str().unwrap_or_default()).collect();
+        let is_told_who = trail.first().is_some_and(|entry| tells_who(entry, &job.principal, job.identity.as_ref()));
+        let is_told_why = trail
+            .last()
+            .is_some_and(|entry| entry["details"]["code"] != "revoked" || entry["details"]["policy"].is_string());
+        if !is_told_who || !is_told_why {
+            found.push(format!("I4: request {}: its trail does not tell by whom and by which policy", job.request_id));
+        }
         let count = |wanted: &str| kinds.iter().filter(|kind| **kind == wanted).count();
         let ends = count("succeeded") + count("failed");
         if kinds.first() != Some(&"accepted") || kinds.last() != Some(&job.state.as_str()) || ends != 1 {
@@ -381,7 +388,12 @@ fn the_audit_trail_is_whole(snapshot: &Snapshot, found: &mut Vec<String>) {
     }
     for refusal in &snapshot.refusals {
         let trail = trails.remove(&refusal.id).unwrap_or_default();
-        if trail.len() != 1 || trail[0]["kind"] != "refused" || trail[0]["details"]["code"] != refusal.code {
+        let is_whole = trail.len() == 1
+            && trail[0]["kind"] == "refused"
+            && trail[0]["details"]["code"] == refusal.code
+            && trail[0]["details"]["identity_verified"] == refusal.identity_verified
+            && tells_who(&trail[0], &refusal.principal, refusal.identity.as_ref());
+        if !is_whole {
             found.push(format!("I4: the refusal {} has the trail {trail:?}", refusal.id));
         }
     }
@@ -399,6 +411,11 @@ fn the_audit_trail_is_whole(snapshot: &Snapshot, found: &mut Vec<String>) {
     found.extend(
         trails.keys().filter(|id| !known.contains(id)).map(|id| format!("I4: entries about {id}, which is unknown")),
     );
+    every_call_is_announced(snapshot, found);
+}
+
+/// I4: what changes AWS was on record before.
+fn every_call_is_announced(snapshot: &Snapshot, found: &mut Vec<String>) {
     for arn in snapshot.kms_keys.iter().filter_map(|key| key["arn"].as_str()) {
         let of_key: HashSet<Uuid> = snapshot.jobs.iter().filter(|job| job.arn == arn).map(|job| job.id).collect();
         let intended = snapshot
@@ -427,6 +444,12 @@ fn the_audit_trail_is_whole(snapshot: &Snapshot, found: &mut Vec<String>) {
             found.push(format!("I4: {calls} deletions from {arn} were sent, {intended} were on record before"));
         }
     }
+}
+
+/// Whether an entry says who asked, and by which policy that was judged.
+fn tells_who(entry: &Value, principal: &str, identity: Option<&String>) -> bool {
+    let details = &entry["details"];
+    details["principal"] == principal && details["identity"] == json!(identity) && details["policy"].is_string()
 }
 
 /// I5: no key bytes and no secret of a message, in any spelling; no refused message as a whole.

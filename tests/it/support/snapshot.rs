@@ -15,6 +15,8 @@ use uuid::Uuid;
 #[derive(Clone, Debug)]
 pub struct Job {
     pub id: Uuid,
+    pub principal: String,
+    pub identity: Option<String>,
     pub request_id: String,
     pub arn: String,
     pub line_id: i64,
@@ -48,6 +50,9 @@ impl Job {
 #[derive(Clone, Debug)]
 pub struct Refusal {
     pub id: Uuid,
+    pub principal: String,
+    pub identity: Option<String>,
+    pub identity_verified: bool,
     pub request_id: Option<String>,
     pub code: String,
     pub field: Option<String>,
@@ -214,7 +219,7 @@ pub async fn jobs(client: &Client) -> Vec<Job> {
                     then floor(extract(epoch from (job.request::jsonb ->> 'valid_to')::timestamptz))::bigint end,
                job.result, job.error, coalesce(job.request::jsonb ->> 'operation', 'import'),
                coalesce(job.request::jsonb ->> 'dry_run' = 'true', false),
-               coalesce(job.request::jsonb ->> 'urgent' = 'true', false), job.finished_at
+               coalesce(job.request::jsonb ->> 'urgent' = 'true', false), job.finished_at, job.principal, job.identity
         from job join kms_key on kms_key.id = job.kms_key_id order by job.line_id, job.seq";
     let rows = client.query(sql, &[]).await.unwrap();
     rows.iter()
@@ -234,13 +239,16 @@ pub async fn jobs(client: &Client) -> Vec<Job> {
             dry_run: row.get(12),
             urgent: row.get(13),
             finished_at: row.get(14),
+            principal: row.get(15),
+            identity: row.get(16),
         })
         .collect()
 }
 
 /// All refusals, oldest first.
 pub async fn refusals(client: &Client) -> Vec<Refusal> {
-    let sql = "select id, request_id, code, field, message from refusal order by id";
+    let sql = "
+        select id, request_id, code, field, message, principal, identity, identity_verified from refusal order by id";
     let rows = client.query(sql, &[]).await.unwrap();
     rows.iter()
         .map(|row| Refusal {
@@ -249,6 +257,9 @@ pub async fn refusals(client: &Client) -> Vec<Refusal> {
             code: row.get(2),
             field: row.get(3),
             message: row.get(4),
+            principal: row.get(5),
+            identity: row.get(6),
+            identity_verified: row.get(7),
         })
         .collect()
 }

@@ -1,6 +1,6 @@
 //! One test's world: a database, a virtual host, queues of SQS, a double of AWS KMS and real workers, all its own.
 
-use super::broker::{DEAD, JOBS, Message, Received, Vhost};
+use super::broker::{DEAD, JOBS, Message, Received, User, Vhost};
 use super::checker::violations;
 use super::db::{TestDb, connect};
 use super::fake::{ACCOUNT, Fake, REGION, SECRET, WORKER};
@@ -337,6 +337,30 @@ impl World {
         self.write("keyferry.toml", &format!("{own}\n{more}"));
     }
 
+    /// Puts a policy file into the place of `allow-all`, for processes that start from now on, with more lines for the
+    /// transports' sections.
+    pub fn with_policy(&self, policy: &str, senders: &str) {
+        self.write("policy.toml", policy);
+        let own = std::fs::read_to_string(self.path("settings.toml")).unwrap();
+        let own = own.replacen("policy = \"allow-all\"", "policy = \"policy.toml\"", 1);
+        let own = own.replacen("[rabbitmq]", &format!("[rabbitmq]\n{senders}"), 1);
+        let own = own.replacen("[sqs]", &format!("[sqs]\n{senders}"), 1);
+        self.write("settings.toml", &own);
+        self.write("keyferry.toml", &own);
+    }
+
+    /// Writes another policy and has a worker load it.
+    pub async fn load_policy(&self, at: usize, policy: &str) {
+        let series = "keyferry_policy_reloads_total{result=\"loaded\"}";
+        let before = self.workers[at].metric(series).await;
+        self.write("policy.toml", policy);
+        self.workers[at].signal(Signal::HUP);
+        eventually("the policy is loaded", || async {
+            (self.workers[at].metric(series).await > before + 0.5).then_some(())
+        })
+        .await;
+    }
+
     /// The program with this world's settings and nothing else of this process's environment.
     pub fn command(&self) -> Command {
         let mut command = Command::new(keyferry());
@@ -481,6 +505,12 @@ impl World {
             Carrier::Sqs | Carrier::SqsFifo => self.queues.send_all(&messages).await,
         }
         self.published.extend(messages);
+    }
+
+    /// Publishes a message as a user of its own.
+    pub async fn send_by(&mut self, user: &User, message: Message) {
+        user.publish(&message).await.unwrap();
+        self.published.push(message);
     }
 
     /// Messages that wait for a worker at the brokers.

@@ -1,0 +1,105 @@
+//! Whether the job's principal may still do this: asked of the policy in force, at each attempt and before each call that
+//! changes AWS.
+
+use super::{Or, Run};
+use crate::job::{FailureCode, Import, SourceKeyRef, Work};
+use crate::policy::{Ask, Identity, Policy, Source, Verdict};
+use crate::retry::Class;
+use crate::store::{ClaimedJob, SettlementKind};
+use serde_json::json;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// How long a job that this worker would end is left to one that has the newest policy.
+const LEFT_TO_OTHERS: Duration = Duration::from_secs(30);
+
+impl Run {
+    /// Goes on if it may. A job is ended by the newest policy that a worker has loaded, and by no older one: workers
+    /// learn of a new one at different times.
+    pub(super) async fn authorise(&mut self) -> Or<()> {
+        loop {
+            let policy = self.attempt.context.policy.get();
+            let Some(why) = self.denial(&policy) else { return Ok(()) };
+            let newest = self.attempt.context.store.newest_policy().await;
+            if !Arc::ptr_eq(&policy, &self.attempt.context.policy.get()) {
+                continue;
+            }
+            return match newest {
+                Ok(Some(newest)) if newest != policy.digest() => self.leave_to_others(),
+                Ok(_) => {
+                    let message = format!("no longer allowed: {why}");
+                    self.fail_by(FailureCode::Revoked, &message, Some(policy.digest().to_owned()))
+                }
+                Err(error) => {
+                    let message = error.to_string();
+                    self.retry(Class::Transient, "policy", &message, None)
+                }
+            };
+        }
+    }
+
+    fn leave_to_others<T>(&mut self) -> Or<T> {
+        tracing::warn!(
+            job.id = %self.job.id,
+            "the policy of this worker does not allow the job, but is not the newest: left to another worker; send this one SIGHUP"
+        );
+        if !self.has_committed {
+            let until = self.job.now + LEFT_TO_OTHERS;
+            return Err(self.settled(SettlementKind::PutBack { until, deadline: self.job.deadline }));
+        }
+        let reason = json!({
+            "step": "policy",
+            "class": Class::Transient.as_str(),
+            "times": 1,
+            "message": "the worker that had it has not loaded the newest policy",
+            "aws_changed": self.may_have_changed_aws(),
+        });
+        let again = self.again(LEFT_TO_OTHERS, reason);
+        Err(self.settled(again))
+    }
+
+    /// Why it may not.
+    fn denial(&self, policy: &Policy) -> Option<String> {
+        let job = &self.job;
+        if let Some(why) = stranger(policy, job) {
+            return Some(why);
+        }
+        let known = self.source_key.clone().or_else(|| self.chosen_source_key());
+        let known = known.as_ref().map(|key| (key.name(), key.id()));
+        // As the request says it, while no more is known.
+        let stated = match &job.request.work {
+            Work::Import(Import { source_key: SourceKeyRef::Dsm(reference), .. }) => {
+                self.attempt.context.dsm.full_name(reference).ok()
+            }
+            _ => None,
+        };
+        let ask = Ask::of(&job.principal, &job.request, &job.key, stated.as_deref(), job.now);
+        let ask = match (&ask.source, &known) {
+            // What was made for the job has a name by now.
+            (Source::Generated | Source::None, _) | (_, None) => ask,
+            (Source::Open("dsm") | Source::Named { tier: "dsm", .. }, Some((name, id))) => {
+                ask.with_source(Source::Named { tier: "dsm", name, id: Some(id) })
+            }
+            (_, Some((name, _))) => ask.with_source(Source::Named { tier: "local", name, id: None }),
+        };
+        match policy.judge(&ask) {
+            Verdict::Allowed(_) => None,
+            Verdict::Denied { why, .. } => Some(why),
+        }
+    }
+}
+
+/// Why the job's identity no longer stands for its principal. So a signing key that leaked, or a user that was taken away,
+/// stops what waits in its name.
+fn stranger(policy: &Policy, job: &ClaimedJob) -> Option<String> {
+    if matches!(policy, Policy::AllowAll) {
+        return None;
+    }
+    let Some(identity) = &job.identity else {
+        let message = "the job was accepted when nobody was asked who they are, and its principal is not in the policy";
+        return (!policy.knows(&job.principal)).then(|| message.to_owned());
+    };
+    let principal = Identity::parse(identity).and_then(|identity| policy.principal(&identity).map(str::to_owned));
+    (principal.as_ref() != Some(&job.principal))
+        .then(|| format!("{identity}, who asked, is no longer the principal {}", job.principal))
+}
