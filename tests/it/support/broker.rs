@@ -271,7 +271,7 @@ impl Vhost {
         }
         let definition = json!({"message-ttl": 1, "dead-letter-exchange": "", "dead-letter-routing-key": JOBS});
         let policy =
-            json!({"pattern": format!("^{DEAD}$"), "definition": definition, "priority": 100, "apply-to": "queues"});
+            json!({"pattern": format!("^{DEAD}$"), "definition": definition, "priority": 200, "apply-to": "queues"});
         self.api(Method::PUT, &path, Some(policy)).await;
     }
 

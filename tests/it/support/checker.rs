@@ -43,6 +43,7 @@ pub fn violations(snapshot: &Snapshot) -> Vec<String> {
     deletes_left_nothing(snapshot, &mut found);
     every_outcome_was_told(snapshot, &mut found);
     the_audit_trail_is_whole(snapshot, &mut found);
+    the_audit_trail_tells_who_asked(snapshot, &mut found);
     nothing_secret_shows(snapshot, &mut found);
     everything_is_drained(snapshot, &mut found);
     aws_is_called_for_jobs_only(snapshot, &mut found);
@@ -442,6 +443,29 @@ fn every_call_is_announced(snapshot: &Snapshot, found: &mut Vec<String>) {
         let calls = self::calls(snapshot, arn, Some("DeleteImportedKeyMaterial"));
         if calls > intended {
             found.push(format!("I4: {calls} deletions from {arn} were sent, {intended} were on record before"));
+        }
+    }
+}
+
+/// I4: the trail says who asked, whether that was proved, and by which policy it was judged.
+fn the_audit_trail_tells_who_asked(snapshot: &Snapshot, found: &mut Vec<String>) {
+    for job in &snapshot.jobs {
+        let trail: Vec<Value> = entries_of(snapshot, job).collect();
+        let is_told_who = trail.first().is_some_and(|entry| tells_who(entry, &job.principal, job.identity.as_ref()));
+        let is_told_why = trail
+            .last()
+            .is_some_and(|entry| entry["details"]["code"] != "revoked" || entry["details"]["policy"].is_string());
+        if !is_told_who || !is_told_why {
+            found.push(format!("I4: request {}: its trail does not tell by whom and by which policy", job.request_id));
+        }
+    }
+    for refusal in &snapshot.refusals {
+        let entry = snapshot.audit.iter().find(|entry| entry.subject == refusal.id);
+        let entry: Value = entry.and_then(|entry| serde_json::from_str(&entry.text).ok()).unwrap_or_default();
+        if !tells_who(&entry, &refusal.principal, refusal.identity.as_ref())
+            || entry["details"]["identity_verified"] != refusal.identity_verified
+        {
+            found.push(format!("I4: the refusal {} does not tell by whom and by which policy: {entry}", refusal.id));
         }
     }
 }
