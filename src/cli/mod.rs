@@ -69,7 +69,6 @@ enum Command {
     #[command(subcommand)]
     Jobs(jobs::Jobs),
     /// Look at messages that were refused, and send them again once the cause is mended.
-    #[command(subcommand)]
     Dead(dead::Dead),
     /// Stop jobs until they are released, or list what is held.
     Hold(hold::Hold),

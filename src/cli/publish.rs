@@ -14,8 +14,6 @@ use std::time::Duration;
 
 /// Calls to SQS for one request.
 const ATTEMPTS: u32 = 5;
-/// Longest `MessageGroupId` (SQS API Reference, `SendMessage`).
-const MOST_GROUP: usize = 128;
 
 /// Where requests go.
 pub(super) enum Link {
@@ -125,9 +123,7 @@ async fn over_sqs(queue: &Queue, messages: &[Message]) -> anyhow::Result<()> {
 /// worker to judge, and SQS would silently drop the second.
 fn outgoing(message: &Message, is_fifo: bool) -> Outgoing {
     let digest = hex::encode(Sha256::digest(&message.body));
-    let is_group =
-        |key: &&str| (1..=MOST_GROUP).contains(&key.len()) && key.bytes().all(|byte| byte.is_ascii_graphic());
-    let group = message.key.as_deref().filter(is_group).unwrap_or(&digest).to_owned();
+    let group = Order::group_of(message.key.as_deref(), &message.body);
     Outgoing {
         body: message.body.clone(),
         attributes: vec![Attribute::text("content-type", "application/json")],

@@ -62,6 +62,10 @@ impl DeadLetters for Queues {
         &self.requests
     }
 
+    fn dead(&self) -> &str {
+        &self.dead
+    }
+
     async fn open(&self) -> Result<Session, SessionError> {
         let opening = async {
             let connection = self.broker.connect("keyferry dead").await?;
@@ -69,13 +73,17 @@ impl DeadLetters for Queues {
             publishing.confirm_select(ConfirmSelectOptions::default()).await?;
             let declared = look(&reading, &self.dead).await?;
             let waiting = u64::from(declared.message_count());
+            let readers = declared.consumer_count();
+            let caution = (readers > 0).then(|| {
+                format!("the queue {} has {readers} other readers; the letters that they hold are not shown", self.dead)
+            });
             Ok(Session {
                 connection,
                 reading,
                 publishing,
                 consumer: None,
                 queues: self.clone(),
-                census: Census { waiting, readers: u64::from(declared.consumer_count()) },
+                census: Census { waiting, cautions: caution.into_iter().collect() },
                 left: waiting,
                 consumers: 0,
                 prefetch: 0,
@@ -90,8 +98,8 @@ impl DeadLetters for Queues {
 impl super::Session for Session {
     type Error = SessionError;
 
-    fn census(&self) -> Census {
-        self.census
+    fn census(&self) -> &Census {
+        &self.census
     }
 
     async fn next_batch(&mut self, most: usize) -> Result<Vec<Letter>, SessionError> {
@@ -117,12 +125,13 @@ impl super::Session for Session {
     }
 
     async fn redrive(&mut self, chosen: &[Chosen]) -> Result<Vec<Sent>, SessionError> {
+        let name = &self.queues.requests;
         let redriving = async {
             let mut confirmations = Vec::with_capacity(chosen.len());
             for one in chosen {
                 let delivery = &self.batch[one.place];
                 let options = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
-                let queue = self.queues.requests.as_str().into();
+                let queue = name.as_str().into();
                 let properties = redriven(&delivery.properties, &one.refusal.to_string());
                 let sent = self.publishing.basic_publish("".into(), queue, options, &delivery.data, properties);
                 confirmations.push((delivery.delivery_tag, sent.await?));
@@ -135,8 +144,12 @@ impl super::Session for Session {
                         moved.push(tag);
                         Sent::Moved
                     }
-                    Confirmation::Ack(Some(_)) => Sent::NoQueue,
-                    Confirmation::Nack(_) | Confirmation::NotRequested => Sent::Refused,
+                    Confirmation::Ack(Some(_)) => {
+                        Sent::Stopped(format!("there is no queue {name}; make it with: keyferry topology apply"))
+                    }
+                    Confirmation::Nack(_) | Confirmation::NotRequested => Sent::Stopped(format!(
+                        "the queue {name} is full: RabbitMQ would not take a message; try again later"
+                    )),
                 });
             }
             // From here on until the queue knows of it, a letter is there twice: intake knows the second as a copy.
