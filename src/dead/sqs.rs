@@ -215,7 +215,7 @@ impl super::Session for Session {
     async fn give_back(mut self) -> Result<(), SessionError> {
         // It would hide what is given back.
         self.heartbeat.shutdown().await;
-        let hidden = self.holding.next_visibility();
+        let hidden = self.holding.next_visibility(Instant::now());
         let receipts = self.holding.empty();
         let (mut count, mut first) = (0, None);
         for (at, some) in receipts.chunks(GIVEN_AT_ONCE).enumerate() {
@@ -309,8 +309,8 @@ impl Holding {
 
     /// As long as the session has lasted, so that many letters are not asked for all the time, and that after a death
     /// nobody waits for longer than he has waited already.
-    fn next_visibility(&self) -> Duration {
-        let lasted = self.opened.elapsed();
+    fn next_visibility(&self, now: Instant) -> Duration {
+        let lasted = now - self.opened;
         let most = MOST_VISIBILITY.saturating_sub(lasted + Duration::from_secs(1));
         lasted.max(self.visibility).min(most)
     }
@@ -356,7 +356,8 @@ impl Holding {
 async fn beat(queue: Queue, holding: Arc<Holding>) {
     loop {
         tokio::time::sleep(holding.visibility / BEATS).await;
-        let (asked, hidden) = (Instant::now(), holding.next_visibility());
+        let asked = Instant::now();
+        let hidden = holding.next_visibility(asked);
         let due = holding.due(asked);
         let changes: Vec<Visibility<'_>> = due.iter().map(|(_, receipt)| (receipt.as_str(), hidden)).collect();
         // One attempt: the next look is the next one.
@@ -499,24 +500,23 @@ mod tests {
         assert_ne!(order(&later).deduplication, order(&moved).deduplication);
     }
 
-    #[tokio::test(start_paused = true)]
-    async fn letters_are_hidden_for_as_long_as_the_look_has_lasted() {
+    #[test]
+    fn letters_are_hidden_for_as_long_as_the_look_has_lasted() {
         const VISIBILITY: Duration = Duration::from_secs(60);
-        let holding = Holding { opened: Instant::now(), visibility: VISIBILITY, seen: Mutex::default() };
+        let start = Instant::now();
+        let holding = Holding { opened: start, visibility: VISIBILITY, seen: Mutex::default() };
         assert!(holding.take(&message(0)));
         assert!(!holding.take(&Message { receipt: "r2".into(), ..message(0) }), "delivered twice, shown once");
-        assert_eq!(holding.next_visibility(), VISIBILITY);
-        assert_eq!(holding.due(Instant::now()), []);
-        tokio::time::advance(VISIBILITY / 2).await;
-        assert_eq!(holding.due(Instant::now()), [("m".to_owned(), "r2".to_owned())]);
+        assert_eq!(holding.due(start), []);
+        let later = Instant::now() + VISIBILITY / 2;
+        assert_eq!(holding.due(later), [("m".to_owned(), "r2".to_owned())]);
         // An answer about the first receipt says nothing of the second.
         holding.extended("m", "r", Err(()));
-        holding.extended("m", "r2", Ok(Instant::now() + VISIBILITY / 2));
-        assert_eq!(holding.due(Instant::now()), []);
-        tokio::time::advance(Duration::from_secs(3_600)).await;
-        assert_eq!(holding.next_visibility(), Duration::from_secs(3_630));
-        tokio::time::advance(LONGEST - Duration::from_secs(3_630)).await;
-        assert!(holding.next_visibility() + LONGEST < MOST_VISIBILITY);
+        holding.extended("m", "r2", Ok(later + VISIBILITY / 2));
+        assert_eq!(holding.due(later), []);
+        assert_eq!(holding.next_visibility(start), VISIBILITY);
+        assert_eq!(holding.next_visibility(start + Duration::from_secs(3_600)), Duration::from_secs(3_600));
+        assert!(holding.next_visibility(start + LONGEST) + LONGEST < MOST_VISIBILITY);
         assert_eq!(holding.empty(), ["r2"]);
     }
 }
