@@ -36,7 +36,7 @@
 //! | [`ingress`] | broker deliveries in, settlements out | `job`, `amqp`, `sqs`, `retry`, `telemetry` |
 //! | [`store`] | every SQL statement and transaction | `job`, `audit`, `source`'s sealed types, `config`, `tls` |
 //! | [`intake`] | parse, authorise, accept or refuse, settle | `ingress`, `job`, `policy`, `retry`, `source`, `store` |
-//! | [`dead`] | dead letters: shown, matched to their refusals, sent again | `amqp`, `ingress`, `job`, `policy`, `source`, `store` |
+//! | [`dead`] | dead letters: shown, matched to their refusals, sent again | `amqp`, `sqs`, `ingress`, `job`, `policy`, `retry`, `source`, `store` |
 //! | [`outbox`] | committed events to the broker until confirmed | `amqp`, `sqs`, `retry`, `store` |
 //! | [`worker`] | drives a job | the above except `ingress`, `intake`, `outbox` |
 //! | [`topology`] | RabbitMQ's queues as data | - |

@@ -2,25 +2,26 @@
 
 use super::jobs::progress_bar;
 use super::output::{Output, duration};
-use super::sender::{Sender, SignArgs};
+use super::sender::SignArgs;
+use super::submit::transport;
 use super::{Coded, Failed};
 use crate::app::{open_broker, open_keyring, open_store};
 use crate::config::{Loaded, Transport};
 use crate::dead::known::{Known, Matcher, Standing};
 use crate::dead::mask::{masked, masked_text, whole};
-use crate::dead::rabbitmq::Queues;
-use crate::dead::{Census, Chosen, DeadLetters, Sent, Session};
+use crate::dead::{Census, Chosen, DeadLetters, Sent, Session, Stamp, rabbitmq, sqs};
 use crate::ingress::Sender as Word;
 use crate::job::{RefusalCode, rfc3339};
-use crate::policy::{ANONYMOUS, Policy, UNIDENTIFIED};
+use crate::policy::{ANONYMOUS, Policy, Proof, UNIDENTIFIED};
 use crate::source::Keyring;
+use crate::sqs::Sqs;
 use crate::store::Store;
+use crate::telemetry::Metrics;
 use anyhow::{Context as _, anyhow};
 use clap::builder::PossibleValuesParser;
 use clap::{ArgGroup, Args, Subcommand};
 use serde_json::{Value, json};
 use std::collections::HashSet;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
@@ -29,10 +30,21 @@ use uuid::Uuid;
 /// Letters looked up at once.
 const BATCH: usize = 200;
 
+#[derive(Debug, Args)]
+pub(super) struct Dead {
+    /// Whose dead-letter queue: rabbitmq or sqs; absent: that of the first of `requests_from`.
+    #[arg(long, value_name = "NAME", value_parser = transport, global = true)]
+    over: Option<Transport>,
+    #[command(subcommand)]
+    action: Action,
+}
+
 #[derive(Debug, Subcommand)]
-pub(super) enum Dead {
-    /// List dead letters, oldest first, with the refusals that they are of. Takes none of them; while it runs, nobody else
-    /// sees them. A letter that Keyferry never refused is given a refusal, `dead_lettered_by_broker`.
+enum Action {
+    /// List dead letters, oldest first where the queue has an order, with the refusals that they are of. Takes none of
+    /// them; while it runs, nobody else sees them. A letter that Keyferry never refused is given a refusal,
+    /// `dead_lettered_by_broker`. For SQS every look is a receipt: a redrive policy of the dead-letter queue's own would
+    /// move letters away.
     List(List),
     /// Show everything about one dead letter. Values are told by their length.
     Show(Show),
@@ -55,7 +67,7 @@ struct Filter {
 }
 
 #[derive(Debug, Args)]
-pub(super) struct List {
+struct List {
     #[command(flatten)]
     filter: Filter,
     /// Letters shown at most.
@@ -64,7 +76,7 @@ pub(super) struct List {
 }
 
 #[derive(Debug, Args)]
-pub(super) struct Show {
+struct Show {
     /// The refusal's id, as `dead list` and the event of the refusal have it.
     id: Uuid,
     /// Show values too. They are what the publisher sent, and can be anything.
@@ -74,7 +86,7 @@ pub(super) struct Show {
 
 #[derive(Debug, Args)]
 #[command(group = ArgGroup::new("which").required(true).multiple(true).args(["ids", "code", "principal", "since", "all"]))]
-pub(super) struct Redrive {
+struct Redrive {
     /// Refusals' ids, as `dead list` has them.
     #[arg(value_name = "ID")]
     ids: Vec<Uuid>,
@@ -105,48 +117,74 @@ enum Since {
 
 impl Dead {
     pub(super) async fn run(mut self, loaded: &Loaded, output: Output) -> Result<(), Failed> {
-        let sender = match &mut self {
-            Self::Redrive(redrive) => Some(std::mem::take(&mut redrive.sign).sender(loaded, Transport::RabbitMq)?),
-            Self::List(_) | Self::Show(_) => None,
+        let settings = &loaded.settings;
+        let first = settings.requests_from.first().copied();
+        let transport = self.over.or(first).unwrap_or(Transport::RabbitMq);
+        let sender = match &mut self.action {
+            Action::Redrive(redrive) => Some(std::mem::take(&mut redrive.sign).sender(loaded, transport)?),
+            Action::List(_) | Action::Show(_) => None,
         };
-        let desk = Desk::open(loaded, sender).await?;
+        let (user_id, signer) = sender.map_or((None, None), |sender| (sender.user_id, sender.signer));
+        let store = open_store(loaded).await?;
+        let stamp = match signer {
+            Some(signer) => Some(Stamp::new(signer, store.now().await?)),
+            None => None,
+        };
+        match transport {
+            Transport::RabbitMq => {
+                let rabbitmq = &settings.rabbitmq;
+                let queues = rabbitmq::Queues {
+                    broker: open_broker(loaded)?,
+                    dead: rabbitmq.dead_letter_queue.clone(),
+                    requests: rabbitmq.queue.clone(),
+                    user_id,
+                    stamp,
+                };
+                self.action.run(&Desk::open(loaded, transport, store, queues).await?, output).await
+            }
+            Transport::Sqs => {
+                let (requests, dead) = loaded.sqs_requests_urls()?;
+                let client = Sqs::connect(settings.sqs.region.as_deref(), Metrics::new()?).await;
+                let queues = sqs::Queues {
+                    dead: client.queue(dead),
+                    requests: client.queue(requests),
+                    visibility: settings.sqs.visibility(),
+                    stamp,
+                };
+                self.action.run(&Desk::open(loaded, transport, store, queues).await?, output).await
+            }
+        }
+    }
+}
+
+impl Action {
+    async fn run(self, desk: &Desk<impl DeadLetters>, output: Output) -> Result<(), Failed> {
         match self {
-            Self::List(list) => list.run(&desk, output).await,
-            Self::Show(show) => show.run(&desk, output).await,
-            Self::Redrive(redrive) => redrive.run(&desk, output).await,
+            Self::List(list) => list.run(desk, output).await,
+            Self::Show(show) => show.run(desk, output).await,
+            Self::Redrive(redrive) => redrive.run(desk, output).await,
         }
     }
 }
 
 /// What every one of these commands works with.
-struct Desk {
+struct Desk<D> {
     store: Store,
     /// Without it, a message that is no request could not be told from another.
     keyring: Keyring,
-    queues: Queues,
+    queues: D,
     policy: Policy,
+    /// What senders prove, by which a letter's own word is read.
+    proof: Proof,
 }
 
-impl Desk {
-    async fn open(loaded: &Loaded, sender: Option<Sender>) -> Result<Self, Failed> {
-        let store = open_store(loaded).await?;
-        let (user_id, signer) = sender.map_or((None, None), |sender| (sender.user_id, sender.signer));
-        let signer = match signer {
-            Some(signer) => Some((Arc::new(signer), store.now().await?)),
-            None => None,
-        };
+impl<D: DeadLetters> Desk<D> {
+    async fn open(loaded: &Loaded, transport: Transport, store: Store, queues: D) -> Result<Self, Failed> {
         // Letters can be looked at where no worker runs.
         let policy = if loaded.settings.policy.is_some() { loaded.policy()? } else { Policy::AllowAll };
         let keyring = open_keyring(loaded, &store).await?;
-        let rabbitmq = &loaded.settings.rabbitmq;
-        let queues = Queues {
-            broker: open_broker(loaded)?,
-            dead: rabbitmq.dead_letter_queue.clone(),
-            requests: rabbitmq.queue.clone(),
-            user_id,
-            signer,
-        };
-        Ok(Self { store, keyring, queues, policy })
+        let proof = loaded.proof(transport, &policy)?;
+        Ok(Self { store, keyring, queues, policy, proof })
     }
 
     fn matcher(&self) -> Matcher<'_> {
@@ -154,21 +192,19 @@ impl Desk {
             store: &self.store,
             keyring: &self.keyring,
             requests: self.queues.requests(),
-            transport: Queues::TRANSPORT,
+            transport: D::TRANSPORT,
             stranger: if matches!(self.policy, Policy::AllowAll) { ANONYMOUS } else { UNIDENTIFIED },
             policy: self.policy.digest(),
+            proof: &self.proof,
         }
     }
 
-    /// A session, and a word on what another reader may hide.
-    async fn session(&self) -> Result<<Queues as DeadLetters>::Session, Failed> {
+    /// A session, and what has to be known of it.
+    async fn session(&self) -> Result<D::Session, Failed> {
         let session = self.queues.open().await.context("the dead-letter queue cannot be read")?;
-        let Census { readers, .. } = session.census();
-        if readers > 0 {
-            eprintln!(
-                "keyferry: warning: the queue {} has {readers} other readers; the letters that they hold are not shown",
-                self.queues.dead
-            );
+        let Census { cautions, .. } = session.census();
+        for caution in cautions {
+            eprintln!("keyferry: warning: {caution}");
         }
         Ok(session)
     }
@@ -194,60 +230,76 @@ impl Since {
     }
 }
 
+/// What a list has found: of a letter only what is shown.
+#[derive(Default)]
+struct Found {
+    letters: Vec<Value>,
+    recorded: HashSet<Uuid>,
+}
+
 impl List {
-    async fn run(self, desk: &Desk, output: Output) -> Result<(), Failed> {
-        let now = desk.store.now().await?;
+    async fn run<D: DeadLetters>(self, desk: &Desk<D>, output: Output) -> Result<(), Failed> {
         let mut session = desk.session().await?;
         let waiting = session.census().waiting;
+        let found = self.look(desk, &mut session).await;
+        // Also after a fault: SQS would hide letters for a while.
+        let closed = session.give_back().await;
+        let Found { letters, recorded } = found?;
+        let report = json!({"letters": letters, "waiting": waiting, "recorded": recorded.len()});
+        output.value(&report, |_| table(&letters));
+        if !output.json {
+            eprintln!("{} shown, {waiting} in the queue {}", letters.len(), desk.queues.dead());
+            if !recorded.is_empty() {
+                eprintln!("{} had no refusal and were given one: dead_lettered_by_broker", recorded.len());
+            }
+        }
+        Ok(closed?)
+    }
+
+    async fn look<D: DeadLetters>(&self, desk: &Desk<D>, session: &mut D::Session) -> anyhow::Result<Found> {
+        let now = desk.store.now().await?;
         let limit = usize::try_from(self.limit).unwrap_or(usize::MAX);
-        let mut shown: Vec<Known> = Vec::new();
-        let mut recorded = HashSet::new();
-        while shown.len() < limit {
+        let mut found = Found::default();
+        while found.letters.len() < limit {
             let letters = session.next_batch(BATCH).await?;
             if letters.is_empty() {
                 break;
             }
             let known = desk.matcher().record(letters).await?;
-            recorded.extend(known.iter().filter_map(newly_recorded));
-            shown.extend(known.into_iter().filter(|known| self.filter.matches(known, now)));
+            found.recorded.extend(known.iter().filter_map(newly_recorded));
+            found.letters.extend(known.iter().filter(|known| self.filter.matches(known, now)).map(summary));
         }
-        session.give_back().await?;
-        shown.truncate(limit);
-        let letters: Vec<Value> = shown.iter().map(summary).collect();
-        let report = json!({"letters": letters, "waiting": waiting, "recorded": recorded.len()});
-        output.value(&report, |_| table(&letters));
-        if !output.json {
-            eprintln!("{} shown, {waiting} in the queue {}", letters.len(), desk.queues.dead);
-            if !recorded.is_empty() {
-                eprintln!("{} had no refusal and were given one: dead_lettered_by_broker", recorded.len());
-            }
-        }
-        Ok(())
+        found.letters.truncate(limit);
+        Ok(found)
     }
 }
 
 impl Show {
-    async fn run(self, desk: &Desk, output: Output) -> Result<(), Failed> {
+    async fn run<D: DeadLetters>(self, desk: &Desk<D>, output: Output) -> Result<(), Failed> {
         let mut session = desk.session().await?;
-        let found = loop {
-            let letters = session.next_batch(BATCH).await?;
-            if letters.is_empty() {
-                break None;
-            }
-            let known = desk.matcher().record(letters).await?;
-            if let Some(found) = known.into_iter().find(|known| refusal_id(known) == Some(self.id)) {
-                break Some(found);
-            }
-        };
-        session.give_back().await?;
-        match found {
+        let found = self.find(desk, &mut session).await;
+        let closed = session.give_back().await;
+        match found? {
             Some(known) => {
                 output.value(&self.details(&known), |details| {
                     serde_json::to_string_pretty(details).unwrap_or_else(|error| error.to_string())
                 });
-                Ok(())
+                Ok(closed?)
             }
             None => Err(self.missing(desk).await?.into()),
+        }
+    }
+
+    async fn find<D: DeadLetters>(&self, desk: &Desk<D>, session: &mut D::Session) -> anyhow::Result<Option<Known>> {
+        loop {
+            let letters = session.next_batch(BATCH).await?;
+            if letters.is_empty() {
+                return Ok(None);
+            }
+            let known = desk.matcher().record(letters).await?;
+            if let Some(found) = known.into_iter().find(|known| refusal_id(known) == Some(self.id)) {
+                return Ok(Some(found));
+            }
         }
     }
 
@@ -276,7 +328,7 @@ impl Show {
     }
 
     /// Why there is nothing to be shown.
-    async fn missing(&self, desk: &Desk) -> Result<anyhow::Error, Failed> {
+    async fn missing(&self, desk: &Desk<impl DeadLetters>) -> Result<anyhow::Error, Failed> {
         let Self { id, .. } = self;
         let message = match desk.store.refusal(*id).await? {
             Some(row) => format!(
@@ -284,7 +336,7 @@ impl Show {
                  for as long as the queue keeps messages",
                 row.code,
                 rfc3339(row.refused_at),
-                desk.queues.dead
+                desk.queues.dead()
             ),
             None => format!("no refusal has the id {id}; see keyferry dead list"),
         };
@@ -302,10 +354,12 @@ struct Tally {
     matched: Vec<Uuid>,
     recorded: HashSet<Uuid>,
     moved: u64,
+    /// Those that stay though they were chosen.
+    left: u64,
 }
 
 impl Redrive {
-    async fn run(self, desk: &Desk, output: Output) -> Result<(), Failed> {
+    async fn run<D: DeadLetters>(self, desk: &Desk<D>, output: Output) -> Result<(), Failed> {
         let now = desk.store.now().await?;
         let mut session = desk.session().await?;
         let bar = progress_bar(session.census().waiting, "dead letters");
@@ -324,7 +378,7 @@ impl Redrive {
                 Ok(chosen) if self.dry_run || chosen.is_empty() => {}
                 Ok(chosen) => {
                     pace.wait(chosen.len()).await;
-                    if let Err(error) = put_back(&mut session, &chosen, desk, &mut tally).await {
+                    if let Err(error) = put_back(&mut session, &chosen, &mut tally).await {
                         break Err(error);
                     }
                 }
@@ -342,6 +396,9 @@ impl Redrive {
         outcome.and(closed).with_context(|| {
             format!("{} dead letters were put back before this, and a few more may have been", tally.moved)
         })?;
+        if tally.left > 0 {
+            return Err(anyhow!("{} dead letters could not be put back, and stay", tally.left).into());
+        }
         let missing = self.ids.iter().filter(|id| !tally.matched.contains(id)).count();
         if missing > 0 && !self.is_full(&tally) {
             return Err(anyhow!(
@@ -355,7 +412,7 @@ impl Redrive {
     /// The letters of a batch that are to be put back.
     async fn choose(
         &self,
-        desk: &Desk,
+        desk: &Desk<impl DeadLetters>,
         letters: Vec<crate::dead::Letter>,
         now: OffsetDateTime,
         tally: &mut Tally,
@@ -388,12 +445,13 @@ impl Redrive {
     }
 
     fn report(&self, tally: &Tally, output: Output) {
-        let Tally { seen, accepted, matched, recorded, moved } = tally;
+        let Tally { seen, accepted, matched, recorded, moved, left } = tally;
         let report = json!({
             "dry_run": self.dry_run,
             "seen": seen,
             "matched": matched.len(),
             "redriven": moved,
+            "left": left,
             "recorded": recorded.len(),
             "copies_of_accepted": accepted,
         });
@@ -411,15 +469,23 @@ impl Redrive {
     }
 }
 
-async fn put_back(session: &mut impl Session, chosen: &[Chosen], desk: &Desk, tally: &mut Tally) -> anyhow::Result<()> {
-    let outcomes = session.redrive(chosen).await?;
-    tally.moved += outcomes.iter().filter(|sent| **sent == Sent::Moved).count() as u64;
-    let queue = &desk.queues.requests;
-    match outcomes.iter().find(|sent| **sent != Sent::Moved) {
-        None => Ok(()),
-        Some(Sent::NoQueue) => Err(anyhow!("there is no queue {queue}; make it with: keyferry topology apply")),
-        Some(_) => Err(anyhow!("the queue {queue} is full: RabbitMQ would not take a message; try again later")),
+async fn put_back(session: &mut impl Session, chosen: &[Chosen], tally: &mut Tally) -> anyhow::Result<()> {
+    let mut stopped = None;
+    for (Chosen { refusal, .. }, sent) in chosen.iter().zip(session.redrive(chosen).await?) {
+        match sent {
+            Sent::Moved => tally.moved += 1,
+            Sent::Copied(why) => {
+                tally.moved += 1;
+                eprintln!("keyferry: warning: {refusal}: was put back, and its dead letter is still there: {why}");
+            }
+            Sent::Left(why) => {
+                tally.left += 1;
+                eprintln!("keyferry: warning: {refusal}: stays: {why}");
+            }
+            Sent::Stopped(why) => stopped = Some(why),
+        }
     }
+    stopped.map_or(Ok(()), |why| Err(anyhow!(why)))
 }
 
 /// Keeps to a rate: letters leave in small groups, each not before its time.

@@ -71,7 +71,6 @@ enum Command {
     #[command(subcommand)]
     Jobs(jobs::Jobs),
     /// Look at messages that were refused, and send them again once the cause is mended.
-    #[command(subcommand)]
     Dead(dead::Dead),
     /// Stop jobs until they are released, or list what is held.
     Hold(hold::Hold),
@@ -174,7 +173,7 @@ async fn run(cli: Cli) -> Result<(), Failed> {
         }
         Command::Submit(submit) => submit.run(&loaded, output).await?,
         Command::Jobs(jobs) => jobs.run(&loaded, output).await?,
-        Command::Dead(dead) => dead.run(&loaded, output).await?,
+        Command::Dead(dead) => Box::pin(dead.run(&loaded, output)).await?,
         Command::Hold(hold) => hold.run(&loaded, output).await?,
         Command::Release(release) => release.run(&loaded, output).await?,
         Command::Keys(keys) => keys.run(&loaded, output).await?,

@@ -18,8 +18,6 @@ use std::time::Duration;
 
 /// Calls to SQS for one request.
 const ATTEMPTS: u32 = 5;
-/// Longest `MessageGroupId` (SQS API Reference, `SendMessage`).
-const MOST_GROUP: usize = 128;
 
 /// What every request is sent as.
 const CONTENT_TYPE: &str = "application/json";
@@ -159,9 +157,7 @@ async fn over_sqs(queue: &Queue, messages: &[Message], signatures: Vec<Option<St
 /// worker to judge, and SQS would silently drop the second.
 fn outgoing(message: &Message, signature: Option<String>, is_fifo: bool) -> Outgoing {
     let digest = hex::encode(Sha256::digest(&message.body));
-    let is_group =
-        |key: &&str| (1..=MOST_GROUP).contains(&key.len()) && key.bytes().all(|byte| byte.is_ascii_graphic());
-    let group = message.key.as_deref().filter(is_group).unwrap_or(&digest).to_owned();
+    let group = Order::group_of(message.key.as_deref(), &message.body);
     let signature = signature.map(|signature| Attribute::text(SIGNATURE_HEADER, signature));
     Outgoing {
         body: message.body.clone(),

@@ -249,7 +249,7 @@ fn request_id(text: &str) -> Result<String, String> {
     Ok(id.as_str().to_owned())
 }
 
-fn transport(text: &str) -> Result<Transport, String> {
+pub(super) fn transport(text: &str) -> Result<Transport, String> {
     match text {
         "rabbitmq" => Ok(Transport::RabbitMq),
         "sqs" => Ok(Transport::Sqs),

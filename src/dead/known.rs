@@ -1,7 +1,9 @@
 //! Which refusal a letter is of, known as intake knew it.
 
 use super::Letter;
-use crate::job::{KeyArn, KeyRef, Operation, Refusal, RefusalCode, Rejected, Request, id_hash};
+use crate::ingress::{SIGNATURE_HEADER, Sender};
+use crate::job::{Envelope, KeyArn, KeyRef, Operation, Refusal, RefusalCode, Rejected, Request, id_hash};
+use crate::policy::{Identity, Proof, Signature};
 use crate::source::Keyring;
 use crate::store::{
     Candidate, LetterKey, MessageDigest, NewRefusal, RefusalRow, Sender as NewSender, Store, StoreError, Verdict,
@@ -24,6 +26,8 @@ pub struct Matcher<'a> {
     pub stranger: &'a str,
     /// The digest of the policy in force, for new rows.
     pub policy: &'a str,
+    /// What senders prove: a letter is read as intake read it.
+    pub proof: &'a Proof,
 }
 
 /// A letter with what is known of it.
@@ -68,6 +72,8 @@ impl Standing {
 struct Facts {
     /// As it is known to intake, most exact first.
     keys: Vec<LetterKey>,
+    /// The identity that it says it comes from.
+    claim: Option<String>,
     digest: MessageDigest,
     operation: Option<Operation>,
     key: Option<KeyRef>,
@@ -95,7 +101,7 @@ impl Matcher<'_> {
         let mut standings: Vec<Standing> =
             rows.into_iter().map(|row| row.map_or(Standing::Unrecorded, Standing::Refused)).collect();
         // Read again: of two letters that say the same, one row is of both.
-        let asked: Vec<LetterKey> = strangers.iter().map(|place| facts[*place].keys[0]).collect();
+        let asked: Vec<_> = strangers.iter().map(|place| (facts[*place].keys[0], None)).collect();
         let rows = self.store.refusals_of(&asked).await?;
         for ((place, row), verdict) in strangers.into_iter().zip(rows).zip(verdicts) {
             standings[place] = match (verdict, row) {
@@ -113,8 +119,10 @@ impl Matcher<'_> {
         let body = self.keyring.body_hash(queue, &letter.body);
         // A request that Postgres would not take is known by its body too.
         let whole = (body, body);
-        match Request::parse(letter.envelope()) {
+        let claim = self.claim(letter);
+        match Request::parse(self.envelope(letter)) {
             Ok(request) => Facts {
+                claim,
                 keys: vec![(request.id_hash(), request.digest()), whole],
                 digest: MessageDigest::Request(request.digest()),
                 operation: Some(request.operation()),
@@ -125,6 +133,7 @@ impl Matcher<'_> {
                 let Rejected { id, source, key, .. } = *rejected;
                 let first = (id.as_ref().map_or(body, |id| id_hash(&source, id)), body);
                 Facts {
+                    claim,
                     keys: if first == whole { vec![whole] } else { vec![first, whole] },
                     digest: MessageDigest::Body(body),
                     operation: None,
@@ -135,9 +144,35 @@ impl Matcher<'_> {
         }
     }
 
+    /// A signature does not cover the transport's message id, so that it names no request.
+    fn envelope<'l>(&self, letter: &'l Letter) -> Envelope<'l> {
+        let envelope = letter.envelope();
+        match self.proof {
+            Proof::Signature { .. } => Envelope { message_id: None, ..envelope },
+            Proof::Broker | Proof::Nothing => envelope,
+        }
+    }
+
+    fn claim(&self, letter: &Letter) -> Option<String> {
+        let identity = match (self.proof, &letter.sender) {
+            (Proof::Signature { .. }, _) => {
+                Identity::SigningKey(Signature::parse(letter.headers.get(SIGNATURE_HEADER)?)?.key)
+            }
+            (Proof::Broker, Some(Sender::RabbitMqUser(name) | Sender::PassedOn(name))) => {
+                Identity::parse(&format!("rabbitmq:{name}"))?
+            }
+            (Proof::Broker, Some(Sender::AwsRole(name))) => Identity::parse(&format!("aws:{name}"))?,
+            (Proof::Broker, None) | (Proof::Nothing, _) => return None,
+        };
+        Some(identity.to_string())
+    }
+
     /// The refusal of each letter, by the most exact way in which it is known.
     async fn rows(&self, facts: &[Facts]) -> Result<Vec<Option<RefusalRow>>, StoreError> {
-        let asked: Vec<LetterKey> = facts.iter().flat_map(|facts| facts.keys.iter().copied()).collect();
+        let mut asked: Vec<(LetterKey, Option<&str>)> = Vec::with_capacity(facts.len());
+        for Facts { keys, claim, .. } in facts {
+            asked.extend(keys.iter().map(|key| (*key, claim.as_deref())));
+        }
         let mut found = self.store.refusals_of(&asked).await?.into_iter();
         let of_each = facts.iter().map(|facts| {
             // The whole share is taken, whichever of it is used.
@@ -161,7 +196,7 @@ impl Matcher<'_> {
             refusal: Refusal::whole(
                 RefusalCode::DeadLetteredByBroker,
                 "the broker dead-lettered this message before Keyferry decided on it, or it was put there by hand; \
-                 keyferry dead redrive sends it again",
+                 its sender can send it again, and under policy = \"allow-all\" so can keyferry dead redrive",
             ),
             request_id: facts.request_id.clone(),
             operation: facts.operation,

@@ -6,11 +6,16 @@
 pub mod known;
 pub mod mask;
 pub mod rabbitmq;
+pub mod sqs;
 
 use crate::ingress::Sender;
 use crate::job::Envelope;
+use crate::policy::{Signed, Signer};
 use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::Arc;
 use time::OffsetDateTime;
+use tokio::time::Instant;
 use uuid::Uuid;
 
 /// A dead-letter queue and the queue of requests that its letters go back to.
@@ -22,6 +27,9 @@ pub trait DeadLetters: Send + Sync {
 
     /// The queue of requests, as bodies' keyed hashes know it.
     fn requests(&self) -> &str;
+
+    /// The dead-letter queue's name.
+    fn dead(&self) -> &str;
 
     /// Connects. Nothing is taken yet.
     fn open(&self) -> impl Future<Output = Result<Self::Session, SessionFault<Self>>> + Send;
@@ -36,9 +44,9 @@ pub trait Session: Send {
     type Error: std::error::Error + Send + Sync + 'static;
 
     /// What was there when it was opened.
-    fn census(&self) -> Census;
+    fn census(&self) -> &Census;
 
-    /// The next letters in the queue's order, up to `most`. None: everything that was there when the session was opened
+    /// The next letters, up to `most`, in the queue's order where it has one. None: everything that was there when the session was opened
     /// has been shown. What comes meanwhile, as a letter that was sent again and refused again, is for the next session.
     fn next_batch(&mut self, most: usize) -> impl Future<Output = Result<Vec<Letter>, Self::Error>> + Send;
 
@@ -50,12 +58,38 @@ pub trait Session: Send {
 }
 
 /// What a session finds.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Census {
     /// Letters that wait.
     pub waiting: u64,
-    /// Other readers: what they hold is not shown.
-    pub readers: u64,
+    /// What whoever looks should know of this look, as of letters that cannot be seen.
+    pub cautions: Vec<String>,
+}
+
+/// Signs what is sent again, by the store's clock. A redrive can take longer than a signature lives.
+#[derive(Clone)]
+pub struct Stamp {
+    signer: Arc<Signer>,
+    asked: OffsetDateTime,
+    since: Instant,
+}
+
+impl Stamp {
+    /// With the store's time of now.
+    pub fn new(signer: Signer, now: OffsetDateTime) -> Self {
+        Self { signer: Arc::new(signer), asked: now, since: Instant::now() }
+    }
+
+    /// The header `keyferry-signature`; `None` where a part cannot be signed.
+    pub fn header(&self, signed: Signed<'_>) -> Option<String> {
+        self.signer.header(self.asked + self.since.elapsed(), signed)
+    }
+}
+
+impl fmt::Debug for Stamp {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Stamp(..)")
+    }
 }
 
 /// A letter to be sent again.
@@ -68,14 +102,16 @@ pub struct Chosen {
 }
 
 /// What became of a letter that was sent again.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Sent {
     /// The queue of requests has it, the dead letter is gone.
     Moved,
-    /// There is no queue of requests. The dead letter stays.
-    NoQueue,
-    /// The queue would not take it, as a full one does. The dead letter stays.
-    Refused,
+    /// The queue of requests has it, and the dead letter could not be removed, for this reason.
+    Copied(String),
+    /// This one stays, for this reason; others may go.
+    Left(String),
+    /// It stays, and so would all others, for this reason: as a queue that is full, or not there.
+    Stopped(String),
 }
 
 /// A dead letter in hand.

@@ -3,10 +3,10 @@
 //! They are consumed and never given back one by one: a message that is given back counts as delivered once more, and may
 //! come back in another place. When the channel is closed, everything that it holds goes back at once, in its order.
 
-use super::{Census, Chosen, DeadLetters, Letter, Sent};
+use super::{Census, Chosen, DeadLetters, Letter, Sent, Stamp};
 use crate::amqp::{Broker, SessionError, within};
 use crate::ingress::{REDRIVE_HEADER, SIGNATURE_HEADER, Sender};
-use crate::policy::{Signed, Signer};
+use crate::policy::Signed;
 use futures_util::{FutureExt as _, StreamExt as _};
 use lapin::message::Delivery;
 use lapin::options::{
@@ -16,7 +16,6 @@ use lapin::options::{
 use lapin::types::{AMQPValue, FieldTable, ShortString};
 use lapin::{BasicProperties, Channel, Confirmation, Connection, Consumer, Queue as Declared};
 use std::collections::BTreeMap;
-use std::sync::Arc;
 use std::time::Duration;
 use time::OffsetDateTime;
 
@@ -38,8 +37,8 @@ pub struct Queues {
     pub requests: String,
     /// As whom: AMQP `user-id`.
     pub user_id: Option<String>,
-    /// By which key they are signed, and the time from which that holds.
-    pub signer: Option<(Arc<Signer>, OffsetDateTime)>,
+    /// By which they are signed.
+    pub stamp: Option<Stamp>,
 }
 
 /// One connection; one channel that reads, one that publishes.
@@ -68,6 +67,10 @@ impl DeadLetters for Queues {
         &self.requests
     }
 
+    fn dead(&self) -> &str {
+        &self.dead
+    }
+
     async fn open(&self) -> Result<Session, SessionError> {
         let opening = async {
             let connection = self.broker.connect("keyferry dead").await?;
@@ -75,13 +78,17 @@ impl DeadLetters for Queues {
             publishing.confirm_select(ConfirmSelectOptions::default()).await?;
             let declared = look(&reading, &self.dead).await?;
             let waiting = u64::from(declared.message_count());
+            let readers = declared.consumer_count();
+            let caution = (readers > 0).then(|| {
+                format!("the queue {} has {readers} other readers; the letters that they hold are not shown", self.dead)
+            });
             Ok(Session {
                 connection,
                 reading,
                 publishing,
                 consumer: None,
                 queues: self.clone(),
-                census: Census { waiting, readers: u64::from(declared.consumer_count()) },
+                census: Census { waiting, cautions: caution.into_iter().collect() },
                 left: waiting,
                 consumers: 0,
                 prefetch: 0,
@@ -96,8 +103,8 @@ impl DeadLetters for Queues {
 impl super::Session for Session {
     type Error = SessionError;
 
-    fn census(&self) -> Census {
-        self.census
+    fn census(&self) -> &Census {
+        &self.census
     }
 
     async fn next_batch(&mut self, most: usize) -> Result<Vec<Letter>, SessionError> {
@@ -123,12 +130,13 @@ impl super::Session for Session {
     }
 
     async fn redrive(&mut self, chosen: &[Chosen]) -> Result<Vec<Sent>, SessionError> {
+        let name = &self.queues.requests;
         let redriving = async {
             let mut confirmations = Vec::with_capacity(chosen.len());
             for one in chosen {
                 let delivery = &self.batch[one.place];
                 let options = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
-                let queue = self.queues.requests.as_str().into();
+                let queue = name.as_str().into();
                 let properties = self.queues.redriven(delivery, &one.refusal.to_string())?;
                 let sent = self.publishing.basic_publish("".into(), queue, options, &delivery.data, properties);
                 confirmations.push((delivery.delivery_tag, sent.await?));
@@ -141,8 +149,12 @@ impl super::Session for Session {
                         moved.push(tag);
                         Sent::Moved
                     }
-                    Confirmation::Ack(Some(_)) => Sent::NoQueue,
-                    Confirmation::Nack(_) | Confirmation::NotRequested => Sent::Refused,
+                    Confirmation::Ack(Some(_)) => {
+                        Sent::Stopped(format!("there is no queue {name}; make it with: keyferry topology apply"))
+                    }
+                    Confirmation::Nack(_) | Confirmation::NotRequested => Sent::Stopped(format!(
+                        "the queue {name} is full: RabbitMQ would not take a message; try again later"
+                    )),
                 });
             }
             // From here on until the queue knows of it, a letter is there twice: intake knows the second as a copy.
@@ -257,8 +269,8 @@ fn last_death(headers: &FieldTable) -> Option<&FieldTable> {
     }
 }
 
-/// The publisher's own headers: without what the broker has written on the way, by which a redriven message would look as
-/// if it had died already, and without those that would have it delivered elsewhere as well.
+/// The publisher's own headers: without those that brokers write on the way, by which a redriven message would look as
+/// if it had died already or had been passed on, and without those that would have it delivered elsewhere as well.
 fn headers(properties: &BasicProperties) -> impl Iterator<Item = (&ShortString, &AMQPValue)> {
     let all = properties.headers().as_ref().into_iter().flat_map(FieldTable::inner);
     all.filter(|(name, _)| {
@@ -266,6 +278,8 @@ fn headers(properties: &BasicProperties) -> impl Iterator<Item = (&ShortString, 
         let is_brokers = name == "x-death"
             || name.starts_with("x-first-death-")
             || name.starts_with("x-last-death-")
+            || name.starts_with("x-shovelled")
+            || name == "x-received-from"
             || name == "x-delivery-count";
         !is_brokers && name != "CC" && name != "BCC"
     })
@@ -279,17 +293,17 @@ impl Queues {
             new = new.with_user_id(user.as_str().into());
         }
         let mut headers = new.headers().clone().unwrap_or_default();
-        let Some((signer, now)) = &self.signer else { return Ok(new) };
+        let Some(stamp) = &self.stamp else { return Ok(new) };
         let content_type = new.content_type().as_ref().map(ToString::to_string);
         let signed = Signed { redrive: Some(refusal), content_type: content_type.as_deref(), body: &delivery.data };
-        let header = signer.header(*now, signed).ok_or(SessionError::Unsigned)?;
+        let header = stamp.header(signed).ok_or(SessionError::Unsigned)?;
         headers.insert(SIGNATURE_HEADER.into(), AMQPValue::LongString(header.into()));
         Ok(new.with_headers(headers))
     }
 }
 
 /// What a letter is sent again with. Not its `user-id`: the broker takes no other than the connection's own, and who asked is
-/// told by the refusal.
+/// told by the refusal. Not its `expiration`: that may be what it died of.
 fn redriven(old: &BasicProperties, refusal: &str) -> BasicProperties {
     let mut kept: BTreeMap<ShortString, AMQPValue> =
         headers(old).map(|(name, value)| (name.clone(), value.clone())).collect();
@@ -306,7 +320,6 @@ fn redriven(old: &BasicProperties, refusal: &str) -> BasicProperties {
         priority => with_priority,
         correlation_id => with_correlation_id,
         reply_to => with_reply_to,
-        expiration => with_expiration,
         message_id => with_message_id,
         timestamp => with_timestamp,
         kind => with_type,

@@ -30,6 +30,14 @@ pub(super) struct Asker {
     pub(super) sender: Sender,
 }
 
+impl Asker {
+    /// Who sends a message again has not proved to be its first sender: no later redrive may speak in this name.
+    fn into_messenger(mut self) -> Self {
+        self.sender.is_verified = false;
+        self
+    }
+}
+
 /// Somebody who asks, or the reason why nobody does; the latter is recorded under a name too.
 pub(super) type Asks = Result<Asker, Box<(Asker, Refusal)>>;
 
@@ -114,7 +122,18 @@ pub(super) struct Senders<'a> {
 impl Senders<'_> {
     /// In whose name the message asks. `body` is the keyed hash of its body, wanted only if it was sent again.
     pub(super) fn asker(&self, told: &Told, delivery: &Delivery, read: &Read, body: impl Fn() -> [u8; 32]) -> Asks {
-        let asker = match told {
+        let by = self.sender(told, delivery);
+        match &delivery.redrive {
+            None => by,
+            Some(refusal) => by
+                .map_err(|refused| Box::new((refused.0.into_messenger(), refused.1)))
+                .and_then(|by| self.redriven(by, refusal, read, body)),
+        }
+    }
+
+    /// Who sends the message.
+    fn sender(&self, told: &Told, delivery: &Delivery) -> Asks {
+        match told {
             Told::Nobody => Ok(self.named(ANONYMOUS, None, false)),
             Told::Unproved(claim, refusal) => {
                 Err(Box::new((self.named(UNIDENTIFIED, claim.clone(), false), refusal.clone())))
@@ -127,10 +146,6 @@ impl Senders<'_> {
                     Err(refusal) => Err(Box::new((asker, refusal))),
                 }
             }
-        }?;
-        match &delivery.redrive {
-            None => Ok(asker),
-            Some(refusal) => self.redriven(asker, refusal, read, body),
         }
     }
 
@@ -168,7 +183,8 @@ impl Senders<'_> {
     /// A refused message that is sent again asks in its first sender's name, if whoever sends it may do that, and if it is
     /// that message. Nothing else than that, and never in the name of whoever sends it.
     fn redriven(&self, by: Asker, refusal: &str, read: &Read, body: impl Fn() -> [u8; 32]) -> Asks {
-        let refuse = |by, code, message: &str| Err(Box::new((by, Refusal::whole(code, message))));
+        let refuse =
+            |by: Asker, code, message: &str| Err(Box::new((by.into_messenger(), Refusal::whole(code, message))));
         if !self.policy.may_redrive(&by.principal) {
             let message = "the header keyferry-redrive is for principals with redrive = true: leave it out, or ask the \
                            policy's keeper";

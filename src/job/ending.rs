@@ -125,13 +125,20 @@ codes! {
 }
 
 impl RefusalCode {
-    /// Whether the message may be sent again as it is, in its sender's name. Where the sender's own proof is at fault, only
-    /// the sender can mend it.
+    /// Refusals whose message cannot be sent again as it is. Where the sender's own proof is at fault, only the sender can
+    /// mend it; a refusal of a redrive says nothing of the sender.
+    pub const NOT_REDRIVEN: [Self; 6] = [
+        Self::IdentityMissing,
+        Self::SignatureInvalid,
+        Self::SignatureExpired,
+        Self::SignatureAudience,
+        Self::RedriveNotAllowed,
+        Self::RedriveMismatch,
+    ];
+
+    /// Whether the message may be sent again as it is, in its sender's name.
     pub fn can_be_redriven(self) -> bool {
-        !matches!(
-            self,
-            Self::IdentityMissing | Self::SignatureInvalid | Self::SignatureExpired | Self::SignatureAudience
-        )
+        !Self::NOT_REDRIVEN.contains(&self)
     }
 }
 

@@ -13,8 +13,6 @@ use std::time::Duration;
 const ATTEMPTS: u32 = 3;
 /// For a window: well within the lease that a relay has on its events.
 const WINDOW_TIMEOUT: Duration = Duration::from_secs(25);
-/// Longest `MessageGroupId` (SQS API Reference, `SendMessage`).
-const MOST_GROUP: usize = 128;
 
 /// A queue of events.
 #[derive(Clone, Debug)]
@@ -100,7 +98,7 @@ fn message(row: &OutboxRow, is_fifo: bool) -> Outgoing {
     // An event that cannot be read is sent as it is.
     let Head { kind, subject } = serde_json::from_str(&row.body).unwrap_or_default();
     let id = row.event_id.to_string();
-    let group = subject.filter(|subject| is_group(subject)).unwrap_or_else(|| id.clone());
+    let group = subject.filter(|subject| Order::is_group(subject)).unwrap_or_else(|| id.clone());
     let mut attributes = vec![
         Attribute::text("content-type", "application/cloudevents+json"),
         Attribute::text("routing-key", row.routing_key.as_str()),
@@ -111,11 +109,6 @@ fn message(row: &OutboxRow, is_fifo: bool) -> Outgoing {
     }
     let order = is_fifo.then_some(Order { group, deduplication: id });
     Outgoing { body: row.body.clone(), attributes, order }
-}
-
-/// Letters, digits and punctuation of ASCII.
-fn is_group(text: &str) -> bool {
-    (1..=MOST_GROUP).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_graphic())
 }
 
 #[cfg(test)]

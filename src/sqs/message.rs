@@ -5,6 +5,11 @@ use aws_sdk_sqs::primitives::Blob;
 use aws_sdk_sqs::types::{
     Message as AwsMessage, MessageAttributeValue, MessageSystemAttributeName, SendMessageBatchRequestEntry,
 };
+use sha2::{Digest as _, Sha256};
+use time::OffsetDateTime;
+
+/// Longest `MessageGroupId` (SQS API Reference, `SendMessage`).
+const MOST_GROUP: usize = 128;
 
 /// The value of an attribute. Types are SQS's: `String`, `Number`, `Binary`, each with an optional `.label`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -53,7 +58,7 @@ impl Attribute {
 }
 
 /// A message in flight.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Message {
     /// SQS's own id, the same at each receipt.
     pub id: String,
@@ -67,16 +72,24 @@ pub struct Message {
     pub sender_id: Option<String>,
     /// System attribute `MessageGroupId`.
     pub group: Option<String>,
+    /// System attribute `MessageDeduplicationId`.
+    pub deduplication: Option<String>,
+    /// System attribute `DeadLetterQueueSourceArn`: the queue out of which SQS itself moved it.
+    pub moved_from: Option<String>,
+    /// System attribute `SentTimestamp`. SQS keeps that of the first queue where it moves a message of a standard queue.
+    pub sent_at: Option<OffsetDateTime>,
     /// System attribute `ApproximateReceiveCount`, this receipt included.
     pub receive_count: u32,
 }
 
 impl Message {
     /// The attributes of SQS's own that are asked for.
-    pub(super) const SYSTEM_ATTRIBUTES: [MessageSystemAttributeName; 4] = [
+    pub(super) const SYSTEM_ATTRIBUTES: [MessageSystemAttributeName; 6] = [
         MessageSystemAttributeName::SenderId,
         MessageSystemAttributeName::ApproximateReceiveCount,
         MessageSystemAttributeName::MessageGroupId,
+        MessageSystemAttributeName::MessageDeduplicationId,
+        MessageSystemAttributeName::DeadLetterQueueSourceArn,
         MessageSystemAttributeName::SentTimestamp,
     ];
 
@@ -100,6 +113,11 @@ impl Message {
             attributes,
             sender_id: system.remove(&MessageSystemAttributeName::SenderId),
             group: system.remove(&MessageSystemAttributeName::MessageGroupId),
+            deduplication: system.remove(&MessageSystemAttributeName::MessageDeduplicationId),
+            moved_from: system.remove(&MessageSystemAttributeName::DeadLetterQueueSourceArn),
+            sent_at: system.remove(&MessageSystemAttributeName::SentTimestamp).and_then(|ms| {
+                OffsetDateTime::from_unix_timestamp_nanos(ms.parse::<i128>().ok()?.checked_mul(1_000_000)?).ok()
+            }),
             receive_count: system
                 .remove(&MessageSystemAttributeName::ApproximateReceiveCount)
                 .and_then(|count| count.parse().ok())
@@ -128,6 +146,18 @@ pub struct Order {
     pub group: String,
     /// `MessageDeduplicationId`, of the same characters: a copy within 5 minutes is taken and not kept.
     pub deduplication: String,
+}
+
+impl Order {
+    /// Whether SQS takes it as a group: letters, digits and punctuation of ASCII.
+    pub fn is_group(text: &str) -> bool {
+        (1..=MOST_GROUP).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_graphic())
+    }
+
+    /// The group of a request: those for one key are in order. One that names no key is known by its bytes.
+    pub fn group_of(key: Option<&str>, body: &str) -> String {
+        key.filter(|key| Self::is_group(key)).map_or_else(|| hex::encode(Sha256::digest(body)), str::to_owned)
+    }
 }
 
 /// A message to be sent.

@@ -38,6 +38,10 @@ pub struct QueueAttributes {
     pub max_receive_count: Option<u32>,
     /// `MessageRetentionPeriod`.
     pub retention: Duration,
+    /// `ApproximateNumberOfMessages`: those that can be received.
+    pub waiting: u64,
+    /// `ApproximateNumberOfMessagesNotVisible` and `ApproximateNumberOfMessagesDelayed`: those that cannot, for now.
+    pub hidden: u64,
 }
 
 /// Sends, counts and classifies a call. A macro: each of the SDK's builders is a type of its own.
@@ -105,7 +109,7 @@ impl Queue {
         // A number, or text that is one: both are accepted when it is set.
         let count = &redrive["maxReceiveCount"];
         let count = count.as_u64().or_else(|| count.as_str()?.parse().ok());
-        let retention = text(&QueueAttributeName::MessageRetentionPeriod).and_then(|text| text.parse().ok());
+        let number = |name| text(&name).and_then(|text| text.parse::<u64>().ok()).unwrap_or_default();
         Ok(QueueAttributes {
             arn: text(&QueueAttributeName::QueueArn)
                 .ok_or_else(|| CallError::incomplete(OPERATION, self.name(), "QueueArn"))?
@@ -113,7 +117,10 @@ impl Queue {
             is_fifo: text(&QueueAttributeName::FifoQueue) == Some("true"),
             dead_letter_arn: redrive["deadLetterTargetArn"].as_str().map(str::to_owned),
             max_receive_count: count.and_then(|count| u32::try_from(count).ok()),
-            retention: Duration::from_secs(retention.unwrap_or_default()),
+            retention: Duration::from_secs(number(QueueAttributeName::MessageRetentionPeriod)),
+            waiting: number(QueueAttributeName::ApproximateNumberOfMessages),
+            hidden: number(QueueAttributeName::ApproximateNumberOfMessagesNotVisible)
+                + number(QueueAttributeName::ApproximateNumberOfMessagesDelayed),
         })
     }
 

@@ -48,6 +48,11 @@ pub enum Finding {
     /// A message keeps its age when SQS moves it.
     #[error("keeps dead letters for a shorter time than the queue of requests keeps messages")]
     ShortRetention,
+    /// A look is a receipt, and SQS moves away what was received often enough.
+    #[error(
+        "has a redrive policy of its own: each look at dead letters is a receipt, and SQS would move them away; remove it"
+    )]
+    DeadLettersMove,
 }
 
 impl Finding {
@@ -111,6 +116,9 @@ impl Queues {
                 found.extend(wrong.into_iter().map(|finding| (requests.name().to_owned(), finding)));
                 if of_dead.retention < of_requests.retention {
                     found.push((dead_letters.name().to_owned(), Finding::ShortRetention));
+                }
+                if of_dead.dead_letter_arn.is_some() {
+                    found.push((dead_letters.name().to_owned(), Finding::DeadLettersMove));
                 }
             }
         }

@@ -1,6 +1,7 @@
 //! The refusals behind dead letters.
 
 use super::{Store, StoreError};
+use crate::job::RefusalCode;
 use time::OffsetDateTime;
 use tokio_postgres::Row;
 use uuid::Uuid;
@@ -34,24 +35,31 @@ pub struct RefusalRow {
 const COLUMNS: &str = "refusal.id, principal, refusal.digest, code, field, message, request_id, ingress, refused_at";
 
 impl Store {
-    /// The newest refusal of each message, in the slice's order. The same message may have been refused to several
-    /// principals, and for several reasons.
-    pub async fn refusals_of(&self, letters: &[LetterKey]) -> Result<Vec<Option<RefusalRow>>, StoreError> {
+    /// The refusal of each message, in the slice's order. The same message may have been refused to several principals, and
+    /// for several reasons: first comes one of the sender that the letter itself names, then one that can be sent again in
+    /// a proved name, then the newest. So a stranger's copy does not take the place of the original.
+    pub async fn refusals_of(
+        &self,
+        letters: &[(LetterKey, Option<&str>)],
+    ) -> Result<Vec<Option<RefusalRow>>, StoreError> {
         let read = format!(
             "select {COLUMNS}, place
-             from unnest($1::bytea[], $2::bytea[]) with ordinality as asked(id_hash, digest, place)
+             from unnest($1::bytea[], $2::bytea[], $3::text[]) with ordinality as asked(id_hash, digest, claim, place)
              join refusal on refusal.id_hash = asked.id_hash and refusal.digest = asked.digest
-             order by place, refused_at, refusal.id"
+             order by place, coalesce(identity = claim, false) and identity_verified,
+                      identity_verified and code <> all($4), code <> all($4), refused_at, refusal.id"
         );
-        let (hashes, digests): (Vec<&[u8]>, Vec<&[u8]>) =
-            letters.iter().map(|(hash, digest)| (hash.as_slice(), digest.as_slice())).unzip();
+        let hashes: Vec<&[u8]> = letters.iter().map(|((hash, _), _)| hash.as_slice()).collect();
+        let digests: Vec<&[u8]> = letters.iter().map(|((_, digest), _)| digest.as_slice()).collect();
+        let claims: Vec<Option<&str>> = letters.iter().map(|(_, claim)| *claim).collect();
+        let spent = RefusalCode::NOT_REDRIVEN.map(RefusalCode::as_str);
         self.retrying(|| async {
             let client = self.client().await?;
             let statement = client.prepare_cached(&read).await?;
             let mut found = vec![None; letters.len()];
-            for row in client.query(&statement, &[&hashes, &digests]).await? {
+            for row in client.query(&statement, &[&hashes, &digests, &claims, &spent.as_slice()]).await? {
                 let place = usize::try_from(row.get::<_, i64>(9)).unwrap_or_default();
-                // The last one stands, which is the newest.
+                // The last one stands.
                 if let Some(found) = place.checked_sub(1).and_then(|place| found.get_mut(place)) {
                     *found = Some(refusal_row(&row));
                 }

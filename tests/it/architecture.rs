@@ -8,7 +8,7 @@ const EDGES: &[(&str, &[&str])] = &[
     ("amqp", &["config", "tls"]),
     ("audit", &["job"]),
     ("config", &["policy"]),
-    ("dead", &["amqp", "ingress", "job", "policy", "source", "store"]),
+    ("dead", &["amqp", "ingress", "job", "policy", "retry", "source", "sqs", "store"]),
     ("failpoint", &[]),
     ("ingress", &["amqp", "job", "retry", "sqs", "telemetry"]),
     ("intake", &["ingress", "job", "policy", "retry", "source", "store", "telemetry"]),

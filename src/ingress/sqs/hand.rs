@@ -269,10 +269,9 @@ mod tests {
             id: id.to_owned(),
             receipt: format!("r-{id}"),
             body: id.to_owned(),
-            attributes: Vec::new(),
-            sender_id: None,
             group: group.map(str::to_owned),
             receive_count: 1,
+            ..Message::default()
         }
     }
 

@@ -12,7 +12,7 @@
 mod hand;
 mod heartbeat;
 mod poller;
-mod sender;
+pub mod sender;
 mod settle;
 
 use super::{Delivery, Ingress, Settlement};

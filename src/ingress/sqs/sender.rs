@@ -6,7 +6,7 @@ use crate::ingress::Sender;
 ///
 /// `SenderId` "returns the user or role ID" (SQS API Reference, `ReceiveMessage`); roles' begin with `AROA` (IAM User
 /// Guide, "IAM identifiers"). A user's (`AIDA...`), an account's, and a federated user's (`account:name`) name no role.
-pub(super) fn parse(sender_id: &str) -> Option<Sender> {
+pub fn parse(sender_id: &str) -> Option<Sender> {
     let (role, session) = sender_id.split_once(':')?;
     let rest = role.strip_prefix("AROA")?;
     let is_role = !rest.is_empty() && rest.bytes().all(|byte| byte.is_ascii_uppercase() || byte.is_ascii_digit());

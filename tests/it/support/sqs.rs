@@ -86,6 +86,11 @@ impl Queues {
 
     /// Sends a request, in a group on FIFO. Every message is one of its own, even where its bytes are not.
     pub async fn send(&self, message: &Message, group: &str) {
+        self.put(Role::Requests, message, group).await;
+    }
+
+    /// The same into any of them.
+    pub async fn put(&self, role: Role, message: &Message, group: &str) {
         let text = |value: &str| json!({"DataType": "String", "StringValue": value});
         let mut attributes: BTreeMap<&str, Value> =
             message.headers.iter().map(|(name, value)| (name.as_str(), text(value))).collect();
@@ -96,11 +101,22 @@ impl Queues {
         if !attributes.is_empty() {
             request["MessageAttributes"] = json!(attributes);
         }
-        if self.is_fifo(Role::Requests) {
+        if self.is_fifo(role) {
             request["MessageGroupId"] = json!(group);
             request["MessageDeduplicationId"] = json!(Uuid::new_v4().to_string());
         }
-        self.call("SendMessage", Role::Requests, request).await;
+        self.call("SendMessage", role, request).await;
+    }
+
+    /// Receives requests as if each consumer died with them, once.
+    pub async fn fumble(&self) {
+        let asked = json!({"MaxNumberOfMessages": 10, "WaitTimeSeconds": 0, "VisibilityTimeout": 0});
+        self.call("ReceiveMessage", Role::Requests, asked).await;
+    }
+
+    /// Sets attributes.
+    pub async fn set(&self, role: Role, attributes: Value) {
+        self.call("SetQueueAttributes", role, json!({"Attributes": attributes})).await;
     }
 
     /// Sends many requests, ten at a time. On FIFO each is in a group of its own.

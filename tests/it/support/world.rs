@@ -188,7 +188,7 @@ pub struct World {
     pub vhost: Vhost,
     pub queues: Queues,
     pub proxy: Proxy,
-    carriage: Carriage,
+    pub carriage: Carriage,
     pub client: Client,
     pub db: TestDb,
     kek: String,
@@ -511,6 +511,15 @@ impl World {
     pub async fn send_by(&mut self, user: &User, message: Message) {
         user.publish(&message).await.unwrap();
         self.published.push(message);
+    }
+
+    /// Messages that can be had from a queue of the first carrier.
+    pub async fn ready_in(&self, role: Role) -> u32 {
+        match (self.carriage.requests[0], role) {
+            (Carrier::Sqs | Carrier::SqsFifo, role) => self.queues.ready(role).await,
+            (Carrier::RabbitMq, Role::Dead) => self.vhost.ready(DEAD).await,
+            (Carrier::RabbitMq, _) => self.vhost.ready(JOBS).await,
+        }
     }
 
     /// Messages that wait for a worker at the brokers.
