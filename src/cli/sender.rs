@@ -19,8 +19,8 @@ pub(super) struct SignArgs {
     /// The id under which the policy knows the key.
     #[arg(long, value_name = "ID", requires = "sign_key_file")]
     sign_key_id: Option<String>,
-    /// How long a signature may be on its way; 14 days at most.
-    #[arg(long, value_name = "TIME", default_value = "1h", value_parser = duration)]
+    /// How long a message may be on its way, outages of the worker included; 14 days at most.
+    #[arg(long, value_name = "TIME", default_value = "24h", value_parser = duration)]
     sign_for: Duration,
     /// AMQP `user-id`; absent: the user of `rabbitmq.url`. Needed where a client certificate is the login.
     #[arg(long, value_name = "NAME")]

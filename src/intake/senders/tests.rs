@@ -111,6 +111,27 @@ fn a_redriven_message_asks_in_its_first_senders_name_or_is_refused() {
 }
 
 #[test]
+fn a_refused_redrive_gives_nobody_a_name_to_speak_in() {
+    let policy = Policy::parse(POLICY).unwrap();
+    let message = delivery(Some("operator"), Some(ID));
+    let unproved = record(&message, None, false, RefusalCode::IdentityMissing);
+    for (user, found) in [("operator", Some(unproved)), ("operator", None), ("payroll", None), ("stranger", None)] {
+        let message = delivery(Some(user), Some(ID));
+        let refusals = found.map(|record| (ID, record)).into_iter().collect();
+        let senders = Senders { policy: &policy, proof: &Proof::Broker, refusals: &refusals, now: NOW };
+        let told = tell(std::slice::from_ref(&message), &policy, &Proof::Broker).remove(0);
+        let (asker, _) = *senders.asker(&told, &message, &read(&message), || [0; 32]).unwrap_err();
+        assert!(!asker.sender.is_verified, "{user}");
+    }
+    // Not even if its row said so.
+    for code in [RefusalCode::RedriveNotAllowed, RefusalCode::RedriveMismatch] {
+        let of_operator = record(&message, Some("rabbitmq:operator"), true, code);
+        let again = asks(&policy, &Proof::Broker, &message, Some(of_operator));
+        assert_eq!(again, three("operator", "rabbitmq:operator", "redrive_not_allowed"));
+    }
+}
+
+#[test]
 fn with_allow_all_anyone_may_redrive_what_was_refused() {
     let message = delivery(None, Some(ID));
     let known = record(&message, Some("rabbitmq:payroll"), true, RefusalCode::NotAllowed);
