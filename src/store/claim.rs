@@ -179,7 +179,9 @@ pub const CLAIM: &str = "
         where exists (select from line where line.lane_id = known.id
                       and line.due_at >= known.scan_from and line.due_at <= (select now from clock))
         union all
+        -- A lane whose lines are all parked, or wait, takes no share from the others.
         select lane_id from other where lane_id is not null
+        and exists (select from line where line.lane_id = other.lane_id and line.due_at <= (select now from clock))
     ),
     open_lane as materialized (
         select lane.id, case when $3::boolean then '-infinity' else lane.scan_from end as scan_from, count(*) over () as lanes
@@ -298,14 +300,8 @@ impl Store {
         lease: Duration,
         signature_life: Duration,
         scan: Scan,
-    ) -> Result<Vec<ClaimedJob>, StoreError> {
-        loop {
-            let claimed = self.retrying(|| self.claim_once(most, lease, signature_life, scan)).await?;
-            // Lines that were put aside are not due any more, or have gone on: others may be.
-            if !claimed.jobs.is_empty() || claimed.put_aside == 0 {
-                return Ok(claimed.jobs);
-            }
-        }
+    ) -> Result<Claimed, StoreError> {
+        self.retrying(|| self.claim_once(most, lease, signature_life, scan)).await
     }
 
     async fn claim_once(
@@ -457,11 +453,12 @@ impl Store {
 }
 
 /// What a claim has found.
-#[derive(Default)]
-struct Claimed {
-    jobs: Vec<ClaimedJob>,
-    /// Due lines without a job that can run now.
-    put_aside: usize,
+#[derive(Debug, Default)]
+pub struct Claimed {
+    /// Jobs to run.
+    pub jobs: Vec<ClaimedJob>,
+    /// Due lines without a job that can run now. They are not due any more, or have gone on: others may be.
+    pub put_aside: usize,
 }
 
 /// What became of leases that were to be renewed.

@@ -25,7 +25,7 @@ mod urgent;
 pub use accept::{Candidate, MessageDigest, NewJob, NewRefusal, Sender, Verdict};
 pub use bisect::bisect;
 pub use cancel::{CANCEL_PAGE, Cancelled};
-pub use claim::{ClaimedJob, JOIN_PAGE, KnownMaterial, Lease, Progress, Renewed, Scan};
+pub use claim::{Claimed, ClaimedJob, JOIN_PAGE, KnownMaterial, Lease, Progress, Renewed, Scan};
 pub use dead::{LetterKey, RefusalRow};
 pub use hold::{Held, Hold, Scope, Stop};
 pub use keys::{KeyDeletion, KeyListing, NewSourceKey, SourceKeyOrigin};

@@ -162,10 +162,10 @@ impl Pool {
             let claimed =
                 self.context.store.claim(permits.len(), settings.lease(), settings.signature_life(), scan).await;
             let pause = match claimed {
-                Ok(jobs) => {
+                Ok(claimed) => {
                     outage.reset();
-                    let found = !jobs.is_empty();
-                    for (job, permit) in jobs.into_iter().zip(permits) {
+                    let found = !claimed.jobs.is_empty() || claimed.put_aside > 0;
+                    for (job, permit) in claimed.jobs.into_iter().zip(permits) {
                         self.start(job, permit, asked_at);
                     }
                     if found {

@@ -1,12 +1,12 @@
 //! Holds stop what is within them at once, and no line is forgotten when they are released.
 
 use super::given::{
-    LEASE, REGION, accept, accept_line, arn, arn_in, assert_audit_holds, assert_dense, claim, claim_one,
-    generating_step, job, job_with, put_back, retry, settle, succeeded, urgent, value,
+    LEASE, REGION, SIGNATURE_LIFE, accept, accept_line, arn, arn_in, assert_audit_holds, assert_dense, claim,
+    claim_one, generating_step, job, job_with, put_back, retry, settle, succeeded, urgent, value,
 };
 use crate::support::db::TestDb;
 use keyferry::job::KeyArn;
-use keyferry::store::{Cancelled, ClaimedJob, Held, NewJob, Prepared, RetryState, Scope, Stop, Store};
+use keyferry::store::{Cancelled, ClaimedJob, Held, NewJob, Prepared, RetryState, Scan, Scope, Stop, Store};
 use serde_json::json;
 use std::time::Duration;
 use tokio_postgres::Client;
@@ -206,6 +206,9 @@ async fn ten_thousand_held_lines_cost_nothing_until_they_are_released() {
         (0..10_000).map(|n| job_with(&format!("j{n}"), &arn(n), json!({"dry_run": n % 2 == 0}))).collect();
     accept(&store, &jobs).await;
     let from = std::time::Instant::now();
+    // One transaction, so that a worker that is told to stop can.
+    let once = store.claim(64, LEASE, SIGNATURE_LIFE, Scan::FromBounds).await.unwrap();
+    assert!(once.jobs.is_empty() && once.put_aside == 64);
     assert!(claim(&store, 64).await.is_empty());
     println!("parked 10,000 lines in {:?}", from.elapsed());
     assert_eq!(value::<i64>(&client, PARKED, &[]).await, 10_000);
