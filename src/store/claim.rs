@@ -1,7 +1,7 @@
 //! Claims: lines with work, each under a lease, with all that the head's job needs.
 
 use super::advance::{Leases, advance};
-use super::hold::{Holds, park};
+use super::hold::{Holds, Parked, park};
 use super::urgent::OVERTAKE;
 use super::{DsmChoice, Store, StoreError};
 use crate::job::{ImportParameters, KeyArn, KeyKind, Request, RequestId, Wrapping, WrappingAlgorithm, WrappingKeySpec};
@@ -111,6 +111,13 @@ pub struct Progress {
     pub parameters: Option<ImportParameters>,
     /// Attempts so far ended because of this, as in the audit trail.
     pub last_error: Option<serde_json::Value>,
+}
+
+impl Progress {
+    /// Whether what the job did, or may have done, is to be settled before another job of its line runs.
+    pub(super) fn may_have_changed_aws(&self) -> bool {
+        self.in_doubt || self.answered || !self.deleted_ids.is_empty()
+    }
 }
 
 /// A material that a job has put on a key. The key is tied to it for good.
@@ -343,16 +350,17 @@ impl Store {
         let jobs: Vec<ClaimedJob> =
             rows.iter().filter_map(|row| claimed_job(row, &heads).inspect_err(unread).ok()).collect();
         mark_late(&transaction, &jobs, &heads, signature_life).await?;
-        let held: BTreeMap<i64, Uuid> = jobs
+        let held: BTreeMap<i64, Parked> = jobs
             .iter()
             // One that is to end as cancelled needs nothing of AWS for that.
             .filter(|job| !job.is_cancelled || job.progress.in_doubt || job.progress.answered)
-            .filter_map(|job| Some((job.lease.line_id, holds.on(&job.principal, &job.key)?)))
+            .filter_map(|job| Some((job.lease.line_id, Parked { by: holds.on(&job.principal, &job.key)?, job })))
             .collect();
         park(&transaction, &held).await?;
         transaction.commit().await?;
         let put_aside = put_aside + held.len();
-        let jobs = jobs.into_iter().filter(|job| !held.contains_key(&job.lease.line_id)).collect();
+        let held: HashSet<i64> = held.into_keys().collect();
+        let jobs = jobs.into_iter().filter(|job| !held.contains(&job.lease.line_id)).collect();
         Ok(Claimed { jobs, put_aside })
     }
 
