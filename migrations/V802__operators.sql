@@ -79,6 +79,8 @@ create table backlog_change (
     principal text not null,
     change bigint not null
 ) with (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 1000);
+-- One principal's changes, however many the others have.
+create index backlog_change_principal on backlog_change (principal) include (change);
 insert into backlog (principal, waiting)
 select principal, count(*) from job where state = 'waiting' group by principal;
 grant select, insert, update on backlog to keyferry_worker;
