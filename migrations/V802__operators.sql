@@ -12,8 +12,11 @@ create table urgent (
     seq bigint not null,
     -- Claims of the job. Those of the job at the head are counted in the line.
     attempt integer not null default 0,
+    -- The hold by which it was found held: until that is released it overtakes nobody.
+    parked_by uuid,
     primary key (line_id, seq)
 ) with (fillfactor = 70, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 200);
+create index urgent_parked on urgent (parked_by, line_id) where parked_by is not null;
 
 -- The urgent job that runs under the lease; null: the job at the head does.
 alter table line add column urgent_seq bigint;
@@ -76,6 +79,8 @@ create table backlog_change (
     principal text not null,
     change bigint not null
 ) with (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 1000);
+-- One principal's changes, however many the others have.
+create index backlog_change_principal on backlog_change (principal) include (change);
 insert into backlog (principal, waiting)
 select principal, count(*) from job where state = 'waiting' group by principal;
 grant select, insert, update on backlog to keyferry_worker;

@@ -97,8 +97,8 @@ const FOUND: &str = "
            coalesce(progress.in_doubt or progress.imported, false), coalesce(progress.deleted_ids <> '{}', false),
            coalesce(progress.audit_n, 1), cancellation.job_id is not null,
            coalesce(urgent.attempt, case when line.head_seq = job.seq then line.attempt else 0 end),
-           line.head_seq = job.seq, job.seq = (select min(seq) from urgent where urgent.line_id = line.id),
-           exists (select from urgent where urgent.line_id = line.id), progress.source_key_id,
+           line.head_seq = job.seq, job.seq = (select min(seq) from urgent where urgent.line_id = line.id and urgent.parked_by is null),
+           exists (select from urgent where urgent.line_id = line.id and urgent.parked_by is null), progress.source_key_id,
            kms_key.arn, job.principal, job.request_id, job.request_source, job.request, job.accepted_at,
            job.traceparent
     from job
@@ -127,7 +127,7 @@ struct Found {
     is_requested: bool,
     attempts: i32,
     is_head: bool,
-    /// It is the urgent job that is next.
+    /// It is the urgent job that is next. One that is parked is not.
     is_first_urgent: bool,
     line_has_urgent: bool,
     source_key_id: Option<Uuid>,
@@ -232,9 +232,7 @@ async fn end(
 /// The lines go on without their jobs. Those in the middle are passed over when their turn would come.
 async fn leave_lines(transaction: &Transaction<'_>, jobs: &[&Found], now: OffsetDateTime) -> Result<(), StoreError> {
     let places: Vec<(i64, i64)> = jobs.iter().filter_map(|job| Some((job.line_id, job.seq?))).collect();
-    if jobs.iter().any(|job| job.line_has_urgent) {
-        urgent::end(transaction, &places).await?;
-    }
+    urgent::end(transaction, &places).await?;
     // Of each line whose next job is among them: whether the urgent one that is next stays.
     let mut lines: BTreeMap<i64, bool> = BTreeMap::new();
     for job in jobs.iter().filter(|job| job.is_head || job.is_first_urgent) {

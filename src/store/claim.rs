@@ -1,7 +1,7 @@
 //! Claims: lines with work, each under a lease, with all that the head's job needs.
 
 use super::advance::{Leases, advance};
-use super::hold::{Holds, park};
+use super::hold::{Holds, Parked, park};
 use super::urgent::OVERTAKE;
 use super::{DsmChoice, Store, StoreError};
 use crate::job::{ImportParameters, KeyArn, KeyKind, Request, RequestId, Wrapping, WrappingAlgorithm, WrappingKeySpec};
@@ -113,6 +113,13 @@ pub struct Progress {
     pub last_error: Option<serde_json::Value>,
 }
 
+impl Progress {
+    /// Whether what the job did, or may have done, is to be settled before another job of its line runs.
+    pub(super) fn may_have_changed_aws(&self) -> bool {
+        self.in_doubt || self.answered || !self.deleted_ids.is_empty()
+    }
+}
+
 /// A material that a job has put on a key. The key is tied to it for good.
 #[derive(Clone, Debug)]
 pub struct KnownMaterial {
@@ -179,7 +186,9 @@ pub const CLAIM: &str = "
         where exists (select from line where line.lane_id = known.id
                       and line.due_at >= known.scan_from and line.due_at <= (select now from clock))
         union all
+        -- A lane whose lines are all parked, or wait, takes no share from the others.
         select lane_id from other where lane_id is not null
+        and exists (select from line where line.lane_id = other.lane_id and line.due_at <= (select now from clock))
     ),
     open_lane as materialized (
         select lane.id, case when $3::boolean then '-infinity' else lane.scan_from end as scan_from, count(*) over () as lanes
@@ -298,14 +307,8 @@ impl Store {
         lease: Duration,
         signature_life: Duration,
         scan: Scan,
-    ) -> Result<Vec<ClaimedJob>, StoreError> {
-        loop {
-            let claimed = self.retrying(|| self.claim_once(most, lease, signature_life, scan)).await?;
-            // Lines that were put aside are not due any more, or have gone on: others may be.
-            if !claimed.jobs.is_empty() || claimed.put_aside == 0 {
-                return Ok(claimed.jobs);
-            }
-        }
+    ) -> Result<Claimed, StoreError> {
+        self.retrying(|| self.claim_once(most, lease, signature_life, scan)).await
     }
 
     async fn claim_once(
@@ -347,16 +350,17 @@ impl Store {
         let jobs: Vec<ClaimedJob> =
             rows.iter().filter_map(|row| claimed_job(row, &heads).inspect_err(unread).ok()).collect();
         mark_late(&transaction, &jobs, &heads, signature_life).await?;
-        let held: BTreeMap<i64, Uuid> = jobs
+        let held: BTreeMap<i64, Parked> = jobs
             .iter()
             // One that is to end as cancelled needs nothing of AWS for that.
             .filter(|job| !job.is_cancelled || job.progress.in_doubt || job.progress.answered)
-            .filter_map(|job| Some((job.lease.line_id, holds.on(&job.principal, &job.key)?)))
+            .filter_map(|job| Some((job.lease.line_id, Parked { by: holds.on(&job.principal, &job.key)?, job })))
             .collect();
         park(&transaction, &held).await?;
         transaction.commit().await?;
         let put_aside = put_aside + held.len();
-        let jobs = jobs.into_iter().filter(|job| !held.contains_key(&job.lease.line_id)).collect();
+        let held: HashSet<i64> = held.into_keys().collect();
+        let jobs = jobs.into_iter().filter(|job| !held.contains(&job.lease.line_id)).collect();
         Ok(Claimed { jobs, put_aside })
     }
 
@@ -457,11 +461,12 @@ impl Store {
 }
 
 /// What a claim has found.
-#[derive(Default)]
-struct Claimed {
-    jobs: Vec<ClaimedJob>,
-    /// Due lines without a job that can run now.
-    put_aside: usize,
+#[derive(Debug, Default)]
+pub struct Claimed {
+    /// Jobs to run.
+    pub jobs: Vec<ClaimedJob>,
+    /// Due lines without a job that can run now. They are not due any more, or have gone on: others may be.
+    pub put_aside: usize,
 }
 
 /// What became of leases that were to be renewed.

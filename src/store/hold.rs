@@ -4,9 +4,12 @@
 //! first, and then wakes the lines in pages; a line that is parked by a hold that was released meanwhile, by a claim
 //! that had read of it before, or whose release was killed, is woken by the housekeeping of whichever worker is next.
 //! So neither a park nor a wake is lost, and nobody waits for a lock.
+//!
+//! An urgent job that is held is parked by itself, and its line goes on with what is not, unless something of it is in
+//! doubt, which is settled first.
 
 use super::accept::insert_audit;
-use super::{Store, StoreError, urgent};
+use super::{ClaimedJob, Store, StoreError, urgent};
 use crate::audit::{Fact, Kind};
 use crate::job::KeyArn;
 use deadpool_postgres::Transaction;
@@ -233,19 +236,23 @@ impl Store {
         Ok(client.query(LEASED, &[]).await?.iter().filter(is_within).count())
     }
 
-    /// Wakes a page of lines that are parked by holds which are no longer in force. Says how many; nothing is left when
+    /// Wakes a page of lines, and of urgent jobs, that are parked by holds which are no longer in force. Says how many; nothing is left when
     /// there were none.
     pub async fn wake_parked(&self) -> Result<usize, StoreError> {
         self.retrying(|| self.wake_parked_once()).await
     }
 
     async fn wake_parked_once(&self) -> Result<usize, StoreError> {
-        // From one hold that parks lines to the next, along the index.
+        // From one hold that parks anything to the next, along the indexes.
         const RELEASED: &str = "
             with recursive parking(id) as (
-                (select parked_by from line where parked_by is not null order by parked_by limit 1)
+                select '00000000-0000-0000-0000-000000000000'::uuid
                 union all
-                select (select parked_by from line where parked_by > parking.id order by parked_by limit 1)
+                select (select parked_by from (
+                            select parked_by from line where parked_by > parking.id
+                            union all
+                            select parked_by from urgent where parked_by > parking.id
+                        ) as parked order by parked_by limit 1)
                 from parking where parking.id is not null
             )
             select array_agg(parking.id) from parking join hold on hold.id = parking.id where hold.released_at is not null";
@@ -262,29 +269,38 @@ impl Store {
         };
         let wake = transaction.prepare_cached(WAKE).await?;
         let woken = transaction.execute(&wake, &[&released, &WAKE_PAGE]).await?;
+        let woken = woken + urgent::wake(&transaction, &released, WAKE_PAGE).await?;
         transaction.commit().await?;
         Ok(usize::try_from(woken).unwrap_or(0))
     }
 }
 
+/// A job that was claimed just now, and the hold on it.
+pub(super) struct Parked<'a> {
+    pub(super) by: Uuid,
+    pub(super) job: &'a ClaimedJob,
+}
+
 /// Parks lines that were claimed just now, each by a hold on its job. Their claims do not count.
-pub(super) async fn park(transaction: &Transaction<'_>, lines: &BTreeMap<i64, Uuid>) -> Result<(), StoreError> {
+pub(super) async fn park(transaction: &Transaction<'_>, lines: &BTreeMap<i64, Parked<'_>>) -> Result<(), StoreError> {
     const URGENT: &str = "select id, urgent_seq from line where id = any($1) and urgent_seq is not null";
     const PARK: &str = "
         update line set token = null, urgent_seq = null, due_at = 'infinity', parked_by = held.hold,
                         attempt = line.attempt - (line.urgent_seq is null)::int
         from unnest($1::bigint[], $2::uuid[]) as held(id, hold) where line.id = held.id";
-    if lines.is_empty() {
-        return Ok(());
-    }
-    let (ids, holds): (Vec<i64>, Vec<Uuid>) = lines.iter().unzip();
+    let Some(now) = lines.values().next().map(|parked| parked.job.now) else { return Ok(()) };
+    let (ids, holds): (Vec<i64>, Vec<Uuid>) = lines.iter().map(|(line, parked)| (*line, parked.by)).unzip();
     let overtaken = transaction.prepare_cached(URGENT).await?;
     let rows = transaction.query(&overtaken, &[&ids]).await?;
     let places: Vec<(i64, i64)> = rows.iter().map(|row| (row.get(0), row.get(1))).collect();
     urgent::uncount(transaction, &places).await?;
     let park = transaction.prepare_cached(PARK).await?;
     transaction.execute(&park, &[&ids, &holds]).await?;
-    Ok(())
+    let aside = places.iter().filter_map(|(line, seq)| {
+        let parked = lines.get(line).filter(|parked| !parked.job.progress.may_have_changed_aws())?;
+        Some((*line, *seq, parked.by))
+    });
+    urgent::step_aside(transaction, &aside.collect::<Vec<_>>(), now).await
 }
 
 const JOBS: &str = "

@@ -23,9 +23,10 @@ mod settle;
 mod urgent;
 
 pub use accept::{Candidate, MessageDigest, NewJob, NewRefusal, Sender, Verdict};
+pub use backlog::{FOLD_PAGE, Folded};
 pub use bisect::bisect;
 pub use cancel::{CANCEL_PAGE, Cancelled};
-pub use claim::{ClaimedJob, JOIN_PAGE, KnownMaterial, Lease, Progress, Renewed, Scan};
+pub use claim::{Claimed, ClaimedJob, JOIN_PAGE, KnownMaterial, Lease, Progress, Renewed, Scan};
 pub use dead::{LetterKey, RefusalRow};
 pub use hold::{Held, Hold, Scope, Stop};
 pub use keys::{KeyDeletion, KeyListing, NewSourceKey, SourceKeyOrigin};
@@ -38,6 +39,7 @@ pub use settle::{Answered, Material, Parameters, Removed, RetryState, Settlement
 
 /// Statements whose cost the suite bounds with `EXPLAIN`.
 pub mod statements {
+    pub use super::backlog::{FOLD, WAITING};
     pub use super::claim::{CLAIM, READ};
     pub use super::lock::{AUDIT_COUNTS, LOCK};
     pub use super::session_options;

@@ -14,7 +14,7 @@ use crate::policy::{Current, Targets};
 use crate::retry::{Attempts, Class};
 use crate::source::{Dsm, Keyring};
 use crate::store::{
-    ClaimedJob, Hold, JOIN_PAGE, Prepared, Scan, Settlement, SettlementKind, Step, Store, StoreError, bisect,
+    ClaimedJob, FOLD_PAGE, Hold, JOIN_PAGE, Prepared, Scan, Settlement, SettlementKind, Step, Store, StoreError, bisect,
 };
 use crate::telemetry::{Health, Metrics, Part};
 use attempt::Attempt;
@@ -37,6 +37,10 @@ const WHOLE_INDEX_EVERY: Duration = Duration::from_secs(5);
 const CLAIM_SHARE: usize = 4;
 const CLAIM_PACE: Duration = Duration::from_millis(10);
 const HOUSEKEEPING: Duration = Duration::from_secs(1);
+/// Pages of one kind of housekeeping before the others have their turn.
+const PAGES: usize = 4;
+/// So often the backlog's changes are folded from the first on, for those that were committed late.
+const WHOLE_BACKLOG_EVERY: Duration = Duration::from_secs(60);
 
 /// What a worker works with.
 #[derive(Debug)]
@@ -162,10 +166,10 @@ impl Pool {
             let claimed =
                 self.context.store.claim(permits.len(), settings.lease(), settings.signature_life(), scan).await;
             let pause = match claimed {
-                Ok(jobs) => {
+                Ok(claimed) => {
                     outage.reset();
-                    let found = !jobs.is_empty();
-                    for (job, permit) in jobs.into_iter().zip(permits) {
+                    let found = !claimed.jobs.is_empty() || claimed.put_aside > 0;
+                    for (job, permit) in claimed.jobs.into_iter().zip(permits) {
                         self.start(job, permit, asked_at);
                     }
                     if found {
@@ -314,8 +318,8 @@ fn count(metrics: &Metrics, end: &Settlement) {
     }
 }
 
-/// Tells what is held, and wakes the lines that were parked by what no longer is.
-async fn see_holds(context: &Context, seen: &mut Vec<Hold>) -> Result<(), StoreError> {
+/// Tells what is held, and wakes some of the lines that were parked by what no longer is; says whether more may be left.
+async fn see_holds(context: &Context, seen: &mut Vec<Hold>, stop: &CancellationToken) -> Result<bool, StoreError> {
     let holds = context.store.holds().await?;
     for hold in holds.iter().filter(|hold| !seen.iter().any(|known| known.id == hold.id)) {
         let reason = hold.reason.as_deref().unwrap_or("none given");
@@ -326,27 +330,47 @@ async fn see_holds(context: &Context, seen: &mut Vec<Hold>) -> Result<(), StoreE
     }
     context.metrics.holds.set(i64::try_from(holds.len()).unwrap_or(i64::MAX));
     *seen = holds;
-    while context.store.wake_parked().await? > 0 {
+    for _ in 0..PAGES {
+        if stop.is_cancelled() || context.store.wake_parked().await? == 0 {
+            return Ok(false);
+        }
         context.jobs.notify_one();
     }
-    Ok(())
+    Ok(true)
+}
+
+/// Folds some of the backlog's changes, on from where it was; says whether more may be left.
+async fn fold_backlog(context: &Context, after: &mut i64, stop: &CancellationToken) -> Result<bool, StoreError> {
+    for _ in 0..PAGES {
+        let folded = context.store.fold_backlog(*after).await?;
+        *after = folded.last;
+        if stop.is_cancelled() || folded.count < FOLD_PAGE {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 /// Lets waiting jobs join their lines and moves the lanes' lower bounds.
 async fn keep_house(context: Arc<Context>, stop: CancellationToken) {
     let mut pause = HOUSEKEEPING;
     let mut holds = Vec::new();
+    let (mut folded, mut whole_backlog_at) = (0, Instant::now());
     loop {
         tokio::select! {
             () = stop.cancelled() => return,
             () = tokio::time::sleep(pause) => {}
         }
         pause = HOUSEKEEPING;
-        if let Err(error) = see_holds(&context, &mut holds).await {
-            tracing::warn!(%error, "holds could not be looked at");
+        if Instant::now() >= whole_backlog_at {
+            (folded, whole_backlog_at) = (0, Instant::now() + WHOLE_BACKLOG_EVERY);
         }
-        if let Err(error) = context.store.fold_backlog().await {
-            tracing::warn!(%error, "the backlog's changes could not be folded");
+        let woken = see_holds(&context, &mut holds, &stop).await;
+        let woken = woken.inspect_err(|error| tracing::warn!(%error, "holds could not be looked at"));
+        let folding = fold_backlog(&context, &mut folded, &stop).await;
+        let folding = folding.inspect_err(|error| tracing::warn!(%error, "the backlog's changes could not be folded"));
+        if woken.unwrap_or(false) || folding.unwrap_or(false) {
+            pause = Duration::ZERO;
         }
         let kept = context.store.keep_house().await;
         context.health.set(Part::Store, kept.is_ok());

@@ -44,6 +44,8 @@ impl Run {
             "the policy of this worker does not allow the job, but is not the newest: left to another worker; send this one SIGHUP"
         );
         if !self.has_committed {
+            // What ends it under any policy ends it here: there may be no worker any more that has loaded the newest.
+            self.may_run()?;
             let until = self.job.now + LEFT_TO_OTHERS;
             return Err(self.settled(SettlementKind::PutBack { until, deadline: self.job.deadline }));
         }

@@ -1,8 +1,10 @@
 //! The count of waiting jobs is exact, however jobs end and whoever folds.
 
-use super::given::{LEASE, SIGNATURE_LIFE, accept, arn, claim, job, job_with, put_back, retry, settle, succeeded};
+use super::given::{
+    LEASE, SIGNATURE_LIFE, accept, arn, claim, job, job_with, put_back, retry, settle, succeeded, value,
+};
 use crate::support::db::TestDb;
-use keyferry::store::{Cancelled, Candidate, NewJob, RetryState, Store};
+use keyferry::store::{Cancelled, Candidate, FOLD_PAGE, NewJob, RetryState, Store, statements};
 use serde_json::json;
 use std::time::Duration;
 use time::format_description::well_known::Rfc3339;
@@ -29,7 +31,7 @@ async fn what_waits_is_counted_whatever_becomes_of_it() {
     store.accept(&[Candidate::Job(jobs[0].clone())]).await.unwrap();
     for folded in [false, true] {
         if folded {
-            assert_eq!(store.fold_backlog().await.unwrap(), 3);
+            assert_eq!(store.fold_backlog(0).await.unwrap().count, 3);
         }
         assert_eq!((waiting(&store, "a").await, waiting(&store, "b").await), (5, 4));
     }
@@ -52,11 +54,58 @@ async fn what_waits_is_counted_whatever_becomes_of_it() {
         assert_eq!(store.cancel(&[later.id], "op").await.unwrap(), [cancelled]);
         assert!(store.waiting(&["a", "b"]).await.unwrap().is_empty());
     }
-    store.fold_backlog().await.unwrap();
+    store.fold_backlog(0).await.unwrap();
     let rows = client.query("select principal, waiting from backlog order by 1", &[]).await.unwrap();
     let rows: Vec<(&str, i64)> = rows.iter().map(|row| (row.get(0), row.get(1))).collect();
     assert_eq!(rows, [("a", 0), ("b", 0)]);
     assert!(client.query("select from backlog_change", &[]).await.unwrap().is_empty());
+}
+
+/// With many changes of others still to be folded, and many dead entries of what was, one principal's count and the next
+/// fold cost next to nothing.
+#[tokio::test]
+async fn neither_others_changes_nor_folded_ones_cost_anything() {
+    const CHANGES: &str = "
+        insert into backlog_change (principal, change)
+        select case when n = 30000 then 'a' else 'b' end, 1 from generate_series(1, 30000) as n";
+    let db = TestDb::create().await;
+    let (store, client, mut backup) = (db.store().await, db.client().await, db.client().await);
+    client.batch_execute("alter table backlog_change set (autovacuum_enabled = false)").await.unwrap();
+    client.batch_execute(CHANGES).await.unwrap();
+    let options = "set enable_seqscan = off; set enable_bitmapscan = off; set enable_hashjoin = off;
+                   set enable_mergejoin = off; set plan_cache_mode = force_generic_plan";
+    client.batch_execute(options).await.unwrap();
+    for (name, statement) in [("waiting", statements::WAITING), ("fold", statements::FOLD)] {
+        client.batch_execute(&format!("prepare {name} as {statement}")).await.unwrap();
+    }
+    let buffers = async |execute: &str| {
+        let explain = format!("explain (analyze, buffers, timing off, format json) execute {execute}");
+        let plan = value::<serde_json::Value>(&client, &explain, &[]).await[0]["Plan"].take();
+        plan["Shared Hit Blocks"].as_u64().unwrap() + plan["Shared Read Blocks"].as_u64().unwrap()
+    };
+    let counted = buffers("waiting('{a}')").await;
+    assert!(counted < 20, "{counted} buffers to count");
+    assert_eq!(waiting(&store, "b").await, 29_999);
+
+    let snapshot = backup.transaction().await.unwrap();
+    snapshot.execute("select count(*) from backlog_change", &[]).await.unwrap();
+    let mut after = 0;
+    for count in [FOLD_PAGE, FOLD_PAGE, FOLD_PAGE, 0] {
+        let folded = store.fold_backlog(after).await.unwrap();
+        assert_eq!(folded.count, count);
+        after = folded.last;
+    }
+    let folded = buffers(&format!("fold(10000, {after})")).await;
+    assert!(folded < 20, "{folded} buffers to fold");
+    assert_eq!((waiting(&store, "a").await, waiting(&store, "b").await), (1, 29_999));
+    // What was committed late is counted, and folded by the next that begins at the start.
+    let late = "insert into backlog_change (id, principal, change) overriding system value values (-1, 'a', 1)";
+    client.batch_execute(late).await.unwrap();
+    assert_eq!(store.fold_backlog(after).await.unwrap().count, 0);
+    assert_eq!(waiting(&store, "a").await, 2);
+    assert_eq!(store.fold_backlog(i64::MIN).await.unwrap().count, 1);
+    assert_eq!(waiting(&store, "a").await, 2);
+    snapshot.commit().await.unwrap();
 }
 
 /// Publishers, workers, operators and folding housekeepers at once; at each look the count is that of the jobs.
@@ -87,7 +136,7 @@ async fn the_count_is_exact_in_every_snapshot() {
     };
     let folding = async {
         for _ in 0..40 {
-            store.fold_backlog().await.unwrap();
+            store.fold_backlog(0).await.unwrap();
         }
     };
     let looking = async {

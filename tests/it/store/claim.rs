@@ -5,7 +5,7 @@ use super::given::{
     step, succeeded, value,
 };
 use crate::support::db::TestDb;
-use keyferry::store::{Lease, NewJob, Prepared};
+use keyferry::store::{Lease, NewJob, Prepared, Scope};
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -123,6 +123,23 @@ async fn every_lane_with_work_is_found_whether_it_was_served_before_or_not() {
     assert_eq!(all(2).await.len(), 4);
     accept(&store, &jobs("e", &[1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14])).await;
     assert_eq!(all(3).await.len(), 14);
+}
+
+/// Lanes that were not served for a day are found in another way than the others, which must not count parked lines.
+#[tokio::test]
+async fn lanes_that_are_held_for_days_take_no_share() {
+    let db = TestDb::create().await;
+    let store = db.store().await;
+    for n in 1..=3 {
+        let region = format!("eu-west-{n}");
+        store.hold(&Scope::Region(region.clone()), None, "op").await.unwrap();
+        accept(&store, &[job(&region, &arn_in(&region, n))]).await;
+    }
+    assert!(claim(&store, 8).await.is_empty());
+    db.advance(Duration::from_secs(2 * 86_400)).await;
+    let live: Vec<NewJob> = (10..22).map(|n| job(&format!("j{n}"), &arn(n))).collect();
+    accept(&store, &live).await;
+    assert_eq!(claim(&store, 8).await.len(), 8);
 }
 
 #[tokio::test]
@@ -349,5 +366,5 @@ async fn housekeeping_moves_the_scans_bound_and_hides_nothing_that_is_due() {
         .await
         .unwrap();
     assert!(claim(&store, 20).await.is_empty());
-    assert_eq!(store.claim(20, LEASE, SIGNATURE_LIFE, keyferry::store::Scan::Whole).await.unwrap().len(), 1);
+    assert_eq!(store.claim(20, LEASE, SIGNATURE_LIFE, keyferry::store::Scan::Whole).await.unwrap().jobs.len(), 1);
 }

@@ -99,9 +99,14 @@ pub async fn accept_line(store: &Store, name: &str, key: &KeyArn, count: usize) 
     }
 }
 
-/// Claims with the usual lease.
+/// Claims with the usual lease, again while all that was found is put aside, as a worker does.
 pub async fn claim(store: &Store, most: usize) -> Vec<ClaimedJob> {
-    store.claim(most, LEASE, SIGNATURE_LIFE, keyferry::store::Scan::FromBounds).await.unwrap()
+    loop {
+        let claimed = store.claim(most, LEASE, SIGNATURE_LIFE, keyferry::store::Scan::FromBounds).await.unwrap();
+        if !claimed.jobs.is_empty() || claimed.put_aside == 0 {
+            return claimed.jobs;
+        }
+    }
 }
 
 /// Claims the one job that is to be had.

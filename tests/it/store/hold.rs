@@ -1,12 +1,12 @@
 //! Holds stop what is within them at once, and no line is forgotten when they are released.
 
 use super::given::{
-    LEASE, REGION, accept, accept_line, arn, arn_in, assert_audit_holds, assert_dense, claim, claim_one,
-    generating_step, job, job_with, put_back, retry, settle, succeeded, urgent, value,
+    LEASE, REGION, SIGNATURE_LIFE, accept, accept_line, arn, arn_in, assert_audit_holds, assert_dense, claim,
+    claim_one, generating_step, job, job_with, put_back, retry, settle, succeeded, urgent, value,
 };
 use crate::support::db::TestDb;
 use keyferry::job::KeyArn;
-use keyferry::store::{Cancelled, ClaimedJob, Held, NewJob, Prepared, RetryState, Scope, Stop, Store};
+use keyferry::store::{Cancelled, ClaimedJob, Held, NewJob, Prepared, RetryState, Scan, Scope, Stop, Store};
 use serde_json::json;
 use std::time::Duration;
 use tokio_postgres::Client;
@@ -193,6 +193,73 @@ async fn what_is_parked_can_be_overtaken_and_cancelled() {
     assert_eq!(value::<i64>(&client, "select count(*) from job where state = 'waiting'", &[]).await, 0);
 }
 
+#[tokio::test]
+async fn a_held_urgent_delete_holds_up_nobody_elses_jobs() {
+    let db = TestDb::create().await;
+    let (store, client) = (db.store().await, db.client().await);
+    let scope = Scope::Principal("payroll".into());
+    // The head waits for its next attempt; the delete that overtakes it is found held.
+    accept(&store, &[job("j-1", &arn(1)), job("j-2", &arn(1))]).await;
+    let head = claim_one(&store).await;
+    let hour = Duration::from_secs(3_600);
+    assert!(settle(&store, &retry(&head, hour, head.deadline, RetryState::default())).await);
+    hold(&store, &scope).await;
+    accept(&store, &[of("payroll", urgent("u", &arn(1)))]).await;
+    assert!(claim(&store, 8).await.is_empty(), "the head's own delay stands");
+    assert_eq!(value::<i64>(&client, PARKED, &[]).await, 0);
+    db.advance(hour).await;
+    let head = claim_one(&store).await;
+    assert_eq!((head.request.id.as_str(), head.attempt), ("j-1", 2));
+    // Nor another's urgent delete, before it or behind.
+    accept(&store, &[urgent("v", &arn(1))]).await;
+    assert!(settle(&store, &succeeded(&head)).await);
+    let other = claim_one(&store).await;
+    assert_eq!(other.request.id.as_str(), "v");
+    // One of which something is in doubt is settled before what a release wakes.
+    let intent = keyferry::store::Intent::Delete { material_ids: vec!["a".into()] };
+    let (lease, job_id) = (other.lease, other.id);
+    let step = keyferry::store::Step { lease, job_id, intent, effect: "delete a".into(), facts: Vec::new() };
+    assert_eq!(store.prepare(&[&step]).await.unwrap(), [Prepared::Ready]);
+    release(&store, &scope).await;
+    db.advance(LEASE * 2).await;
+    let other = claim_one(&store).await;
+    assert!(other.request.id.as_str() == "v" && other.progress.in_doubt);
+    assert!(settle(&store, &succeeded(&other)).await);
+    db.advance(SIGNATURE_LIFE).await;
+    let own = claim_one(&store).await;
+    assert_eq!((own.request.id.as_str(), own.attempt), ("u", 1));
+    assert!(settle(&store, &put_back(&own, None)).await);
+    // At the head its line is parked, until the hold is released or another overtakes it.
+    hold(&store, &scope).await;
+    let head = claim_one(&store).await;
+    assert_eq!(head.request.id.as_str(), "j-2");
+    assert!(settle(&store, &succeeded(&head)).await);
+    assert!(claim(&store, 8).await.is_empty());
+    assert_eq!(value::<i64>(&client, PARKED, &[]).await, 1);
+    accept(&store, &[urgent("w", &arn(1))]).await;
+    let other = claim_one(&store).await;
+    assert_eq!(other.request.id.as_str(), "w");
+    assert!(settle(&store, &succeeded(&other)).await);
+    assert!(claim(&store, 8).await.is_empty());
+    release(&store, &scope).await;
+    let own = claim_one(&store).await;
+    assert_eq!((own.request.id.as_str(), own.attempt), ("u", 1));
+    assert!(settle(&store, &succeeded(&own)).await);
+    assert_sound(&client).await;
+    for left in ["urgent", "line where due_at is not null"] {
+        assert_eq!(value::<i64>(&client, &format!("select count(*) from {left}"), &[]).await, 0, "{left}");
+    }
+    // Cancelled while it is parked, it is gone.
+    hold(&store, &scope).await;
+    let own = of("payroll", urgent("x", &arn(1)));
+    accept(&store, &[job("k", &arn(1)), own.clone()]).await;
+    let head = claim_one(&store).await;
+    assert_eq!(store.cancel(&[own.id], OPERATOR).await.unwrap(), [Cancelled::Ended]);
+    assert!(settle(&store, &succeeded(&head)).await);
+    assert_sound(&client).await;
+    assert_eq!(value::<i64>(&client, "select count(*) from urgent", &[]).await, 0);
+}
+
 /// Two holds on one job: it goes on when the second is released.
 #[tokio::test]
 async fn ten_thousand_held_lines_cost_nothing_until_they_are_released() {
@@ -206,6 +273,9 @@ async fn ten_thousand_held_lines_cost_nothing_until_they_are_released() {
         (0..10_000).map(|n| job_with(&format!("j{n}"), &arn(n), json!({"dry_run": n % 2 == 0}))).collect();
     accept(&store, &jobs).await;
     let from = std::time::Instant::now();
+    // One transaction, so that a worker that is told to stop can.
+    let once = store.claim(64, LEASE, SIGNATURE_LIFE, Scan::FromBounds).await.unwrap();
+    assert!(once.jobs.is_empty() && once.put_aside == 64);
     assert!(claim(&store, 64).await.is_empty());
     println!("parked 10,000 lines in {:?}", from.elapsed());
     assert_eq!(value::<i64>(&client, PARKED, &[]).await, 10_000);
