@@ -5,7 +5,7 @@
 //! principal + request + source key (Ask) --Policy::judge--> Verdict
 //! ```
 //!
-//! The file's form is in [`file`]; what makes a rule match, and why nothing falls through to a later one, in [`judge`].
+//! The file's form is told in `file.rs`; what makes a rule match, and why nothing falls through to a later one, in `judge.rs`.
 
 mod book;
 mod current;
