@@ -32,7 +32,7 @@ struct Line {
     asked: String,
     /// The job's id, if there is one.
     id: Option<Uuid>,
-    /// In one word: cancelled, requested, ended, refused or unknown.
+    /// In one word: cancelled, requested, ended, refused, unknown or unreadable.
     became: &'static str,
     /// The same in a sentence.
     message: String,
@@ -48,6 +48,8 @@ struct OfBatch {
     requested: u64,
     /// Jobs that ended by themselves meanwhile.
     ended: u64,
+    /// Jobs that this version cannot read.
+    unreadable: u64,
 }
 
 impl Cancel {
@@ -111,7 +113,7 @@ async fn cancel_batch(store: &Store, batch: String, output: Output) -> Result<()
         return Err(anyhow::anyhow!("no job is of the batch {batch}; see keyferry jobs list").into());
     }
     let bar = progress_bar(waiting, "jobs cancelled");
-    let mut done = OfBatch { batch, cancelled: 0, requested: 0, ended: 0 };
+    let mut done = OfBatch { batch, cancelled: 0, requested: 0, ended: 0, unreadable: 0 };
     let mut last = Uuid::nil();
     loop {
         let most = i64::try_from(CANCEL_PAGE).unwrap_or(i64::MAX);
@@ -123,6 +125,10 @@ async fn cancel_batch(store: &Store, batch: String, output: Output) -> Result<()
                 Cancelled::Ended => done.cancelled += 1,
                 Cancelled::Requested => done.requested += 1,
                 Cancelled::EndedBefore { .. } | Cancelled::Unknown => done.ended += 1,
+                Cancelled::Unreadable(message) => {
+                    bar.suspend(|| eprintln!("{message}"));
+                    done.unreadable += 1;
+                }
             }
         }
         bar.inc(page.len() as u64);
@@ -135,7 +141,7 @@ async fn cancel_batch(store: &Store, batch: String, output: Output) -> Result<()
             done.cancelled, done.requested, done.ended
         )
     });
-    Ok(())
+    if done.unreadable == 0 { Ok(()) } else { Err(Failed::Said) }
 }
 
 fn line(asked: &str, id: Option<Uuid>, became: &Cancelled) -> Line {
@@ -154,6 +160,7 @@ fn line(asked: &str, id: Option<Uuid>, became: &Cancelled) -> Line {
             let code = code.as_ref().map(|code| format!(" ({code})")).unwrap_or_default();
             ("ended", format!("it had {state} before{code}"))
         }
+        Cancelled::Unreadable(message) => ("unreadable", message.clone()),
         Cancelled::Unknown => {
             ("unknown", "no job has this id; see keyferry jobs list, and --source for an envelope's id".to_owned())
         }

@@ -34,6 +34,8 @@ pub enum Cancelled {
     },
     /// There is no such job.
     Unknown,
+    /// It stays as it is, for this reason.
+    Unreadable(String),
 }
 
 impl Store {
@@ -79,14 +81,21 @@ impl Store {
         // A statement of its own: it sees what was committed while the locks were waited for.
         let rows = transaction.query(FOUND, &[&ids]).await?;
         let now: OffsetDateTime = transaction.query_one("select keyferry_now()", &[]).await?.get(0);
-        let found: Vec<Found> = rows.iter().map(Found::of).collect::<Result<_, _>>()?;
+        // One that cannot be read keeps none of the others.
+        let (mut found, mut became) = (Vec::new(), HashMap::new());
+        for row in &rows {
+            match Found::of(row) {
+                Ok(job) => found.push(job),
+                Err(error) => drop(became.insert(row.get(0), Cancelled::Unreadable(error.to_string()))),
+            }
+        }
         let (ending, requested): (Vec<&Found>, Vec<&Found>) =
             found.iter().filter(|job| job.state == "waiting").partition(|job| job.may_end());
         let requested: Vec<&Found> = requested.into_iter().filter(|job| !job.is_requested).collect();
         end(&transaction, &ending, operator, now).await?;
         request(&transaction, &requested, operator, now).await?;
         transaction.commit().await?;
-        let became: HashMap<Uuid, Cancelled> = found.iter().map(|job| (job.summary.id, job.became())).collect();
+        became.extend(found.iter().map(|job| (job.summary.id, job.became())));
         Ok(ids.iter().map(|id| became.get(id).cloned().unwrap_or(Cancelled::Unknown)).collect())
     }
 }

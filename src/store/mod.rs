@@ -35,7 +35,7 @@ pub use policy::RefusalRecord;
 pub use prepare::{Chosen, DsmChoice, Intent, Prepared, Step};
 pub use read::{JobFilter, JobView};
 pub use schema::{Migrated, SchemaError, migrate};
-pub use settle::{Answered, Material, Parameters, Removed, RetryState, Settlement, SettlementKind};
+pub use settle::{Answered, Material, Parameters, Removed, RetryState, Settled, Settlement, SettlementKind};
 
 /// Statements whose cost the suite bounds with `EXPLAIN`.
 pub mod statements {

@@ -68,6 +68,24 @@ pub enum SettlementKind {
     },
 }
 
+/// What became of the end of an attempt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Settled {
+    /// Nothing was written: another worker has the line, or this very end was committed and its answer lost.
+    Lost,
+    /// It was written as it is.
+    Written,
+    /// An operator had cancelled the job meanwhile: it ended as that.
+    Cancelled,
+}
+
+impl Settled {
+    /// Whether the lease still held.
+    pub fn is_held(self) -> bool {
+        self != Self::Lost
+    }
+}
+
 /// What AWS answered to the mutating calls of a job.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Answered {
@@ -197,9 +215,12 @@ pub const RELEASE: &str = "
 pub(super) const SKIP: i64 = 1_000;
 
 impl Store {
-    /// Settles a slice; says of each whether its lease still held. A lost lease means that another worker
-    /// has the line, or that this very settlement was committed and its answer lost.
-    pub async fn settle(&self, settlements: &[&Settlement], signature_life: Duration) -> Result<Vec<bool>, StoreError> {
+    /// Settles a slice; says what became of each.
+    pub async fn settle(
+        &self,
+        settlements: &[&Settlement],
+        signature_life: Duration,
+    ) -> Result<Vec<Settled>, StoreError> {
         self.retrying(|| self.settle_once(settlements, signature_life)).await
     }
 
@@ -207,12 +228,12 @@ impl Store {
         &self,
         settlements: &[&Settlement],
         signature_life: Duration,
-    ) -> Result<Vec<bool>, StoreError> {
+    ) -> Result<Vec<Settled>, StoreError> {
         let mut client = self.client().await?;
         let transaction = client.transaction().await?;
         let leases: Vec<(Lease, Uuid)> = settlements.iter().map(|end| (end.lease, end.job.id)).collect();
         let Some((held, now)) = lock(&transaction, &leases).await? else {
-            return Ok(vec![false; settlements.len()]);
+            return Ok(vec![Settled::Lost; settlements.len()]);
         };
         let cancelled: HashMap<Lease, Settlement> =
             settlements.iter().filter_map(|end| Some((end.lease, end.as_cancelled(held.get(&end.lease)?)?))).collect();
@@ -239,7 +260,12 @@ impl Store {
         let ended = valid.iter().filter(|(end, held)| held.is_cancelled && end.kind.is_end());
         super::cancel::forget(&transaction, &ended.map(|(end, _)| end.job.id).collect::<Vec<_>>()).await?;
         transaction.commit().await?;
-        Ok(settlements.iter().map(|end| held.contains_key(&end.lease)).collect())
+        let became = |end: &&Settlement| match (held.contains_key(&end.lease), cancelled.contains_key(&end.lease)) {
+            (false, _) => Settled::Lost,
+            (true, false) => Settled::Written,
+            (true, true) => Settled::Cancelled,
+        };
+        Ok(settlements.iter().map(became).collect())
     }
 }
 

@@ -14,7 +14,8 @@ use crate::policy::{Current, Targets};
 use crate::retry::{Attempts, Class};
 use crate::source::{Dsm, Keyring};
 use crate::store::{
-    ClaimedJob, FOLD_PAGE, Hold, JOIN_PAGE, Prepared, Scan, Settlement, SettlementKind, Step, Store, StoreError, bisect,
+    ClaimedJob, FOLD_PAGE, Hold, JOIN_PAGE, Prepared, Scan, Settled, Settlement, SettlementKind, Step, Store,
+    StoreError, bisect,
 };
 use crate::telemetry::{Health, Metrics, Part};
 use attempt::Attempt;
@@ -268,23 +269,22 @@ async fn settle(context: &Context, mut ends: Vec<Settlement>) -> Vec<bool> {
         };
         let refused: Vec<usize> =
             outcomes.iter().enumerate().filter_map(|(at, outcome)| outcome.is_err().then_some(at)).collect();
-        let mut held: Vec<bool> = outcomes.iter().map(|outcome| *outcome.as_ref().unwrap_or(&false)).collect();
+        let mut settled: Vec<Settled> =
+            outcomes.iter().map(|outcome| *outcome.as_ref().unwrap_or(&Settled::Lost)).collect();
         for at in refused {
             tracing::error!(job.id = %ends[at].job.id, "Postgres refuses the outcome of a job: it ends as unstorable");
             ends[at].make_storable();
             let again = context.store.settle(&[&ends[at]], signature_life).await;
-            held[at] = again.is_ok_and(|held| held.first() == Some(&true));
+            settled[at] = again.ok().and_then(|settled| settled.first().copied()).unwrap_or(Settled::Lost);
         }
         crate::failpoint!("worker.after_settle");
-        for (end, held) in ends.iter().zip(&held) {
-            if *held {
-                count(&context.metrics, end);
-            }
+        for (end, settled) in ends.iter().zip(&settled) {
+            count(&context.metrics, end, *settled);
         }
         // The lines' next heads may be ready, and events wait.
         context.jobs.notify_one();
         context.events.notify_one();
-        return held;
+        return settled.into_iter().map(Settled::is_held).collect();
     }
 }
 
@@ -306,16 +306,14 @@ impl Settlement {
     }
 }
 
-fn count(metrics: &Metrics, end: &Settlement) {
-    match &end.kind {
-        SettlementKind::Ended { outcome: Ok(_), .. } => {
-            metrics.jobs_finished.with_label_values(&["succeeded", ""]).inc();
-        }
-        SettlementKind::Ended { outcome: Err(failure), .. } => {
-            metrics.jobs_finished.with_label_values(&["failed", failure.code.as_str()]).inc();
-        }
-        SettlementKind::Retry { .. } | SettlementKind::PutBack { .. } => {}
-    }
+fn count(metrics: &Metrics, end: &Settlement, settled: Settled) {
+    let labels = match (settled, &end.kind) {
+        (Settled::Cancelled, _) => ["failed", FailureCode::Cancelled.as_str()],
+        (Settled::Written, SettlementKind::Ended { outcome: Ok(_), .. }) => ["succeeded", ""],
+        (Settled::Written, SettlementKind::Ended { outcome: Err(failure), .. }) => ["failed", failure.code.as_str()],
+        _ => return,
+    };
+    metrics.jobs_finished.with_label_values(&labels).inc();
 }
 
 /// Tells what is held, and wakes some of the lines that were parked by what no longer is; says whether more may be left.

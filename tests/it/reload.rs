@@ -61,6 +61,28 @@ async fn whose_right_is_taken_away_waits_in_vain() {
     world.finish().await;
 }
 
+/// Its own worker's policy denies it and is not the newest; whoever had the newest is gone.
+#[tokio::test]
+async fn a_job_that_nobody_may_end_ends_at_its_deadline() {
+    let (mut world, user) = with_policy(&["import"]).await;
+    let arns = world.fake.seed(json!({"count": 1})).await;
+    let at = later(&world).await;
+    send(&mut world, &user, request("r1", &arns[0], json!({"not_before": at}))).await;
+    world.until("it waits", "select count(*) from future", 1).await;
+    world.load_policy(0, &policy(&[&user], &["delete"])).await;
+    let newest = "insert into policy_load values ('another', keyferry_now() + interval '1 year')";
+    world.client.batch_execute(newest).await.unwrap();
+    world.db.advance(Duration::from_secs(7_200)).await;
+    crate::support::eventually("it is left to others", || async {
+        world.workers[0].log().contains("left to another worker").then_some(())
+    })
+    .await;
+    world.db.advance(Duration::from_secs(10 * 86_400)).await;
+    world.failed("r1", "deadline_exceeded").await;
+    assert_eq!(world.fake.journal("").await.len(), 0);
+    world.finish().await;
+}
+
 #[tokio::test]
 async fn a_right_that_goes_while_the_job_runs_stops_it_before_aws_is_changed() {
     let (mut world, user) = with_policy(&["import", "delete"]).await;

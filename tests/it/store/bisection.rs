@@ -85,7 +85,7 @@ async fn an_outcome_that_postgres_refuses_fails_alone() {
     for (at, outcome) in outcomes.into_iter().enumerate() {
         match outcome {
             Err(error) => assert!([2, BAD].contains(&at) && matches!(error, StoreError::Data(_)), "{at}: {error}"),
-            Ok(held) => assert!(![2, BAD].contains(&at) && held, "{at}"),
+            Ok(settled) => assert!(![2, BAD].contains(&at) && settled.is_held(), "{at}"),
         }
     }
     assert_eq!(value::<i64>(&client, "select count(*) from job where state <> 'waiting'", &[]).await, 18);

@@ -1,12 +1,12 @@
 //! Cancelled jobs end at once, or as soon as nothing is in doubt; never twice, and never without their line.
 
 use super::given::{
-    LEASE, accept, accept_line, arn, assert_audit_holds, assert_dense, claim, claim_one, contents, generating_step,
-    job, job_with, put_back, retry, settle, succeeded, urgent, value,
+    LEASE, SIGNATURE_LIFE, accept, accept_line, arn, assert_audit_holds, assert_dense, claim, claim_one, contents,
+    generating_step, job, job_with, put_back, retry, settle, succeeded, urgent, value,
 };
 use crate::support::db::TestDb;
 use keyferry::store::{
-    Answered, CANCEL_PAGE, Cancelled, ClaimedJob, Intent, JobFilter, Prepared, RetryState, Step, Stop, Store,
+    Answered, CANCEL_PAGE, Cancelled, ClaimedJob, Intent, JobFilter, Prepared, RetryState, Settled, Step, Stop, Store,
 };
 use serde_json::json;
 use std::time::Duration;
@@ -113,6 +113,20 @@ async fn waiting_jobs_end_at_once_wherever_they_stand() {
 }
 
 #[tokio::test]
+async fn a_job_that_cannot_be_read_keeps_no_other() {
+    let case = case().await;
+    accept_line(&case.store, "j", &arn(1), 3).await;
+    let newer = "update job set request = '{\"operation\":\"unheard-of\"}' where request_id = 'j-2'";
+    case.client.batch_execute(newer).await.unwrap();
+    let ids = [case.id("j-1").await, case.id("j-2").await, case.id("j-3").await];
+    let became = case.store.cancel(&ids, OPERATOR).await.unwrap();
+    assert!(became[0] == Cancelled::Ended && became[2] == Cancelled::Ended, "{became:?}");
+    assert!(matches!(&became[1], Cancelled::Unreadable(message) if message.contains("cannot be read")), "{became:?}");
+    assert_eq!(case.end("j-2").await.0, "waiting");
+    case.assert_sound().await;
+}
+
+#[tokio::test]
 async fn a_job_under_way_ends_between_two_steps() {
     let case = case().await;
     accept_line(&case.store, "j", &arn(1), 6).await;
@@ -132,7 +146,9 @@ async fn a_job_under_way_ends_between_two_steps() {
     let leased = claim_one(&case.store).await;
     assert!(!leased.is_cancelled);
     assert_eq!(case.cancel("j-2").await, Cancelled::Requested);
-    assert!(settle(&case.store, &put_back(&leased, None)).await);
+    // So that the worker counts it.
+    let settled = case.store.settle(&[&put_back(&leased, None)], SIGNATURE_LIFE).await.unwrap();
+    assert_eq!(settled, [Settled::Cancelled]);
     case.assert_cancelled("j-2").await;
     let left = claim_one(&case.store).await;
     case.db.advance(LEASE * 2).await;

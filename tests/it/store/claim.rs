@@ -5,7 +5,7 @@ use super::given::{
     step, succeeded, value,
 };
 use crate::support::db::TestDb;
-use keyferry::store::{Lease, NewJob, Prepared, Scope};
+use keyferry::store::{Lease, NewJob, Prepared, Scope, Settled};
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -38,7 +38,7 @@ async fn claimers_never_share_a_line_and_run_it_in_order() {
                     }
                     let ends: Vec<_> = ends.iter().collect();
                     let kept = store.settle(&ends, SIGNATURE_LIFE).await.unwrap();
-                    assert!(kept.into_iter().all(|held| held));
+                    assert!(kept.into_iter().all(Settled::is_held));
                 }
             })
         })
@@ -188,11 +188,11 @@ async fn a_lease_that_was_taken_over_is_worth_nothing() {
     let steps = [&step(&old, &key), &step(&new, &key)];
     assert_eq!(store.prepare(&steps).await.unwrap(), [Prepared::LeaseLost, Prepared::Ready]);
     let ends = [&put_back(&old, None), &succeeded(&new)];
-    assert_eq!(store.settle(&ends, SIGNATURE_LIFE).await.unwrap(), [false, true]);
+    assert_eq!(store.settle(&ends, SIGNATURE_LIFE).await.unwrap(), [Settled::Lost, Settled::Written]);
     let next = claim_one(&store).await;
     assert_eq!(next.sequence, 2);
     let ends = [&succeeded(&next), &put_back(&old, None)];
-    assert_eq!(store.settle(&ends, SIGNATURE_LIFE).await.unwrap(), [true, false]);
+    assert_eq!(store.settle(&ends, SIGNATURE_LIFE).await.unwrap(), [Settled::Written, Settled::Lost]);
     assert!(claim(&store, 8).await.is_empty());
     super::given::assert_audit_holds(&client).await;
 }

@@ -120,7 +120,7 @@ pub async fn claim_one(store: &Store) -> ClaimedJob {
 pub async fn settle(store: &Store, end: &Settlement) -> bool {
     let held = store.settle(&[end], SIGNATURE_LIFE).await.unwrap();
     assert_eq!(held.len(), 1);
-    held[0]
+    held[0].is_held()
 }
 
 /// An end of the job's attempt.

@@ -9,7 +9,8 @@ use crate::support::db::TestDb;
 use keyferry::audit::{Fact, Kind};
 use keyferry::job::KeyArn;
 use keyferry::store::{
-    Answered, Chosen, Intent, Material, Parameters, Prepared, Removed, RetryState, Settlement, SettlementKind, Step,
+    Answered, Chosen, Intent, Material, Parameters, Prepared, Removed, RetryState, Settled, Settlement, SettlementKind,
+    Step,
 };
 use serde_json::json;
 use std::time::Duration;
@@ -63,9 +64,9 @@ async fn settling_again_after_a_lost_answer_changes_nothing() {
         let job = &claimed[1];
         retry(job, Duration::from_secs(5), job.deadline, RetryState::default())
     });
-    assert_eq!(store.settle(&[&ended, &retried], SIGNATURE_LIFE).await.unwrap(), [true, true]);
+    assert_eq!(store.settle(&[&ended, &retried], SIGNATURE_LIFE).await.unwrap(), [Settled::Written, Settled::Written]);
     let before = contents(&client).await;
-    assert_eq!(store.settle(&[&ended, &retried], SIGNATURE_LIFE).await.unwrap(), [false, false]);
+    assert_eq!(store.settle(&[&ended, &retried], SIGNATURE_LIFE).await.unwrap(), [Settled::Lost, Settled::Lost]);
     assert_eq!(contents(&client).await, before);
 }
 
@@ -236,7 +237,7 @@ async fn a_late_effect_ends_by_time_alone() {
     // Not shortened by a later call with a shorter signature.
     let mut shorter = succeeded(&claim_one(&store).await);
     shorter.late_effect = Some("import x never".into());
-    assert_eq!(store.settle(&[&shorter], Duration::from_secs(1)).await.unwrap(), [true]);
+    assert_eq!(store.settle(&[&shorter], Duration::from_secs(1)).await.unwrap(), [Settled::Written]);
     assert_eq!(late().await, marked);
     // Lengthened by one that may come later.
     db.advance(Duration::from_secs(100)).await;
