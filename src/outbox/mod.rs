@@ -66,6 +66,8 @@ pub enum Publication {
     Unroutable,
     /// The broker would not take it, as a full queue does.
     Refused,
+    /// There was no time left for it. It stays this relay's, and is published next.
+    Late,
 }
 
 /// What the relay works with.
@@ -151,9 +153,9 @@ impl<D: Destination> Relay<D> {
             let outcomes = publisher.publish(&rows).await?;
             failures.reset();
             crate::failpoint!("outbox.after_publish");
-            cursor.unconfirmed.clear();
             self.record(&rows, &outcomes).await;
             cursor.judge_held(&rows, &outcomes);
+            cursor.unconfirmed = late(rows, &outcomes);
         }
     }
 
@@ -190,7 +192,7 @@ impl<D: Destination> Relay<D> {
             .zip(outcomes)
             .filter_map(|(row, outcome)| {
                 let reason = match outcome {
-                    Publication::Confirmed => return None,
+                    Publication::Confirmed | Publication::Late => return None,
                     Publication::Unroutable => "unroutable",
                     Publication::Refused => "refused by the broker",
                 };
@@ -216,6 +218,11 @@ impl<D: Destination> Relay<D> {
             tracing::error!(%error, events = rows.len(), "published events could not be marked; they will be published again");
         }
     }
+}
+
+/// What comes next, in its order: events of one key must not pass each other.
+fn late(rows: Vec<OutboxRow>, outcomes: &[Publication]) -> Vec<OutboxRow> {
+    rows.into_iter().zip(outcomes).filter(|(_, outcome)| **outcome == Publication::Late).map(|(row, _)| row).collect()
 }
 
 /// Where the relay stands.

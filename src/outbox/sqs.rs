@@ -8,11 +8,13 @@ use crate::sqs::{Attribute, Batch, CallError, Order, Outcome, Outgoing, Queue};
 use crate::store::OutboxRow;
 use serde::Deserialize;
 use std::time::Duration;
+use tokio::time::Instant;
 
 /// Calls for one event before it is held.
 const ATTEMPTS: u32 = 3;
-/// For a window: well within the lease that a relay has on its events.
-const WINDOW_TIMEOUT: Duration = Duration::from_secs(25);
+/// Calls for a window begin within this: with the last one's own timeout well within the lease that a relay has on its
+/// events. On FIFO a window whose events are all of one key takes as many calls as events, one after the other.
+const WINDOW_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// A queue of events.
 #[derive(Clone, Debug)]
@@ -27,8 +29,8 @@ pub enum PublishError {
     /// SQS, or the way to it.
     #[error(transparent)]
     Call(#[from] CallError),
-    /// A window took too long; what was sent of it is sent again.
-    #[error("SQS did not take a window of events within {} s", .0.as_secs())]
+    /// Nothing of a window was taken for so long.
+    #[error("SQS took no event of a window within {} s", .0.as_secs())]
     Timeout(Duration),
 }
 
@@ -61,12 +63,12 @@ impl super::Publisher for Publisher {
     type Error = PublishError;
 
     /// A window of which SQS took nothing, for want of SQS, is an error; one of which it took a part is not: the rest is
-    /// held, and nothing that was taken is sent twice.
+    /// held, and nothing that was taken is sent twice. What there was no time for is left to the next window, so that each
+    /// gets further than the one before.
     async fn publish(&self, rows: &[OutboxRow]) -> Result<Vec<Publication>, PublishError> {
         let messages: Vec<Outgoing> = rows.iter().map(|row| message(row, self.queue.is_fifo())).collect();
-        let sending = self.queue.carry_out(Batch::Send(&messages), ATTEMPTS);
-        let outcomes =
-            tokio::time::timeout(WINDOW_TIMEOUT, sending).await.map_err(|_| PublishError::Timeout(WINDOW_TIMEOUT))?;
+        let until = Instant::now() + WINDOW_TIMEOUT;
+        let outcomes = self.queue.carry_out_until(Batch::Send(&messages), ATTEMPTS, until).await;
         let failed = outcomes.iter().find_map(|outcome| match outcome {
             Outcome::Failed(error) => Some(error.clone()),
             _ => None,
@@ -76,8 +78,12 @@ impl super::Publisher for Publisher {
         {
             return Err(error.into());
         }
+        if !outcomes.is_empty() && outcomes.iter().all(|outcome| *outcome == Outcome::Late) {
+            return Err(PublishError::Timeout(WINDOW_TIMEOUT));
+        }
         let told = rows.iter().zip(outcomes).map(|(row, outcome)| match outcome {
             Outcome::Done => Publication::Confirmed,
+            Outcome::Late => Publication::Late,
             outcome => {
                 tracing::warn!(event.id = %row.event_id, queue = self.queue.name(), %outcome, "an event was not sent");
                 Publication::Refused

@@ -8,6 +8,7 @@ use futures_util::stream;
 use std::collections::HashSet;
 use std::fmt;
 use std::time::Duration;
+use tokio::time::Instant;
 
 /// Entries of a batch at most (SQS Developer Guide, "Amazon SQS batch actions").
 const MOST_ENTRIES: usize = 10;
@@ -44,6 +45,8 @@ pub enum Outcome {
     Behind,
     /// The call as a whole failed, for a reason that concerns all messages.
     Failed(CallError),
+    /// Not tried, or not once more: there was no time left for it.
+    Late,
 }
 
 impl fmt::Display for Outcome {
@@ -54,6 +57,7 @@ impl fmt::Display for Outcome {
             Self::Undone(text) => write!(f, "after all attempts: {text}"),
             Self::Behind => f.write_str("not tried: an earlier message of its group was not sent"),
             Self::Failed(error) => error.fmt(f),
+            Self::Late => f.write_str("there was no time left for it"),
         }
     }
 }
@@ -127,27 +131,43 @@ impl Queue {
     /// other; on a FIFO queue messages go out one batch after the other, and none past an earlier one of its group
     /// that was not sent.
     pub async fn carry_out(&self, work: Batch<'_>, attempts: u32) -> Vec<Outcome> {
-        let mut outcomes = vec![Outcome::Behind; work.len()];
+        self.work_off(work, attempts, None).await
+    }
+
+    /// The same, but no call begins after `until`. One that is under way then is awaited, as its own timeout allows:
+    /// what was done is known, and is not done again.
+    pub async fn carry_out_until(&self, work: Batch<'_>, attempts: u32, until: Instant) -> Vec<Outcome> {
+        self.work_off(work, attempts, Some(until)).await
+    }
+
+    async fn work_off(&self, work: Batch<'_>, attempts: u32, until: Option<Instant>) -> Vec<Outcome> {
+        let mut outcomes = vec![Outcome::Late; work.len()];
         if matches!(work, Batch::Send(_)) && self.is_fifo() {
             let mut rest: Vec<usize> = (0..work.len()).collect();
-            while !rest.is_empty() {
+            while !rest.is_empty() && !is_over(until) {
                 let batch = work.take(&mut rest);
-                let told = self.carry_out_one(work, batch, attempts).await;
-                let is_all = told.iter().any(|(_, outcome)| matches!(outcome, Outcome::Failed(_)));
-                for (at, outcome) in told {
-                    if outcome != Outcome::Done {
-                        let group = work.group(at).map(str::to_owned);
-                        rest.retain(|later| work.group(*later) != group.as_deref());
+                for (at, outcome) in self.carry_out_one(work, batch, attempts, until).await {
+                    let behind = match &outcome {
+                        Outcome::Done => None,
+                        Outcome::Failed(_) | Outcome::Late => Some(outcome.clone()),
+                        _ => Some(Outcome::Behind),
+                    };
+                    if let Some(behind) = behind {
+                        let concerns_all = matches!(outcome, Outcome::Failed(_));
+                        rest.retain(|later| {
+                            let is_behind = concerns_all || work.group(*later) == work.group(at);
+                            if is_behind {
+                                outcomes[*later] = behind.clone();
+                            }
+                            !is_behind
+                        });
                     }
                     outcomes[at] = outcome;
-                }
-                if is_all {
-                    break;
                 }
             }
             return outcomes;
         }
-        let batches = work.full().into_iter().map(|batch| self.carry_out_one(work, batch, attempts));
+        let batches = work.full().into_iter().map(|batch| self.carry_out_one(work, batch, attempts, until));
         let mut running = stream::iter(batches).buffer_unordered(CONCURRENT);
         while let Some(told) = running.next().await {
             for (at, outcome) in told {
@@ -158,13 +178,23 @@ impl Queue {
     }
 
     /// One batch, and what it leaves undone again.
-    async fn carry_out_one(&self, work: Batch<'_>, batch: Vec<usize>, attempts: u32) -> Vec<(usize, Outcome)> {
+    async fn carry_out_one(
+        &self,
+        work: Batch<'_>,
+        batch: Vec<usize>,
+        attempts: u32,
+        until: Option<Instant>,
+    ) -> Vec<(usize, Outcome)> {
         let mut told = Vec::with_capacity(batch.len());
         let mut open = vec![batch];
         while let Some(mut left) = open.pop() {
             let mut made = 0;
             let (mut transient, mut throttled) = (Attempts::new(Class::Transient), Attempts::new(Class::Throttled));
             while !left.is_empty() {
+                if is_over(until) {
+                    told.extend(left.drain(..).map(|at| (at, Outcome::Late)));
+                    continue;
+                }
                 made += 1;
                 let is_last = made >= attempts;
                 let delay = match work.call(self, &left).await {
@@ -192,12 +222,17 @@ impl Queue {
                     Err(_) => transient.next_delay(),
                 };
                 if !left.is_empty() {
-                    tokio::time::sleep(delay).await;
+                    let wake = Instant::now() + delay;
+                    tokio::time::sleep_until(until.map_or(wake, |until| wake.min(until))).await;
                 }
             }
         }
         told
     }
+}
+
+fn is_over(until: Option<Instant>) -> bool {
+    until.is_some_and(|until| Instant::now() >= until)
 }
 
 /// What another attempt can do something for.

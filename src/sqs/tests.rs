@@ -218,6 +218,35 @@ async fn on_fifo_nothing_passes_an_earlier_one_of_its_group() {
     );
 }
 
+/// A window of one key's events on FIFO: one call each. What was done in time is known, and the rest is in order still.
+#[tokio::test]
+async fn what_there_is_no_time_for_is_told_and_what_was_done_is_not_forgotten() {
+    let (queue, requests) = queue("q.fifo", vec![entries(&[0], &[])]).await;
+    let messages: Vec<Outgoing> = (0..1_000).map(|at| message(&at.to_string(), Some("a"))).collect();
+    let until = tokio::time::Instant::now() + Duration::from_millis(700);
+    let outcomes = queue.carry_out_until(Batch::Send(&messages), 3, until).await;
+    let done = outcomes.iter().take_while(|outcome| **outcome == Outcome::Done).count();
+    assert!((1..1_000).contains(&done), "{done}");
+    assert!(outcomes[done..].iter().all(|outcome| *outcome == Outcome::Late), "{outcomes:?}");
+    assert_eq!(requests.lock().unwrap().len(), done);
+}
+
+/// The delay of a throttled call may be longer than what is left of the time.
+#[tokio::test]
+async fn no_attempt_begins_when_the_time_is_over() {
+    let throttled = (403, "RequestThrottled", r#"{"__type":"RequestThrottled"}"#.to_owned());
+    for name in ["q", "q.fifo"] {
+        let (queue, _) = queue(name, vec![throttled.clone()]).await;
+        let group = queue.is_fifo().then_some("a");
+        let from = tokio::time::Instant::now();
+        let messages = [message("a1", group), message("a2", group)];
+        let until = from + Duration::from_millis(500);
+        let outcomes = queue.carry_out_until(Batch::Send(&messages), 1_000, until).await;
+        assert_eq!(outcomes, [Outcome::Late, Outcome::Late], "{name}");
+        assert!(from.elapsed() < Duration::from_secs(6), "{name}");
+    }
+}
+
 #[tokio::test]
 async fn a_queue_that_is_gone_is_not_asked_again() {
     let gone = (400, "AWS.SimpleQueueService.NonExistentQueue", r#"{"__type":"QueueDoesNotExist"}"#.to_owned());
