@@ -568,7 +568,7 @@ moto_start() {
     MOTO_PORT=$(free_port)
     (
         # A session of its own, so that Ctrl-C reaches the script and not the server under the tests.
-        exec setsid env KEYFERRY_MOTO="$MOTO_PORT" "$TARGET/venv/bin/moto_server" -H 127.0.0.1 -p "$MOTO_PORT" \
+        exec setsid env KEYFERRY_MOTO="$MOTO_PORT" "$TARGET/venv/bin/python" "$ROOT/ops/sqs_double.py" "$MOTO_PORT" \
             </dev/null >"$dir/server.log" 2>&1 9>&-
     ) &
     MOTO_PID=$!

@@ -271,7 +271,7 @@ async fn events_of_which_a_part_fails_are_all_told_in_the_end() {
         let arns = world.fake.seed(json!({"count": 6})).await;
         // Transient; for its content; a lost answer; a throttled call.
         world.proxy.trouble("SendMessageBatch", &queue, "\\\"r2\\\"", SERVER_FAULT, 2);
-        world.proxy.trouble("SendMessageBatch", &queue, "\\\"r4\\\"", SENDER_FAULT, 1);
+        world.proxy.trouble("SendMessageBatch", &queue, "\\\"r4\\\"", SENDER_FAULT, usize::MAX);
         world.proxy.trouble("SendMessageBatch", &queue, "", Kind::Call { status: 403, code: "RequestThrottled" }, 1);
         world.proxy.trouble("SendMessageBatch", &queue, "", Kind::LoseAnswer, 1);
         for (number, arn) in arns.iter().enumerate() {
@@ -282,6 +282,8 @@ async fn events_of_which_a_part_fails_are_all_told_in_the_end() {
             world.succeeded(&format!("r{number}")).await;
         }
         world.until("one event is held", "select count(*) from outbox where held_because is not null", 1).await;
+        world.until("the others are told", "select count(*) from outbox where held_because is null", 0).await;
+        world.proxy.calm();
         world.db.advance(Duration::from_secs(60)).await;
         world.until("all events are told", "select count(*) from outbox", 0).await;
         for number in 0..arns.len() {
