@@ -12,6 +12,7 @@ use crate::telemetry::{Health, Metrics, Part};
 use senders::{Asker, Asks, Senders, Told, known_by, tell};
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Duration;
 use time::OffsetDateTime;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
@@ -19,6 +20,9 @@ use uuid::Uuid;
 
 /// Messages of one transaction at most.
 const BATCH: usize = 200;
+
+/// For the batch in hand at the end: dead letters that were sent and not settled would be sent twice.
+const LAST_SETTLING: Duration = Duration::from_secs(5);
 
 /// A message as the parser took it.
 type Read = Result<Request, Box<Rejected>>;
@@ -146,7 +150,15 @@ impl<I: Ingress> Intake<I> {
                 })
                 .collect();
             self.announce(&verdicts);
-            session.settle(&settlements).await?;
+            let too_long = async {
+                stop.cancelled().await;
+                tokio::time::sleep(LAST_SETTLING).await;
+            };
+            tokio::select! {
+                settled = session.settle(&settlements) => settled?,
+                // What is not settled comes again, as a duplicate.
+                () = too_long => return Ok(()),
+            }
         }
     }
 
