@@ -33,7 +33,7 @@ use tokio_util::sync::CancellationToken;
 /// broker that does not answer fits in as well.
 const LAST_WRITES: Duration = Duration::from_secs(15);
 /// For events where all else took its whole time.
-const LAST_EVENTS: Duration = Duration::from_secs(2);
+const LAST_EVENTS: Duration = Duration::from_secs(5);
 
 /// Why the worker did not start, or did not go on.
 #[derive(Debug, thiserror::Error)]
@@ -185,14 +185,15 @@ pub async fn serve(loaded: &Loaded, stop: CancellationToken, hang_up: Signal) ->
     };
     stop.cancel();
     tracing::info!("stopping: no more messages are taken");
-    // One deadline for all: what comes last does not begin to count anew.
-    let end = Instant::now() + settings.worker.grace() + settings.worker.aws_timeout() + LAST_WRITES;
-    if timeout_at(end, async { while parts.join_next().await.is_some() {} }).await.is_err() {
+    // One grace time for all: what comes last does not begin to count anew.
+    let grace = Instant::now() + settings.worker.grace();
+    let writes = grace + settings.worker.aws_timeout() + LAST_WRITES;
+    if timeout_at(writes, async { while parts.join_next().await.is_some() {} }).await.is_err() {
         tracing::warn!("the grace time is over: what is in hand is left to its leases and visibility timeouts");
         parts.abort_all();
     }
     drain.cancel();
-    if timeout_at(end.max(Instant::now() + LAST_EVENTS), relays.join_next()).await.is_err() {
+    if timeout_at(grace.max(Instant::now() + LAST_EVENTS), relays.join_next()).await.is_err() {
         tracing::warn!("the grace time is over: events are left in the outbox for the next start");
     }
     drop(relays);

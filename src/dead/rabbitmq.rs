@@ -19,8 +19,8 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 use time::OffsetDateTime;
 
-/// Letters that the first consumer may hold. lapin's buffer has no bound but this; without one, RabbitMQ has its own.
-const FIRST_WINDOW: u32 = 1_000;
+/// Letters that the first consumer may hold: few, since each may be large and mostly few are wanted. lapin's buffer has no bound but this; without one, RabbitMQ has its own.
+const FIRST_WINDOW: u32 = 50;
 /// How long a queue may be silent before it is asked whether it holds anything more.
 const SILENCE: Duration = Duration::from_secs(1);
 /// Survives the broker's restart (AMQP 0-9-1).
@@ -218,8 +218,8 @@ impl Session {
             if let Some(consumer) = self.consumer.take() {
                 self.reading.basic_cancel(consumer.tag(), BasicCancelOptions::default()).await?;
             }
-            // Seven times is past what AMQP can say.
-            self.prefetch = u16::try_from(FIRST_WINDOW << self.consumers.min(7)).unwrap_or(u16::MAX);
+            // Eleven times is past what AMQP can say.
+            self.prefetch = u16::try_from(FIRST_WINDOW << self.consumers.min(11)).unwrap_or(u16::MAX);
             self.held = 0;
             self.reading.basic_qos(self.prefetch, BasicQosOptions::default()).await?;
             let (queue, tag) = (self.queues.dead.as_str().into(), format!("keyferry-dead-{:05}", self.consumers));

@@ -14,6 +14,8 @@ use std::time::Duration;
 
 /// Longest visibility of a message from its receipt (SQS API Reference, `ChangeMessageVisibility`).
 pub const MOST_VISIBILITY: Duration = Duration::from_secs(12 * 3_600);
+/// Bytes of a message at most, whatever the queue (SQS Developer Guide, "Amazon SQS message quotas").
+const MOST_MESSAGE_BYTES: usize = 1024 * 1024;
 /// What an answer may take beside the time that a receive waits for messages.
 const BESIDE_WAITING: Duration = Duration::from_secs(5);
 
@@ -42,6 +44,8 @@ pub struct QueueAttributes {
     pub waiting: u64,
     /// `ApproximateNumberOfMessagesNotVisible` and `ApproximateNumberOfMessagesDelayed`: those that cannot, for now.
     pub hidden: u64,
+    /// `MaximumMessageSize`.
+    pub most_bytes: usize,
 }
 
 /// Sends, counts and classifies a call. A macro: each of the SDK's builders is a type of its own.
@@ -91,10 +95,18 @@ impl Queue {
             .customize()
             .config_override(Config::builder().timeout_config(timeouts(wait + BESIDE_WAITING)));
         let answer = send!(self, OPERATION, request)?;
-        let messages = answer.messages.unwrap_or_default().into_iter().map(Message::of);
-        messages
-            .collect::<Option<_>>()
-            .ok_or_else(|| CallError::incomplete(OPERATION, self.name(), "receipt for a message"))
+        let answered = answer.messages.unwrap_or_default();
+        let count = answered.len();
+        let messages: Vec<Message> = answered.into_iter().filter_map(Message::of).collect();
+        if messages.len() < count {
+            // Nothing can be done about these, and the others are hidden from everyone else by now.
+            tracing::warn!(
+                queue = self.name(),
+                messages = count - messages.len(),
+                "messages came without id or receipt: they come again after the visibility timeout"
+            );
+        }
+        Ok(messages)
     }
 
     /// `GetQueueAttributes`.
@@ -110,6 +122,8 @@ impl Queue {
         let count = &redrive["maxReceiveCount"];
         let count = count.as_u64().or_else(|| count.as_str()?.parse().ok());
         let number = |name| text(&name).and_then(|text| text.parse::<u64>().ok()).unwrap_or_default();
+        let retention = text(&QueueAttributeName::MessageRetentionPeriod).and_then(|text| text.parse().ok());
+        let most_bytes = text(&QueueAttributeName::MaximumMessageSize).and_then(|text| text.parse().ok());
         Ok(QueueAttributes {
             arn: text(&QueueAttributeName::QueueArn)
                 .ok_or_else(|| CallError::incomplete(OPERATION, self.name(), "QueueArn"))?
@@ -121,6 +135,8 @@ impl Queue {
             waiting: number(QueueAttributeName::ApproximateNumberOfMessages),
             hidden: number(QueueAttributeName::ApproximateNumberOfMessagesNotVisible)
                 + number(QueueAttributeName::ApproximateNumberOfMessagesDelayed),
+            retention: Duration::from_secs(retention.unwrap_or_default()),
+            most_bytes: most_bytes.unwrap_or(MOST_MESSAGE_BYTES).min(MOST_MESSAGE_BYTES),
         })
     }
 

@@ -267,7 +267,7 @@ async fn a_message_is_received_whole_and_everything_is_asked_for() {
                 "content-type": {"DataType": "String.x", "StringValue": "application/json"},
                 "blob": {"DataType": "Binary", "BinaryValue": "AAEC"}
             }
-        }]}))],
+        }, {"MessageId": "m2", "Body": "without a receipt"}]}))],
     )
     .await;
     let received = queue.receive(7, Duration::from_secs(2), Duration::from_millis(5_900)).await.unwrap();

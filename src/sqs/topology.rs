@@ -45,6 +45,11 @@ pub enum Finding {
         /// ARN of the dead-letter queue of the settings.
         wanted: String,
     },
+    /// SQS takes messages away that were only given back a few times.
+    #[error(
+        "moves a message away after {0} receipts: give its redrive policy maxReceiveCount {MAX_RECEIVE_COUNT} or more"
+    )]
+    FewReceipts(u32),
     /// A message keeps its age when SQS moves it.
     #[error("keeps dead letters for a shorter time than the queue of requests keeps messages")]
     ShortRetention,
@@ -73,7 +78,8 @@ impl Finding {
             Some(found) if *found != wanted => Some(Self::RedriveElsewhere { found: found.clone(), wanted }),
             Some(_) => None,
         };
-        types.into_iter().chain(redrive).collect()
+        let few = requests.max_receive_count.filter(|count| *count < MAX_RECEIVE_COUNT).map(Self::FewReceipts);
+        types.into_iter().chain(redrive).chain(few).collect()
     }
 }
 
@@ -172,6 +178,8 @@ mod tests {
         assert_eq!(of(&attributes("r", false, None), &dead), [Finding::NoRedrive("d".into())]);
         let elsewhere = Finding::RedriveElsewhere { found: "x".into(), wanted: "d".into() };
         assert_eq!(of(&attributes("r", true, Some("x")), &dead), [Finding::TypesDiffer, elsewhere.clone()]);
+        let few = QueueAttributes { max_receive_count: Some(4), ..attributes("r", false, Some("x")) };
+        assert_eq!(of(&few, &dead), [elsewhere.clone(), Finding::FewReceipts(4)]);
         assert!(Finding::TypesDiffer.is_fatal() && !elsewhere.is_fatal());
     }
 }

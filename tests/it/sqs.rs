@@ -152,27 +152,47 @@ async fn a_dead_letter_whose_attributes_sqs_refuses_goes_without_them() {
     for carriage in [Carriage::SQS, Carriage::SQS_FIFO] {
         let mut world = serving(Tuning::default(), carriage).await;
         let queue = world.queues.name_of(Role::Dead);
-        let marked = [("colour", "refused-colour"), ("keyferry-signature", "v1;key=a")];
+        let kept = [("keyferry-signature", "v1;key=a"), ("keyferry-redrive", "no refusal")];
+        let marked = [&[("colour", "refused-colour")], &kept[..]].concat();
         // Some entries fail for a while, one for its attribute.
         world.proxy.trouble("SendMessageBatch", &queue, "refused-colour", SENDER_FAULT, usize::MAX);
         world.proxy.trouble("SendMessageBatch", &queue, "bad-2", SERVER_FAULT, 2);
-        world.send(bad(1, &marked)).await;
+        world.send(Message { content_type: Some("application/json".into()), ..bad(1, &marked) }).await;
         world.send(bad(2, &[("colour", "red")])).await;
         world.send(bad(3, &[])).await;
         world.dead_letters(3).await;
-        let dead: BTreeMap<String, BTreeMap<String, String>> = world
-            .dead()
-            .await
-            .iter()
-            .map(|one| (one.json()["id"].as_str().unwrap().to_owned(), one.headers.clone()))
-            .collect();
-        let kept = |name: &str, value: &str| BTreeMap::from([(name.to_owned(), value.to_owned())]);
-        assert_eq!(dead["bad-1"], kept("keyferry-signature", "v1;key=a"));
-        assert_eq!(dead["bad-2"], kept("colour", "red"));
+        let letters = world.dead().await;
+        assert!(letters.iter().any(|one| one.content_type.as_deref() == Some("application/json")), "{letters:?}");
+        let dead: BTreeMap<String, BTreeMap<String, String>> =
+            letters.iter().map(|one| (one.json()["id"].as_str().unwrap().to_owned(), one.headers.clone())).collect();
+        let of = |headers: &[(&str, &str)]| bad(0, headers).headers;
+        assert_eq!(dead["bad-1"], of(&kept));
+        assert_eq!(dead["bad-2"], of(&[("colour", "red")]));
         assert_eq!(dead["bad-3"], BTreeMap::new());
         logs(&world, 0, "dead-lettered without its attributes").await;
         world.finish().await;
     }
+}
+
+/// Each call may take five seconds, and each message several calls: the end does not wait for all of them.
+#[tokio::test]
+async fn a_stop_has_an_end_while_sqs_does_not_answer() {
+    let mut world = serving(Tuning { grace_ms: 1_000, ..Tuning::hasty() }, Carriage::SQS).await;
+    let arn = world.fake.key().await;
+    let queue = world.queues.name_of(Role::Requests);
+    for operation in ["DeleteMessageBatch", "ChangeMessageVisibilityBatch"] {
+        world.proxy.trouble(operation, &queue, "", Kind::Hang, usize::MAX);
+    }
+    world.publish(request("r1", &arn, json!({}))).await;
+    world.succeeded("r1").await;
+    let from = std::time::Instant::now();
+    world.workers[0].signal(rustix::process::Signal::TERM);
+    world.workers[0].ends_well().await;
+    // Settling 5 s, a receive under way 2 s, the last beat 5 s, giving back 5 s.
+    assert!(from.elapsed() < Duration::from_secs(18), "{:?}", from.elapsed());
+    world.proxy.calm();
+    world.serve().await;
+    world.finish().await;
 }
 
 #[tokio::test]

@@ -6,20 +6,22 @@ use crate::sqs::{CallError, MOST_VISIBILITY, Message};
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
-use tokio::sync::Notify;
+use tokio::sync::{Mutex as AsyncMutex, MutexGuard as AsyncGuard, Notify};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 /// Messages of one receive at most (SQS API Reference, `ReceiveMessage`).
 pub(super) const MOST_RECEIVED: usize = 10;
-/// Bytes in hand from which on nothing is received. What receives under way bring comes on top.
-const MOST_BYTES: usize = 8 * 1024 * 1024;
+/// Bytes in hand at most, those that receives under way may bring included. Three receives of the largest messages.
+const MOST_BYTES: usize = 32 * 1024 * 1024;
 
 /// The bounds of a hand.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Limits {
     /// Messages held at most, those that receives under way may bring included.
     pub(super) messages: usize,
+    /// Bytes of a message at most, as the queue takes them.
+    pub(super) message_bytes: usize,
     /// How long a message stays hidden from its receipt or its last heartbeat.
     pub(super) visibility: Duration,
     /// Whether later messages of a group fall with an earlier one.
@@ -35,6 +37,8 @@ pub(super) struct Hand {
     arrived: Notify,
     /// Rung when there is more room.
     room: Notify,
+    /// Locked for a round of the heartbeat.
+    round: AsyncMutex<()>,
 }
 
 #[derive(Debug, Default)]
@@ -56,6 +60,8 @@ struct Held {
     received: Instant,
     /// When the heartbeat is next due.
     beat_at: Instant,
+    /// Whether it is being deleted: no heartbeat, and a receipt that is of no more use is no loss.
+    is_settling: bool,
 }
 
 /// A message whose receipt is of no more use, and the receipts of those that must not go before it.
@@ -75,7 +81,13 @@ pub(super) struct Due {
 
 impl Hand {
     pub(super) fn new(limits: Limits) -> Self {
-        Self { limits, state: Mutex::default(), arrived: Notify::new(), room: Notify::new() }
+        Self {
+            limits,
+            state: Mutex::default(),
+            arrived: Notify::new(),
+            room: Notify::new(),
+            round: AsyncMutex::default(),
+        }
     }
 
     /// Waits for room for a receive, and keeps it. Not, once `stop` is told.
@@ -91,7 +103,10 @@ impl Hand {
             {
                 let mut state = self.state();
                 let taken = state.held.len() + state.reserved;
-                if taken + MOST_RECEIVED <= self.limits.messages && state.bytes < MOST_BYTES {
+                // A receive brings ten messages at most, whatever their size.
+                let receives = state.reserved / MOST_RECEIVED + 1;
+                let bytes = state.bytes + receives * MOST_RECEIVED * self.limits.message_bytes;
+                if taken + MOST_RECEIVED <= self.limits.messages && bytes <= MOST_BYTES {
                     state.reserved += MOST_RECEIVED;
                     return true;
                 }
@@ -115,7 +130,7 @@ impl Hand {
             state.bytes += message.size();
             state.waiting.push_back(key);
             let beat_at = now + self.limits.visibility / 3;
-            state.held.insert(key, Held { message, received: now, beat_at });
+            state.held.insert(key, Held { message, received: now, beat_at, is_settling: false });
         }
         drop(state);
         self.arrived.notify_one();
@@ -133,14 +148,15 @@ impl Hand {
         loop {
             {
                 let mut state = self.state();
-                if let Some(error) = &state.fault {
-                    return Err(error.clone());
-                }
                 if !state.waiting.is_empty() {
                     let count = most.min(state.waiting.len());
                     let keys: Vec<u64> = state.waiting.drain(..count).collect();
                     let held = keys.iter().filter_map(|key| Some((*key, state.held.get(key)?)));
                     return Ok(held.map(|(key, held)| (key, held.delivery())).collect());
+                }
+                // What was received before it is decided all the same.
+                if let Some(error) = &state.fault {
+                    return Err(error.clone());
                 }
             }
             // A ring while nobody waits is kept.
@@ -160,6 +176,22 @@ impl Hand {
         keys.iter().filter_map(|key| Some((*key, state.held.get(key)?.message.receipt.clone()))).collect()
     }
 
+    /// These are about to be deleted.
+    pub(super) fn begin_settling(&self, keys: &[u64]) {
+        let mut state = self.state();
+        for key in keys {
+            if let Some(held) = state.held.get_mut(key) {
+                held.is_settling = true;
+            }
+        }
+    }
+
+    /// Waits for the round of the heartbeat that is under way, and holds off the next: of what is forgotten or settling
+    /// by then nothing is hidden again.
+    pub(super) async fn round(&self) -> AsyncGuard<'_, ()> {
+        self.round.lock().await
+    }
+
     /// These are no longer held, whatever became of them.
     pub(super) fn forget(&self, keys: &[u64]) {
         let mut state = self.state();
@@ -174,6 +206,9 @@ impl Hand {
     /// those behind it in its group go as well, so that none is decided before it.
     pub(super) fn lose(&self, key: u64) -> Option<Loss> {
         let mut state = self.state();
+        if state.held.get(&key)?.is_settling {
+            return None;
+        }
         let lost = state.remove(key)?;
         let behind: Vec<u64> = match &lost.message.group {
             Some(group) if self.limits.is_fifo => {
@@ -194,7 +229,7 @@ impl Hand {
     /// The messages that the heartbeat is due for at `now`.
     pub(super) fn due(&self, now: Instant) -> Vec<Due> {
         let state = self.state();
-        let due = state.held.iter().filter(|(_, held)| held.beat_at <= now);
+        let due = state.held.iter().filter(|(_, held)| held.beat_at <= now && !held.is_settling);
         due.map(|(key, held)| {
             let left = MOST_VISIBILITY.saturating_sub(now - held.received);
             // Whole seconds: the last one is SQS's to round.
@@ -261,7 +296,7 @@ mod tests {
     const VISIBILITY: Duration = Duration::from_secs(30);
 
     fn hand(messages: usize, is_fifo: bool) -> Hand {
-        Hand::new(Limits { messages, visibility: VISIBILITY, is_fifo })
+        Hand::new(Limits { messages, message_bytes: 1024 * 1024, visibility: VISIBILITY, is_fifo })
     }
 
     fn message(id: &str, group: Option<&str>) -> Message {
@@ -306,7 +341,26 @@ mod tests {
         hand.register(vec![large]);
         assert!(futures_util::poll!(std::pin::pin!(hand.reserve(&stop))).is_pending());
         hand.forget(&[0]);
-        assert!(hand.reserve(&stop).await);
+        // As much may be on its way.
+        for _ in 0..3 {
+            assert!(hand.reserve(&stop).await);
+        }
+        assert!(futures_util::poll!(std::pin::pin!(hand.reserve(&stop))).is_pending(), "40 MiB might come");
+    }
+
+    /// A heartbeat that meets the deletion is told that the receipt is gone.
+    #[tokio::test]
+    async fn what_is_being_deleted_is_neither_kept_hidden_nor_lost() {
+        let hand = hand(400, true);
+        hand.register(["a1", "a2", "a3"].map(|id| message(id, Some("a"))).into());
+        assert_eq!(bodies(&hand, 1).await, ["a1"]);
+        hand.begin_settling(&[0]);
+        let due: Vec<u64> = hand.due(Instant::now() + VISIBILITY).iter().map(|due| due.key).collect();
+        assert_eq!(due, [1, 2]);
+        assert!(hand.lose(0).is_none());
+        hand.forget(&[0]);
+        assert!(hand.lose(0).is_none());
+        assert_eq!(bodies(&hand, 10).await, ["a2", "a3"], "nothing behind it is thrown out");
     }
 
     #[tokio::test]
@@ -348,8 +402,11 @@ mod tests {
     #[tokio::test]
     async fn the_pollers_fault_ends_the_wait() {
         let hand = hand(400, false);
-        let mut waiting = std::pin::pin!(hand.next_batch(1));
+        let mut waiting = Box::pin(hand.next_batch(1));
         assert!(futures_util::poll!(&mut waiting).is_pending());
+        hand.register(vec![message("m", None)]);
+        assert_eq!(waiting.await.unwrap().len(), 1);
+        hand.register(vec![message("n", None)]);
         hand.fail(CallError {
             operation: "ReceiveMessage",
             queue: "q".into(),
@@ -357,6 +414,7 @@ mod tests {
             code: None,
             message: String::new(),
         });
-        assert_eq!(waiting.await.unwrap_err().fault, crate::sqs::Fault::Gone);
+        assert_eq!(bodies(&hand, 1).await, ["n"], "what came before the fault comes first");
+        assert_eq!(hand.next_batch(1).await.unwrap_err().fault, crate::sqs::Fault::Gone);
     }
 }

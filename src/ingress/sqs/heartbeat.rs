@@ -26,11 +26,14 @@ pub(super) async fn beat(
             () = stop.cancelled() => return,
             () = tokio::time::sleep(visibility / LOOKS) => {}
         }
+        let _round = hand.round().await;
         let asked = Instant::now();
-        let (due, over): (Vec<Due>, Vec<Due>) = hand.due(asked).into_iter().partition(|due| due.hidden.is_some());
-        for Due { key, .. } in over {
-            lose(&queue, &hand, key, &metrics).await;
+        for Due { key, .. } in hand.due(asked).iter().filter(|due| due.hidden.is_none()) {
+            lose(&queue, &hand, *key, &metrics).await;
         }
+        // Asked anew: what was let go with them is not to be hidden again.
+        let mut due = hand.due(asked);
+        due.retain(|due| due.hidden.is_some());
         let changes: Vec<Visibility<'_>> =
             due.iter().filter_map(|due| Some((due.receipt.as_str(), due.hidden?))).collect();
         // One attempt: the next look is the next one.

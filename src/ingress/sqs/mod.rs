@@ -26,8 +26,10 @@ use tokio_util::sync::CancellationToken;
 
 /// Beyond the longest wait of a receive in flight, its answer's way.
 const BESIDE_WAITING: Duration = Duration::from_secs(1);
+/// For the last round of the heartbeat: one call's timeout.
+const LAST_BEAT: Duration = Duration::from_secs(5);
 /// For all that is given back at a session's end.
-const GIVING_BACK: Duration = Duration::from_secs(10);
+const GIVING_BACK: Duration = Duration::from_secs(5);
 
 /// The queues, and how to receive.
 #[derive(Debug)]
@@ -93,13 +95,21 @@ impl Ingress for Source {
     async fn open(&self) -> Result<Session, SessionError> {
         let (requests, dead_letters) =
             futures_util::try_join!(self.requests.attributes(), self.dead_letters.attributes())?;
-        for finding in Finding::of_requests(&requests, &dead_letters) {
-            if finding.is_fatal() {
-                return Err(SessionError::Unfit { queue: self.queue().to_owned(), finding });
-            }
-            self.told.call_once(|| tracing::warn!(queue = self.queue(), "the queue of requests {finding}"));
+        let mut findings = Finding::of_requests(&requests, &dead_letters);
+        if let Some(at) = findings.iter().position(Finding::is_fatal) {
+            return Err(SessionError::Unfit { queue: self.queue().to_owned(), finding: findings.swap_remove(at) });
         }
-        let limits = Limits { messages: self.in_hand, visibility: self.visibility, is_fifo: requests.is_fifo };
+        self.told.call_once(|| {
+            for finding in &findings {
+                tracing::warn!(queue = self.queue(), "the queue of requests {finding}");
+            }
+        });
+        let limits = Limits {
+            messages: self.in_hand,
+            message_bytes: requests.most_bytes,
+            visibility: self.visibility,
+            is_fifo: requests.is_fifo,
+        };
         let hand = Arc::new(Hand::new(limits));
         let (polling, beating) = (CancellationToken::new(), CancellationToken::new());
         let (mut pollers, mut heartbeat) = (JoinSet::new(), JoinSet::new());
@@ -165,7 +175,10 @@ impl Session {
         }
         // It would hide what is given back.
         self.beating.cancel();
-        while self.heartbeat.join_next().await.is_some() {}
+        let last = async { while self.heartbeat.join_next().await.is_some() {} };
+        if tokio::time::timeout(LAST_BEAT, last).await.is_err() {
+            self.heartbeat.shutdown().await;
+        }
         let held = self.hand.empty();
         let bounded = tokio::time::timeout(GIVING_BACK, release(&self.requests, &held, Duration::ZERO));
         if bounded.await.is_err() {

@@ -8,7 +8,8 @@ use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 
 /// Receives of one poller that may fail in a row before the session is taken for broken: some seconds, in which SQS
-/// may be busy and nothing in hand has to be given back.
+/// may be busy and nothing in hand has to be given back. Throttled ones do not count: another session would be
+/// throttled as well.
 const MOST_FAILURES: u32 = 6;
 
 /// Receives until `stop`. A receive that is under way then is ended by its answer, since what it brings is hidden from
@@ -29,7 +30,7 @@ pub(super) async fn poll(queue: Queue, hand: Arc<Hand>, wait: Duration, visibili
             Err(error) => error,
         };
         hand.register(Vec::new());
-        failed += 1;
+        failed += u32::from(error.fault != Fault::Throttled);
         if error.fault == Fault::Gone || failed >= MOST_FAILURES {
             // The others have no more luck: the session is ended as a whole.
             hand.fail(error);

@@ -1,7 +1,7 @@
 //! A decided batch: refused messages to the dead-letter queue, then everything off the queue of requests.
 
 use super::{Session, release};
-use crate::ingress::{SIGNATURE_HEADER, Settlement};
+use crate::ingress::{REDRIVE_HEADER, SIGNATURE_HEADER, Settlement};
 use crate::sqs::{Batch, Message, Order, Outcome, Outgoing, Queue};
 use std::time::Duration;
 
@@ -10,6 +10,8 @@ const ATTEMPTS: u32 = 4;
 /// How soon a message that could not be settled comes again. Not at once: where nothing takes it away that would be a
 /// busy loop.
 const LEFT_FOR: Duration = Duration::from_secs(5);
+/// Attributes without which a dead letter could not be sent again under its signature.
+const OF_USE_LATER: [&str; 3] = [SIGNATURE_HEADER, REDRIVE_HEADER, "content-type"];
 
 /// Settles what is still held of a batch. What cannot be settled is let go, and comes again: then it is a duplicate, or
 /// the same refusal. Whatever happens, nothing of the batch is held afterwards.
@@ -18,21 +20,25 @@ pub(super) async fn settle(session: &Session, keys: &[u64], settlements: &[Settl
         keys.iter().zip(settlements).filter(|(_, one)| **one == wanted).map(|(key, _)| *key).collect()
     };
     let refused = of(Settlement::DeadLetter);
-    let mut decided = of(Settlement::Done);
+    let (mut decided, mut stay) = (of(Settlement::Done), Vec::new());
     if !refused.is_empty() {
         let letters = session.hand.messages(&refused);
         let (sent, left) = dead_letter(&session.dead_letters, letters).await;
         crate::failpoint!("sqs.after_dead_letter");
         decided.extend(sent);
-        if !left.is_empty() {
-            session.metrics.sqs_messages_left.with_label_values(&["not_dead_lettered"]).inc_by(left.len() as u64);
-            let receipts: Vec<String> = session.hand.receipts(&left).into_iter().map(|(_, receipt)| receipt).collect();
-            session.hand.forget(&left);
-            release(&session.requests, &receipts, LEFT_FOR).await;
-        }
+        stay = left;
     }
+    // The heartbeat goes on beside this: it would find the receipts of what is deleted gone.
+    session.hand.begin_settling(&decided);
     delete(session, &decided).await;
+    let receipts: Vec<String> = session.hand.receipts(&stay).into_iter().map(|(_, receipt)| receipt).collect();
     session.hand.forget(keys);
+    if !stay.is_empty() {
+        session.metrics.sqs_messages_left.with_label_values(&["not_dead_lettered"]).inc_by(stay.len() as u64);
+        // A beat under way would land last, and hide them for the whole timeout.
+        drop(session.hand.round().await);
+        release(&session.requests, &receipts, LEFT_FOR).await;
+    }
 }
 
 /// Sends copies, body and attributes as they came. Tells which are there, and which are not.
@@ -51,12 +57,13 @@ async fn dead_letter(queue: &Queue, letters: Vec<(u64, Message)>) -> (Vec<u64>, 
             }
         }
     }
-    // What SQS will not take as it came, it may take without what it came with. The signature alone is of use later.
+    // What SQS will not take as it came, it may take without what it came with, but for the signature and what
+    // that covers.
     let bare: Vec<Outgoing> = again
         .iter()
         .map(|(_, message)| {
             let mut bare = copy(queue, message);
-            bare.attributes.retain(|attribute| attribute.name == SIGNATURE_HEADER);
+            bare.attributes.retain(|attribute| OF_USE_LATER.contains(&attribute.name.as_str()));
             bare
         })
         .collect();

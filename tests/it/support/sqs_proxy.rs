@@ -33,6 +33,8 @@ pub enum Kind {
     Call { status: u16, code: &'static str },
     /// The call goes through and its answer is lost.
     LoseAnswer,
+    /// The call goes nowhere, and is never answered.
+    Hang,
 }
 
 #[derive(Default)]
@@ -142,6 +144,7 @@ async fn pass(mut near: TcpStream, state: &Mutex<State>) -> std::io::Result<()> 
             forward(&head, &body).await?;
             return Ok(());
         }
+        Some(Kind::Hang) => return std::future::pending().await,
         None => {}
     }
     let (raw, text) = forward(&head, &body).await?;
