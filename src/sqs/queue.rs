@@ -122,7 +122,6 @@ impl Queue {
         let count = &redrive["maxReceiveCount"];
         let count = count.as_u64().or_else(|| count.as_str()?.parse().ok());
         let number = |name| text(&name).and_then(|text| text.parse::<u64>().ok()).unwrap_or_default();
-        let retention = text(&QueueAttributeName::MessageRetentionPeriod).and_then(|text| text.parse().ok());
         let most_bytes = text(&QueueAttributeName::MaximumMessageSize).and_then(|text| text.parse().ok());
         Ok(QueueAttributes {
             arn: text(&QueueAttributeName::QueueArn)
@@ -135,7 +134,6 @@ impl Queue {
             waiting: number(QueueAttributeName::ApproximateNumberOfMessages),
             hidden: number(QueueAttributeName::ApproximateNumberOfMessagesNotVisible)
                 + number(QueueAttributeName::ApproximateNumberOfMessagesDelayed),
-            retention: Duration::from_secs(retention.unwrap_or_default()),
             most_bytes: most_bytes.unwrap_or(MOST_MESSAGE_BYTES).min(MOST_MESSAGE_BYTES),
         })
     }
