@@ -282,7 +282,14 @@ async fn a_message_is_received_whole_and_everything_is_asked_for() {
     assert_eq!((&request["WaitTimeSeconds"], &request["VisibilityTimeout"]), (&2.into(), &5.into()));
     assert_eq!(
         request["MessageSystemAttributeNames"],
-        serde_json::json!(["SenderId", "ApproximateReceiveCount", "MessageGroupId", "SentTimestamp"])
+        serde_json::json!([
+            "SenderId",
+            "ApproximateReceiveCount",
+            "MessageGroupId",
+            "MessageDeduplicationId",
+            "DeadLetterQueueSourceArn",
+            "SentTimestamp"
+        ])
     );
     assert_eq!(request["MessageAttributeNames"], serde_json::json!(["All"]));
 }
