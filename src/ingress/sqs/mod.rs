@@ -5,7 +5,7 @@
 //!  heartbeat --extend--> Hand <--settled-- Session <--Settlement--
 //! ```
 //!
-//! A message is in the [`Hand`] from the moment in which SQS's answer is there until it is settled, lost, or given
+//! A message is in the `Hand` from the moment in which SQS's answer is there until it is settled, lost, or given
 //! back; for so long the heartbeat keeps it hidden from others. So an outage of Postgres costs it no receipt.
 //! At its end, orderly or not, a session gives back what it holds, so that nobody waits for a visibility timeout.
 
