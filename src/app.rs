@@ -237,15 +237,13 @@ async fn links(loaded: &Loaded, broker: Option<Broker>, metrics: &Metrics) -> Re
     } else {
         None
     };
-    let events = match (&client, &broker) {
-        (Some(client), _) if settings.events_to == Transport::Sqs => {
-            EventLink::Sqs(Events { queue: client.queue(loaded.sqs_events_url()?) })
-        }
-        (_, Some(broker)) => {
+    let events = match (&broker, &client) {
+        (Some(broker), _) if settings.events_to == Transport::RabbitMq => {
             EventLink::RabbitMq(Exchange { broker: broker.clone(), name: settings.rabbitmq.exchange.clone() })
         }
+        (_, Some(client)) => EventLink::Sqs(Events { queue: client.queue(loaded.sqs_events_url()?) }),
         (_, None) => {
-            EventLink::RabbitMq(Exchange { broker: open_broker(loaded)?, name: settings.rabbitmq.exchange.clone() })
+            return Err(ConfigError::Invalid { name: "events_to".into(), expected: "a transport with settings" });
         }
     };
     let requests_from = |transport| settings.requests_from.contains(&transport);

@@ -1,6 +1,7 @@
 //! Dead letters over every transport: shown without being lost or moved, matched to their refusals, sent again.
 
 use crate::support::broker::{DEAD, JOBS, Message, Received};
+use crate::support::contract;
 use crate::support::eventually;
 use crate::support::sqs::Role;
 use crate::support::sqs_proxy::Kind;
@@ -12,21 +13,6 @@ use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 use uuid::Uuid;
-
-/// Each of these functions, as a test over each transport.
-macro_rules! contract {
-    ($($test:ident),* $(,)?) => {
-        mod rabbitmq {
-            $(#[tokio::test] async fn $test() { super::$test(super::Carriage::RABBITMQ).await; })*
-        }
-        mod sqs {
-            $(#[tokio::test] async fn $test() { super::$test(super::Carriage::SQS).await; })*
-        }
-        mod sqs_fifo {
-            $(#[tokio::test] async fn $test() { super::$test(super::Carriage::SQS_FIFO).await; })*
-        }
-    };
-}
 
 contract!(
     many_letters_are_looked_at_twice_and_none_is_lost_or_moved,

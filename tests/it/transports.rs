@@ -3,6 +3,7 @@
 
 use crate::refused::every_bad_input_is_refused_by_name;
 use crate::support::broker::Message;
+use crate::support::contract;
 use crate::support::eventually;
 use crate::support::fake::WORKER;
 use crate::support::world::{Carriage, Carrier, Tuning, World, request};
@@ -10,21 +11,6 @@ use rustix::process::Signal;
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
-
-/// Each of these functions, as a test over each transport.
-macro_rules! contract {
-    ($($test:ident),* $(,)?) => {
-        mod rabbitmq {
-            $(#[tokio::test] async fn $test() { super::$test(super::Carriage::RABBITMQ).await; })*
-        }
-        mod sqs {
-            $(#[tokio::test] async fn $test() { super::$test(super::Carriage::SQS).await; })*
-        }
-        mod sqs_fifo {
-            $(#[tokio::test] async fn $test() { super::$test(super::Carriage::SQS_FIFO).await; })*
-        }
-    };
-}
 
 contract!(
     a_request_becomes_a_job_and_its_outcome_an_event,

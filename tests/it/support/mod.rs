@@ -81,3 +81,19 @@ pub fn finish_blocking(work: impl Future<Output = ()> + Send + 'static) {
     // A clean-up that failed has nobody left to tell.
     drop(thread.join());
 }
+
+/// Each of these functions, as a test over each transport.
+macro_rules! contract {
+    ($($test:ident),* $(,)?) => {
+        mod rabbitmq {
+            $(#[tokio::test] async fn $test() { super::$test($crate::support::world::Carriage::RABBITMQ).await; })*
+        }
+        mod sqs {
+            $(#[tokio::test] async fn $test() { super::$test($crate::support::world::Carriage::SQS).await; })*
+        }
+        mod sqs_fifo {
+            $(#[tokio::test] async fn $test() { super::$test($crate::support::world::Carriage::SQS_FIFO).await; })*
+        }
+    };
+}
+pub(crate) use contract;
