@@ -112,9 +112,10 @@ def what_is_refused(seed):
     value = secrets.token_bytes(40)
     wrapped = objects.SymmetricKey(Algorithm.AES, 256, value, CRYPT, name="wrapped", key_wrapping_data=wrapping)
     seed.register("wrapped", wrapped, value)
-    public = ec.generate_private_key(ec.SECP256R1()).private_numbers().private_value.to_bytes(32, "big")
-    broken = objects.PrivateKey(Algorithm.EC, 256, public, Format.PKCS_8, [Usage.SIGN], name="broken")
-    seed.register("broken", broken, public)
+    # A bare scalar, not PKCS#8. Never a random one: one in 256 begins as DER does, and looks cut off instead.
+    scalar = bytes([7] * 32)
+    broken = objects.PrivateKey(Algorithm.EC, 256, scalar, Format.PKCS_8, [Usage.SIGN], name="broken")
+    seed.register("broken", broken, scalar)
 
 
 def main():
