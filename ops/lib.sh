@@ -2,8 +2,8 @@
 # shellcheck disable=SC2034  # what is set here is for the scripts that source this
 # Shared by the scripts in ops/. Source it; it runs nothing by itself.
 #
-# The private servers of a run live in one folder: `DIR/postgres`, `DIR/rabbitmq`, `DIR/kmip`, `DIR/moto`, each with a
-# `state` file from which any later call knows ports, passwords and processes. Starting what runs, and stopping what does not, is harmless.
+# The private servers of a run live in one folder: `DIR/postgres`, `DIR/rabbitmq`, `DIR/kmip`, `DIR/moto`, `DIR/fake-kms`, each
+# with a file from which any later call knows ports, passwords and processes. Starting what runs, and stopping what does not, is harmless.
 
 set -euo pipefail
 
@@ -517,23 +517,48 @@ rabbitmq_stop() {
     rm -rf "$dir"
 }
 
-# --- KMIP -------------------------------------------------------------------------------------------------------
+# --- servers of one process -------------------------------------------------------------------------------------
 
-kmip_load() {
-    # shellcheck source=/dev/null
-    [[ -f $1/kmip/state ]] && source "$1/kmip/state"
+# Whether a process is of this server: its number alone may have been given to another since. NAME PORT PID
+daemon_process() { grep -qzsx "KEYFERRY_DAEMON=$1.$2" "/proc/$3/environ"; }
+
+# daemon_running DIR NAME: sets DAEMON_PORT and DAEMON_PID.
+daemon_running() {
+    [[ -f $1/$2/daemon ]] && read -r DAEMON_PORT DAEMON_PID <"$1/$2/daemon" && daemon_process "$2" "$DAEMON_PORT" "$DAEMON_PID"
 }
 
-# Whether a process is of this server: its number alone may have been given to another since.
-kmip_process() { grep -qzsx "KEYFERRY_KMIP=$KMIP_PORT" "/proc/$1/environ"; }
+# daemon_start DIR NAME PORT COMMAND...: returns once it accepts connections. Its output goes to DIR/NAME/server.log.
+daemon_start() {
+    local dir=$1 name=$2 port=$3 log=$1/$2/server.log pid
+    shift 3
+    mkdir -p "$dir/$name"
+    (
+        # A session of its own, so that Ctrl-C reaches the script and not the server under the tests.
+        exec setsid env KEYFERRY_DAEMON="$name.$port" "$@" </dev/null >>"$log" 2>&1 9>&-
+    ) &
+    pid=$!
+    echo "$port $pid" >"$dir/$name/daemon"
+    until_ok 10 daemon_process "$name" "$port" "$pid" || die "$name did not start: $(tail -n20 "$log")"
+    until_ok 60 daemon_ready "$name" "$port" "$pid" "$log" || die "$name was not ready within a minute: $(tail -n20 "$log")"
+}
 
-kmip_running() { kmip_load "$1" && kmip_process "${KMIP_PID:-0}"; }
+daemon_ready() {
+    daemon_process "$1" "$2" "$3" || die "$1 stopped while starting: $(tail -n20 "$4")"
+    port_open "$2"
+}
+
+# daemon_stop DIR NAME: ends it at once and removes its data; the log stays as DIR/NAME.log.
+daemon_stop() {
+    if daemon_running "$1" "$2"; then kill -KILL -- "-$DAEMON_PID" 2>/dev/null || true; fi
+    cp "$1/$2/server.log" "$1/$2.log" 2>/dev/null || true
+    rm -rf "${1:?}/$2"
+}
 
 # kmip_start DIR: PyKMIP, after python_venv. Sets KMIP_PORT. Certificates and log are in DIR/kmip.
 kmip_start() {
     local dir=$1/kmip
-    if kmip_running "$1"; then return; fi
-    kmip_stop "$1"
+    if kmip_load "$1"; then return; fi
+    daemon_stop "$1" kmip
     mkdir -p "$dir/policy"
     make_mutual_certificates "$dir"
     KMIP_PORT=$(free_port)
@@ -550,83 +575,35 @@ database_path = $dir/database
 enable_tls_client_auth = True
 logging_level = INFO
 CONF
-    (
-        # A session of its own, so that Ctrl-C reaches the script and not the server under the tests.
-        exec setsid env KEYFERRY_KMIP="$KMIP_PORT" "$TARGET/venv/bin/pykmip-server" -f "$dir/server.conf" \
-            -l "$dir/server.log" </dev/null >"$dir/start.log" 2>&1 9>&-
-    ) &
-    KMIP_PID=$!
-    declare -p KMIP_PORT KMIP_PID | sed 's/^declare -[^ ]*/declare -g/' >"$dir/state"
-    until_ok 10 kmip_process "$KMIP_PID" || die "PyKMIP did not start: $(tail -n20 "$dir/start.log")"
-    until_ok 60 kmip_ready "$1" || die "PyKMIP was not ready within a minute: $(tail -n20 "$dir/start.log")"
+    daemon_start "$1" kmip "$KMIP_PORT" "$TARGET/venv/bin/pykmip-server" -f "$dir/server.conf" -l "$dir/server.log"
 }
 
-kmip_ready() {
-    kmip_process "$KMIP_PID" || die "PyKMIP stopped while starting: $(tail -n20 "$1/kmip/start.log" "$1/kmip/server.log")"
-    port_open "$KMIP_PORT"
-}
-
-# kmip_stop DIR: ends it at once (asked politely it takes ten seconds) and removes its data; the log stays as DIR/kmip.log.
-kmip_stop() {
-    local dir=$1/kmip
-    (
-        kmip_load "$1" || exit 0
-        if kmip_process "$KMIP_PID"; then kill -KILL -- "-$KMIP_PID" 2>/dev/null || true; fi
-        cat "$dir/start.log" "$dir/server.log" >"$1/kmip.log" 2>/dev/null || true
-    )
-    rm -rf "$dir"
-}
+kmip_load() { daemon_running "$1" kmip && KMIP_PORT=$DAEMON_PORT; }
 
 # kmip_seed DIR: the objects that tests ask for, with what they hold in DIR/kmip/seed.json.
 kmip_seed() {
     [[ -f $1/kmip/seed.json ]] || "$TARGET/venv/bin/python" "$ROOT/tests/it/kmip_seed.py" "$KMIP_PORT" "$1/kmip"
 }
 
-# --- SQS --------------------------------------------------------------------------------------------------------
-
-moto_load() {
-    # shellcheck source=/dev/null
-    [[ -f $1/moto/state ]] && source "$1/moto/state"
-}
-
-# As rabbitmq_process.
-moto_process() { grep -qzsx "KEYFERRY_MOTO=$MOTO_PORT" "/proc/$1/environ"; }
-
-moto_running() { moto_load "$1" && moto_process "${MOTO_PID:-0}"; }
-
 # moto_start DIR: a double of SQS that keeps everything in memory, after python_venv. Sets MOTO_PORT.
 moto_start() {
-    local dir=$1/moto
-    if moto_running "$1"; then return; fi
-    moto_stop "$1"
-    mkdir -p "$dir"
+    if moto_load "$1"; then return; fi
+    daemon_stop "$1" moto
     MOTO_PORT=$(free_port)
-    (
-        # A session of its own, so that Ctrl-C reaches the script and not the server under the tests.
-        exec setsid env KEYFERRY_MOTO="$MOTO_PORT" "$TARGET/venv/bin/python" "$ROOT/ops/sqs_double.py" "$MOTO_PORT" \
-            </dev/null >"$dir/server.log" 2>&1 9>&-
-    ) &
-    MOTO_PID=$!
-    declare -p MOTO_PORT MOTO_PID | sed 's/^declare -[^ ]*/declare -g/' >"$dir/state"
-    until_ok 10 moto_process "$MOTO_PID" || die "moto did not start: $(tail -n20 "$dir/server.log")"
-    until_ok 60 moto_ready "$1" || die "moto was not ready within a minute: $(tail -n20 "$dir/server.log")"
+    daemon_start "$1" moto "$MOTO_PORT" "$TARGET/venv/bin/python" "$ROOT/ops/sqs_double.py" "$MOTO_PORT"
 }
 
-moto_ready() {
-    moto_process "$MOTO_PID" || die "moto stopped while starting: $(tail -n20 "$1/moto/server.log")"
-    port_open "$MOTO_PORT"
+moto_load() { daemon_running "$1" moto && MOTO_PORT=$DAEMON_PORT; }
+
+# fake_kms_start DIR: the double of AWS KMS, once it is built. Sets FAKE_KMS_PORT.
+fake_kms_start() {
+    if fake_kms_load "$1"; then return; fi
+    daemon_stop "$1" fake-kms
+    FAKE_KMS_PORT=$(free_port)
+    daemon_start "$1" fake-kms "$FAKE_KMS_PORT" "$TARGET/debug/examples/fake-kms" --listen "127.0.0.1:$FAKE_KMS_PORT"
 }
 
-# moto_stop DIR: ends it at once; the log stays as DIR/moto.log.
-moto_stop() {
-    local dir=$1/moto
-    (
-        moto_load "$1" || exit 0
-        if moto_process "$MOTO_PID"; then kill -KILL -- "-$MOTO_PID" 2>/dev/null || true; fi
-        cp "$dir/server.log" "$1/moto.log" 2>/dev/null || true
-    )
-    rm -rf "$dir"
-}
+fake_kms_load() { daemon_running "$1" fake-kms && FAKE_KMS_PORT=$DAEMON_PORT; }
 
 # --- both -------------------------------------------------------------------------------------------------------
 
@@ -662,13 +639,12 @@ services_load() {
 services_running() { services_load "$1" && postgres_running "$1" && rabbitmq_running "$1"; }
 
 services_stop() {
-    local pids=()
+    local pids=() name
     postgres_stop "$@" &
     pids+=($!)
     rabbitmq_stop "$@" &
     pids+=($!)
-    kmip_stop "$1"
-    moto_stop "$1"
+    for name in kmip moto fake-kms; do daemon_stop "$1" "$name"; done
     wait "${pids[@]}"
     rm -f "$1/passwords"
 }
@@ -701,6 +677,19 @@ export_test_variables() {
     export KEYFERRY_TEST_RABBITMQ_TLS_DIR=$MQ_TLS_DIR
     export KEYFERRY_TEST_AWS_CLI=$TARGET/venv/bin/aws
     export KEYFERRY_TEST_PYTHON=$TARGET/venv/bin/python
+}
+
+# AWS as the double of KMS knows it, and nothing of the user's real accounts, profiles and roles. After fake_kms_start or
+# fake_kms_load.
+AWS_VARIABLES=(AWS_ENDPOINT_URL_KMS AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY AWS_REGION AWS_DEFAULT_REGION AWS_CONFIG_FILE
+    AWS_SHARED_CREDENTIALS_FILE AWS_EC2_METADATA_DISABLED)
+export_aws_settings() {
+    export AWS_ENDPOINT_URL_KMS=http://127.0.0.1:$FAKE_KMS_PORT
+    export AWS_ACCESS_KEY_ID=AKIAFAKEKEYFERRY0001 AWS_SECRET_ACCESS_KEY=fake-secret
+    # The SDK reads the first, the command line of AWS the second.
+    export AWS_REGION=eu-central-1 AWS_DEFAULT_REGION=eu-central-1
+    export AWS_CONFIG_FILE=/dev/null AWS_SHARED_CREDENTIALS_FILE=/dev/null AWS_EC2_METADATA_DISABLED=true
+    unset AWS_PROFILE AWS_SESSION_TOKEN AWS_ENDPOINT_URL AWS_ROLE_ARN AWS_WEB_IDENTITY_TOKEN_FILE
 }
 
 # What the program reads, for the database `keyferry` and the vhost `/`.
