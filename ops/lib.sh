@@ -537,6 +537,8 @@ daemon_start() {
         exec setsid env KEYFERRY_DAEMON="$name.$port" "$@" </dev/null >>"$log" 2>&1 9>&-
     ) &
     pid=$!
+    # It is stopped by force, which is nothing to report.
+    disown "$pid"
     echo "$port $pid" >"$dir/$name/daemon"
     until_ok 10 daemon_process "$name" "$port" "$pid" || die "$name did not start: $(tail -n20 "$log")"
     until_ok 60 daemon_ready "$name" "$port" "$pid" "$log" || die "$name was not ready within a minute: $(tail -n20 "$log")"
