@@ -3,6 +3,7 @@
 use super::Failed;
 use super::cancel::Cancel;
 use super::output::{Output, duration};
+use super::retry::Retry;
 use super::sender::principal;
 use crate::app::{open_broker, open_store};
 use crate::config::Loaded;
@@ -35,6 +36,8 @@ pub(super) enum Jobs {
     Wait(Wait),
     /// Cancel jobs that have not ended.
     Cancel(Cancel),
+    /// Do failed jobs again.
+    Retry(Retry),
 }
 
 /// How requests were sent that are asked for by their own ids.
@@ -144,6 +147,7 @@ impl Jobs {
                 finish(output, &followed)?;
             }
             Self::Cancel(cancel) => cancel.run(loaded, &store, output).await?,
+            Self::Retry(retry) => retry.run(loaded, &store, output).await?,
         }
         Ok(())
     }

@@ -11,6 +11,7 @@ mod keys;
 mod output;
 mod policy;
 mod publish;
+mod retry;
 mod sender;
 mod source;
 mod submit;
@@ -67,7 +68,7 @@ enum Command {
     Migrate,
     /// Publish import requests.
     Submit(Box<submit::Submit>),
-    /// Look at jobs, wait for them, cancel them.
+    /// Look at jobs, wait for them, cancel them, try them again.
     #[command(subcommand)]
     Jobs(jobs::Jobs),
     /// Look at messages that were refused, and send them again once the cause is mended.

@@ -24,6 +24,8 @@ pub struct JobSummary {
     pub id: Uuid,
     /// The KMS key.
     pub key: KeyArn,
+    /// The failed job that it does again.
+    pub retry_of: Option<Uuid>,
     /// Who asked.
     pub principal: String,
     /// The request's idempotency key.
@@ -76,6 +78,11 @@ impl Event {
                 "error": error,
             },
         });
+        // Only where there is something to say: an event is made again byte for byte, also one from before there were
+        // retries.
+        if let Some(failed) = job.retry_of {
+            envelope["data"]["job"]["retry_of"] = json!(failed);
+        }
         if let (Some(trace), Some(fields)) = (&job.traceparent, envelope.as_object_mut()) {
             fields.insert("traceparent".to_owned(), json!(trace));
         }
@@ -153,6 +160,7 @@ mod tests {
             id: Uuid::from_u128(7),
             key: KeyArn::parse("arn:aws:kms:eu-central-1:111122223333:key/031c5703-aaf7-425e-a141-7e0c6f5886ab")
                 .unwrap(),
+            retry_of: None,
             principal: "anonymous".into(),
             request_id: "order-1".into(),
             operation: "import",

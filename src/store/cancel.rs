@@ -55,10 +55,14 @@ impl Store {
         Ok(rows.iter().map(|row| row.get(0)).collect())
     }
 
-    /// How many jobs of a batch there are, by state and, of those that failed, code.
+    /// How many jobs of a batch there are, by state and, of those that failed, code. One that was retried is not counted: its
+    /// retry is.
     pub async fn batch_counts(&self, batch: &str) -> Result<BTreeMap<(String, String), u64>, StoreError> {
         const COUNT: &str = "
-            select state, coalesce(error ->> 'code', ''), count(*) from job where batch = $1 group by 1, 2";
+            select state, coalesce(error ->> 'code', ''), count(*) from job
+            where batch = $1
+              and not (state = 'failed' and exists (select from job as retry where retry.retry_of = job.id))
+            group by 1, 2";
         let client = self.client().await?;
         let count = client.prepare_cached(COUNT).await?;
         let rows = client.query(&count, &[&batch]).await?;
@@ -109,7 +113,7 @@ const FOUND: &str = "
            line.head_seq = job.seq, job.seq = (select min(seq) from urgent where urgent.line_id = line.id and urgent.parked_by is null),
            exists (select from urgent where urgent.line_id = line.id and urgent.parked_by is null), progress.source_key_id,
            kms_key.arn, job.principal, job.request_id, job.request_source, job.request, job.accepted_at,
-           job.traceparent
+           job.traceparent, job.retry_of
     from job
     join line on line.id = job.line_id
     join kms_key on kms_key.id = job.kms_key_id
@@ -153,6 +157,7 @@ impl Found {
         let summary = JobSummary {
             id,
             key: KeyArn::parse(row.get(15)).map_err(|_| broken())?,
+            retry_of: row.get(22),
             principal: row.get(16),
             request_id: request.id.as_str().to_owned(),
             operation: request.operation().as_str(),
@@ -220,6 +225,7 @@ async fn end(
     let attempts: Vec<i32> = jobs.iter().map(|job| job.attempts).collect();
     let write = transaction.prepare_cached(END_JOBS).await?;
     transaction.execute(&write, &[&ids, &states, &times, &results, &errors, &sources, &attempts]).await?;
+    super::retry::keep_choices(transaction, &ids).await?;
     for table in ["progress", "cancellation", "future"] {
         transaction.execute(&format!("delete from {table} where job_id = any($1)"), &[&ids]).await?;
     }

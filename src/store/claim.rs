@@ -56,6 +56,8 @@ pub struct ClaimedJob {
     pub id: Uuid,
     /// Place in the line.
     pub sequence: i64,
+    /// The failed job that it does again.
+    pub retry_of: Option<Uuid>,
     /// Who asked.
     pub principal: String,
     /// As whom; `None`: nobody was asked.
@@ -244,7 +246,7 @@ pub const READ: &str = "
            job.seq, case when line.urgent_seq is null then line.attempt else urgent.attempt end,
            -- One look where none is, not one for each job.
            (select exists (select from cancellation)) and exists (select from cancellation where job_id = job.id),
-           job.identity
+           job.identity, job.retry_of
     from unnest($1::bigint[]) as claimed(line_id)
     join line on line.id = claimed.line_id
     left join urgent on urgent.line_id = line.id and urgent.seq = line.urgent_seq
@@ -517,6 +519,7 @@ fn claimed_job(row: &Row, heads: &HashMap<i64, Head>) -> Result<ClaimedJob, Stor
         sequence: row.get(46),
         principal: row.get(2),
         identity: row.get(49),
+        retry_of: row.get(50),
         request,
         traceparent: row.get(6),
         accepted_at: row.get(7),

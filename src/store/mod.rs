@@ -18,6 +18,7 @@ mod outbox;
 mod policy;
 mod prepare;
 mod read;
+mod retry;
 mod schema;
 mod settle;
 mod urgent;
@@ -34,6 +35,7 @@ pub use outbox::{OutboxRow, Queue};
 pub use policy::RefusalRecord;
 pub use prepare::{Chosen, DsmChoice, Intent, Prepared, Step};
 pub use read::{JobFilter, JobView};
+pub use retry::{FailedChoice, FailedJob, NewRetry, RETRY_PAGE, Retried, Standing};
 pub use schema::{Migrated, SchemaError, migrate};
 pub use settle::{Answered, Material, Parameters, Removed, RetryState, Settled, Settlement, SettlementKind};
 

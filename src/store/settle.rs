@@ -398,6 +398,8 @@ impl Ended {
 
     async fn empty_progress(&self, transaction: &Transaction<'_>) -> Result<(), StoreError> {
         if !self.ids.is_empty() {
+            let failed = self.ids.iter().zip(&self.states).filter(|(_, state)| **state == "failed");
+            super::retry::keep_choices(transaction, &failed.map(|(id, _)| *id).collect::<Vec<_>>()).await?;
             let empty = transaction.prepare_cached("delete from progress where job_id = any($1)").await?;
             transaction.execute(&empty, &[&self.ids]).await?;
         }

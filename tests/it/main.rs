@@ -25,6 +25,7 @@ mod policy_commands;
 mod procedure;
 mod refused;
 mod reload;
+mod retries;
 mod signatures;
 mod sqs;
 mod stopping;

@@ -239,6 +239,7 @@ fn summary(job: &ClaimedJob) -> JobSummary {
     JobSummary {
         id: job.id,
         key: job.key.clone(),
+        retry_of: job.retry_of,
         principal: job.principal.clone(),
         request_id: job.request.id.as_str().to_owned(),
         operation: job.request.operation().as_str(),

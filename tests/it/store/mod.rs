@@ -12,6 +12,7 @@ mod keys;
 mod outbox;
 mod plans;
 mod read;
+mod retry;
 mod rights;
 mod settle;
 mod urgent;

@@ -53,20 +53,22 @@ pub fn violations(snapshot: &Snapshot) -> Vec<String> {
 /// I1: a message is one job, one refusal or a copy; a job ends once.
 fn every_message_has_one_end(snapshot: &Snapshot, found: &mut Vec<String>) {
     let different: BTreeSet<&Message> = snapshot.published.iter().collect();
-    let rows = snapshot.jobs.len() + snapshot.refusals.len();
+    // A retry is no message's.
+    let jobs: Vec<&Job> = snapshot.jobs.iter().filter(|job| job.retry_of.is_none()).collect();
+    let rows = jobs.len() + snapshot.refusals.len();
     if rows + snapshot.respelt != different.len() + snapshot.redriven {
         found.push(format!(
             "I1: {} different messages ({} of them respelt, {} redriven), but {} jobs and {} refusals",
             different.len(),
             snapshot.respelt,
             snapshot.redriven,
-            snapshot.jobs.len(),
+            jobs.len(),
             snapshot.refusals.len()
         ));
     }
     let mut ids = HashSet::new();
     for job in &snapshot.jobs {
-        if !ids.insert((&job.principal, &job.request_id)) {
+        if !ids.insert((&job.principal, &job.request_id, job.retry_of)) {
             found.push(format!("I1: two jobs for request {} of {}", job.request_id, job.principal));
         }
         let is_whole = match job.state.as_str() {
