@@ -8,6 +8,7 @@ mod dead;
 mod hold;
 mod jobs;
 mod keys;
+mod kms_keys;
 mod output;
 mod policy;
 mod publish;
@@ -80,6 +81,9 @@ enum Command {
     /// Keep the source keys of the local store.
     #[command(subcommand)]
     Keys(keys::Keys),
+    /// What is in AWS, by our record: KMS keys, their materials, their last jobs.
+    #[command(subcommand)]
+    KmsKeys(kms_keys::KmsKeys),
     /// Look at the servers that keys come from.
     #[command(subcommand)]
     Source(source::Source),
@@ -178,6 +182,7 @@ async fn run(cli: Cli) -> Result<(), Failed> {
         Command::Hold(hold) => hold.run(&loaded, output).await?,
         Command::Release(release) => release.run(&loaded, output).await?,
         Command::Keys(keys) => keys.run(&loaded, output).await?,
+        Command::KmsKeys(keys) => keys.run(&loaded, output).await?,
         Command::Source(source) => source.run(&loaded, output).await?,
         Command::Policy(policy) => policy.run(&loaded, output)?,
         Command::Topology(topology) => topology.run(&loaded, output).await?,

@@ -13,6 +13,7 @@ mod claim;
 mod dead;
 mod hold;
 mod keys;
+mod kms_keys;
 mod lock;
 mod outbox;
 mod policy;
@@ -31,6 +32,7 @@ pub use claim::{Claimed, ClaimedJob, JOIN_PAGE, KnownMaterial, Lease, Progress, 
 pub use dead::{LetterKey, RefusalRow};
 pub use hold::{Held, Hold, Scope, Stop};
 pub use keys::{KeyDeletion, KeyListing, NewSourceKey, SourceKeyOrigin};
+pub use kms_keys::{KmsKeyFilter, KmsKeyView, LastJob, MaterialView};
 pub use outbox::{OutboxRow, Queue};
 pub use policy::RefusalRecord;
 pub use prepare::{Chosen, DsmChoice, Intent, Prepared, Step};

@@ -17,6 +17,7 @@ mod dsm_source;
 mod failed;
 mod happy;
 mod kills;
+mod kms_keys;
 mod materials;
 mod operators;
 mod pairs;
