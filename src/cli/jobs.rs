@@ -1,6 +1,7 @@
 //! `keyferry jobs`.
 
 use super::Failed;
+use super::abandon::Abandon;
 use super::cancel::Cancel;
 use super::output::{Output, duration};
 use super::retry::Retry;
@@ -38,6 +39,8 @@ pub(super) enum Jobs {
     Cancel(Cancel),
     /// Do failed jobs again.
     Retry(Retry),
+    /// Give up a job of which it cannot be learnt what AWS did.
+    Abandon(Abandon),
 }
 
 /// How requests were sent that are asked for by their own ids.
@@ -148,6 +151,7 @@ impl Jobs {
             }
             Self::Cancel(cancel) => cancel.run(loaded, &store, output).await?,
             Self::Retry(retry) => retry.run(loaded, &store, output).await?,
+            Self::Abandon(abandon) => abandon.run(loaded, &store, output).await?,
         }
         Ok(())
     }

@@ -3,6 +3,7 @@
 //! Tables for people on a terminal, `--json` for programs. Exit codes: 0 done, 1 it could not be done, 2 the
 //! command line or a setting is wrong, 3 a job that was waited for did not succeed, 4 waiting took too long.
 
+mod abandon;
 mod cancel;
 mod dead;
 mod hold;
@@ -69,7 +70,7 @@ enum Command {
     Migrate,
     /// Publish import requests.
     Submit(Box<submit::Submit>),
-    /// Look at jobs, wait for them, cancel them, try them again.
+    /// Look at jobs, wait for them, cancel them, do them again, give them up.
     #[command(subcommand)]
     Jobs(jobs::Jobs),
     /// Look at messages that were refused, and send them again once the cause is mended.

@@ -4,6 +4,7 @@
 //! tried again here, everything else is the caller's to judge by [`StoreError`]. No transaction is open
 //! across a network call other than to Postgres itself.
 
+mod abandon;
 mod accept;
 mod advance;
 mod backlog;
@@ -27,7 +28,7 @@ mod urgent;
 pub use accept::{Candidate, MessageDigest, NewJob, NewRefusal, Sender, Verdict};
 pub use backlog::{FOLD_PAGE, Folded};
 pub use bisect::bisect;
-pub use cancel::{CANCEL_PAGE, Cancelled};
+pub use cancel::{CANCEL_PAGE, Cancelled, Ending};
 pub use claim::{Claimed, ClaimedJob, JOIN_PAGE, KnownMaterial, Lease, Progress, Renewed, Scan};
 pub use dead::{LetterKey, RefusalRow};
 pub use hold::{Held, Hold, Scope, Stop};

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
 #![allow(missing_docs, reason = "nothing here is for others; what is not obvious says so all the same")]
 
+mod abandoned;
 mod architecture;
 mod aws_errors;
 mod broken_links;

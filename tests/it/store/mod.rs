@@ -1,5 +1,6 @@
 //! The store against a real Postgres, as the worker's role.
 
+mod abandon;
 mod accept;
 mod backlog;
 mod bisection;
