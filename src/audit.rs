@@ -37,6 +37,8 @@ pub enum Kind {
     CancelRequested,
     /// An operator abandoned the job; it ends even if something is in doubt.
     AbandonRequested,
+    /// An operator had events published once more.
+    EventsRepublished,
     /// An operator stopped what is within a scope.
     Held,
     /// An operator let it go on.
@@ -66,6 +68,7 @@ impl Kind {
             Self::Failed => "failed",
             Self::CancelRequested => "cancel_requested",
             Self::AbandonRequested => "abandon_requested",
+            Self::EventsRepublished => "events_republished",
             Self::Held => "held",
             Self::HoldReleased => "hold_released",
             Self::SourceKeyCreated => "source_key_created",

@@ -6,6 +6,7 @@
 mod abandon;
 mod cancel;
 mod dead;
+mod events;
 mod hold;
 mod jobs;
 mod keys;
@@ -75,6 +76,9 @@ enum Command {
     Jobs(jobs::Jobs),
     /// Look at messages that were refused, and send them again once the cause is mended.
     Dead(dead::Dead),
+    /// Publish events once more.
+    #[command(subcommand)]
+    Events(events::Events),
     /// Stop jobs until they are released, or list what is held.
     Hold(hold::Hold),
     /// Let go on what was held.
@@ -180,6 +184,7 @@ async fn run(cli: Cli) -> Result<(), Failed> {
         Command::Submit(submit) => submit.run(&loaded, output).await?,
         Command::Jobs(jobs) => jobs.run(&loaded, output).await?,
         Command::Dead(dead) => Box::pin(dead.run(&loaded, output)).await?,
+        Command::Events(events) => events.run(&loaded, output).await?,
         Command::Hold(hold) => hold.run(&loaded, output).await?,
         Command::Release(release) => release.run(&loaded, output).await?,
         Command::Keys(keys) => keys.run(&loaded, output).await?,

@@ -27,6 +27,7 @@ mod policy_commands;
 mod procedure;
 mod refused;
 mod reload;
+mod republish;
 mod retries;
 mod signatures;
 mod sqs;

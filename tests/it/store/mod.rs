@@ -14,6 +14,7 @@ mod kms_keys;
 mod outbox;
 mod plans;
 mod read;
+mod republish;
 mod retry;
 mod rights;
 mod settle;
