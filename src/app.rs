@@ -321,7 +321,8 @@ fn spawn_relay<D: Destination + 'static>(
     relays.spawn(async move { relay.run(drain).await });
 }
 
-fn targets(loaded: &Loaded) -> Result<Targets, ConfigError> {
+/// The accounts and Regions of the settings.
+pub fn targets(loaded: &Loaded) -> Result<Targets, ConfigError> {
     let each = loaded.targets()?.iter().flat_map(|target| {
         target.regions.iter().map(|region| (target.partition.clone(), target.account.clone(), region.clone()))
     });

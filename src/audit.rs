@@ -35,6 +35,10 @@ pub enum Kind {
     Failed,
     /// An operator cancelled the job; it ends as soon as nothing is in doubt.
     CancelRequested,
+    /// An operator abandoned the job; it ends even if something is in doubt.
+    AbandonRequested,
+    /// An operator had events published once more.
+    EventsRepublished,
     /// An operator stopped what is within a scope.
     Held,
     /// An operator let it go on.
@@ -63,6 +67,8 @@ impl Kind {
             Self::Succeeded => "succeeded",
             Self::Failed => "failed",
             Self::CancelRequested => "cancel_requested",
+            Self::AbandonRequested => "abandon_requested",
+            Self::EventsRepublished => "events_republished",
             Self::Held => "held",
             Self::HoldReleased => "hold_released",
             Self::SourceKeyCreated => "source_key_created",

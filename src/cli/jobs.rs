@@ -1,8 +1,10 @@
 //! `keyferry jobs`.
 
 use super::Failed;
+use super::abandon::Abandon;
 use super::cancel::Cancel;
 use super::output::{Output, duration};
+use super::retry::Retry;
 use super::sender::principal;
 use crate::app::{open_broker, open_store};
 use crate::config::Loaded;
@@ -35,6 +37,10 @@ pub(super) enum Jobs {
     Wait(Wait),
     /// Cancel jobs that have not ended.
     Cancel(Cancel),
+    /// Do failed jobs again.
+    Retry(Retry),
+    /// Give up a job of which it cannot be learnt what AWS did.
+    Abandon(Abandon),
 }
 
 /// How requests were sent that are asked for by their own ids.
@@ -144,6 +150,8 @@ impl Jobs {
                 finish(output, &followed)?;
             }
             Self::Cancel(cancel) => cancel.run(loaded, &store, output).await?,
+            Self::Retry(retry) => retry.run(loaded, &store, output).await?,
+            Self::Abandon(abandon) => abandon.run(loaded, &store, output).await?,
         }
         Ok(())
     }

@@ -3,14 +3,18 @@
 //! Tables for people on a terminal, `--json` for programs. Exit codes: 0 done, 1 it could not be done, 2 the
 //! command line or a setting is wrong, 3 a job that was waited for did not succeed, 4 waiting took too long.
 
+mod abandon;
 mod cancel;
 mod dead;
+mod events;
 mod hold;
 mod jobs;
 mod keys;
+mod kms_keys;
 mod output;
 mod policy;
 mod publish;
+mod retry;
 mod sender;
 mod source;
 mod submit;
@@ -67,11 +71,14 @@ enum Command {
     Migrate,
     /// Publish import requests.
     Submit(Box<submit::Submit>),
-    /// Look at jobs, wait for them, cancel them.
+    /// Look at jobs, wait for them, cancel them, do them again, give them up.
     #[command(subcommand)]
     Jobs(jobs::Jobs),
     /// Look at messages that were refused, and send them again once the cause is mended.
     Dead(dead::Dead),
+    /// Publish events once more.
+    #[command(subcommand)]
+    Events(events::Events),
     /// Stop jobs until they are released, or list what is held.
     Hold(hold::Hold),
     /// Let go on what was held.
@@ -79,6 +86,9 @@ enum Command {
     /// Keep the source keys of the local store.
     #[command(subcommand)]
     Keys(keys::Keys),
+    /// What is in AWS, by our record: KMS keys, their materials, their last jobs.
+    #[command(subcommand)]
+    KmsKeys(kms_keys::KmsKeys),
     /// Look at the servers that keys come from.
     #[command(subcommand)]
     Source(source::Source),
@@ -174,9 +184,11 @@ async fn run(cli: Cli) -> Result<(), Failed> {
         Command::Submit(submit) => submit.run(&loaded, output).await?,
         Command::Jobs(jobs) => jobs.run(&loaded, output).await?,
         Command::Dead(dead) => Box::pin(dead.run(&loaded, output)).await?,
+        Command::Events(events) => events.run(&loaded, output).await?,
         Command::Hold(hold) => hold.run(&loaded, output).await?,
         Command::Release(release) => release.run(&loaded, output).await?,
         Command::Keys(keys) => keys.run(&loaded, output).await?,
+        Command::KmsKeys(keys) => keys.run(&loaded, output).await?,
         Command::Source(source) => source.run(&loaded, output).await?,
         Command::Policy(policy) => policy.run(&loaded, output)?,
         Command::Topology(topology) => topology.run(&loaded, output).await?,

@@ -44,20 +44,21 @@ impl Output {
     }
 }
 
-/// Reads a duration such as `90`, `90s`, `5m` or `2h`.
+/// Reads a duration such as `90`, `90s`, `5m`, `2h` or `30d`.
 pub(super) fn duration(text: &str) -> Result<Duration, String> {
-    let digits = text.trim_end_matches(['s', 'm', 'h']);
+    let digits = text.trim_end_matches(['s', 'm', 'h', 'd']);
     let factor = match &text[digits.len()..] {
         "" | "s" => 1,
         "m" => 60,
         "h" => 3_600,
+        "d" => 86_400,
         _ => return Err(EXPECTED.into()),
     };
     let count: u64 = digits.parse().map_err(|_| EXPECTED)?;
     count.checked_mul(factor).map(Duration::from_secs).ok_or_else(|| EXPECTED.into())
 }
 
-const EXPECTED: &str = "expected a number of seconds, or one with s, m or h, such as 90, 5m or 2h";
+const EXPECTED: &str = "expected a number of seconds, or one with s, m, h or d, such as 90, 5m, 2h or 30d";
 
 /// A reader that has gone away, as `head` does, is no error.
 fn print(text: &str) {
@@ -87,6 +88,7 @@ mod tests {
         assert_eq!(duration("90"), Ok(Duration::from_secs(90)));
         assert_eq!(duration("5m"), Ok(Duration::from_secs(300)));
         assert_eq!(duration("2h"), Ok(Duration::from_secs(7_200)));
+        assert_eq!(duration("30d"), Ok(Duration::from_secs(30 * 86_400)));
         for text in ["", "m", "5mm", "-1", "5 m", "99999999999999999999", "9999999999999999h"] {
             assert!(duration(text).is_err(), "{text}");
         }

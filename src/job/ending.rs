@@ -285,6 +285,8 @@ codes! {
         Revoked = "revoked",
         /// An operator cancelled it.
         Cancelled = "cancelled",
+        /// An operator gave up learning what AWS did.
+        Abandoned = "abandoned",
         /// Postgres refuses the outcome's row.
         Unstorable = "unstorable",
     }
@@ -312,6 +314,17 @@ impl Failure {
             "cancelled by an operator before anything was changed"
         };
         Self { code: FailureCode::Cancelled, message: message.into(), aws_changed, policy: None }
+    }
+
+    /// An operator abandoned the job, whatever is in doubt.
+    pub fn abandoned(aws_changed: bool) -> Self {
+        let message = if aws_changed {
+            "abandoned by an operator before it was learnt what AWS did: look at the key in AWS; keyferry jobs retry settles \
+             it with the same material"
+        } else {
+            "abandoned by an operator before anything was changed"
+        };
+        Self { code: FailureCode::Abandoned, message: message.into(), aws_changed, policy: None }
     }
 }
 

@@ -24,6 +24,8 @@ pub struct JobSummary {
     pub id: Uuid,
     /// The KMS key.
     pub key: KeyArn,
+    /// The failed job that it does again.
+    pub retry_of: Option<Uuid>,
     /// Who asked.
     pub principal: String,
     /// The request's idempotency key.
@@ -45,9 +47,18 @@ pub struct JobSummary {
 impl Event {
     /// The event of a job that ended.
     pub fn of_job(job: &JobSummary, outcome: &Result<JobResult, Failure>, at: OffsetDateTime) -> Self {
-        let (word, result, error) = match outcome {
-            Ok(result) => ("succeeded", result.0.clone(), Value::Null),
-            Err(failure) => ("failed", Value::Null, failure_json(failure)),
+        match outcome {
+            Ok(result) => Self::of_end(job, Ok(&result.0), at),
+            Err(failure) => Self::of_end(job, Err(&failure_json(failure)), at),
+        }
+    }
+
+    /// The same from what its row has: a result or an error. Whatever comes to be added here must leave the events of jobs
+    /// that ended before as they are, byte for byte: they are made again.
+    pub fn of_end(job: &JobSummary, end: Result<&Value, &Value>, at: OffsetDateTime) -> Self {
+        let (word, result, error) = match end {
+            Ok(result) => ("succeeded", result.clone(), Value::Null),
+            Err(error) => ("failed", Value::Null, error.clone()),
         };
         let mut envelope = json!({
             "specversion": "1.0",
@@ -76,6 +87,9 @@ impl Event {
                 "error": error,
             },
         });
+        if let Some(failed) = job.retry_of {
+            envelope["data"]["job"]["retry_of"] = json!(failed);
+        }
         if let (Some(trace), Some(fields)) = (&job.traceparent, envelope.as_object_mut()) {
             fields.insert("traceparent".to_owned(), json!(trace));
         }
@@ -153,6 +167,7 @@ mod tests {
             id: Uuid::from_u128(7),
             key: KeyArn::parse("arn:aws:kms:eu-central-1:111122223333:key/031c5703-aaf7-425e-a141-7e0c6f5886ab")
                 .unwrap(),
+            retry_of: None,
             principal: "anonymous".into(),
             request_id: "order-1".into(),
             operation: "import",
@@ -175,6 +190,21 @@ mod tests {
         assert_eq!(body["sequence"], "00000000000000000003");
         assert_eq!(body["data"]["error"]["code"], "key_disabled");
         assert_eq!(body["data"]["result"], Value::Null);
+    }
+
+    /// Consumers have events like these: made again, they are the same bytes.
+    #[test]
+    fn an_event_keeps_its_bytes() {
+        let at = datetime!(2026-01-01 0:00:01 UTC);
+        let plain = Event::of_end(&summary(), Err(&json!({"code": "key_disabled"})), at);
+        assert_eq!(
+            plain.body,
+            r#"{"data":{"error":{"code":"key_disabled"},"job":{"accepted_at":"2026-01-01T00:00:00Z","batch":null,"dry_run":false,"finished_at":"2026-01-01T00:00:01Z","id":"00000000-0000-0000-0000-000000000007","key":"arn:aws:kms:eu-central-1:111122223333:key/031c5703-aaf7-425e-a141-7e0c6f5886ab","operation":"import","principal":"anonymous","request_id":"order-1","state":"failed"},"result":null},"datacontenttype":"application/json","id":"00000000-0000-0000-0000-000000000007","sequence":"00000000000000000003","source":"keyferry","specversion":"1.0","subject":"arn:aws:kms:eu-central-1:111122223333:key/031c5703-aaf7-425e-a141-7e0c6f5886ab","time":"2026-01-01T00:00:01Z","type":"io.keyferry.job.failed"}"#
+        );
+        let retry = JobSummary { retry_of: Some(Uuid::from_u128(6)), traceparent: Some("00-t".into()), ..summary() };
+        let retried: Value = serde_json::from_str(&Event::of_end(&retry, Ok(&json!({})), at).body).unwrap();
+        assert_eq!(retried["data"]["job"]["retry_of"], json!(Uuid::from_u128(6)));
+        assert_eq!(retried["traceparent"], "00-t");
     }
 
     #[test]

@@ -323,6 +323,11 @@ impl Request {
                 "deadline: expected a time after now and after not_before",
             ));
         }
+        self.judge_expiry(start)
+    }
+
+    /// Whether the material's end of life fits a job that starts then.
+    pub fn judge_expiry(&self, start: OffsetDateTime) -> Result<(), Refusal> {
         if let Work::Import(Import { expiry: Expiry::At(valid_to), .. }) = self.work {
             if valid_to <= start {
                 let message = "valid_to: expected a time in the future, after not_before";

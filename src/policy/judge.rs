@@ -113,6 +113,19 @@ impl<'a> Ask<'a> {
         }
     }
 
+    /// The same, now that it is known which source key that is: its name and its identifier.
+    #[must_use]
+    pub fn with_known(self, name: &'a str, id: &'a str) -> Self {
+        match &self.source {
+            // What was made for the job has a name by now.
+            Source::Generated | Source::None => self,
+            Source::Open("dsm") | Source::Named { tier: "dsm", .. } => {
+                self.with_source(Source::Named { tier: "dsm", name, id: Some(id) })
+            }
+            Source::Open(_) | Source::Named { .. } => self.with_source(Source::Named { tier: "local", name, id: None }),
+        }
+    }
+
     /// The same with a source key that is known by now.
     #[must_use]
     pub fn with_source(self, source: Source<'a>) -> Self {

@@ -99,6 +99,22 @@ impl Policy {
         }
     }
 
+    /// Why who asked no longer stands for the principal of a job. So a signing key that leaked, or a user that was taken
+    /// away, stops what waits in its name.
+    pub fn disowns(&self, principal: &str, identity: Option<&str>) -> Option<String> {
+        if matches!(self, Self::AllowAll) {
+            return None;
+        }
+        let Some(identity) = identity else {
+            let message =
+                "the job was accepted when nobody was asked who they are, and its principal is not in the policy";
+            return (!self.knows(principal)).then(|| message.to_owned());
+        };
+        let owner = Identity::parse(identity).and_then(|identity| self.principal(&identity).map(str::to_owned));
+        (owner.as_deref() != Some(principal))
+            .then(|| format!("{identity}, who asked, is no longer the principal {principal}"))
+    }
+
     /// What its keeper should look at, in sentences.
     pub fn warnings(&self) -> &[String] {
         match self {

@@ -356,10 +356,10 @@ fn accepted(job: &NewJob) -> Fact {
 }
 
 #[derive(Clone, Copy)]
-struct KnownKey {
-    id: Uuid,
-    line_id: i64,
-    lane_id: i64,
+pub(super) struct KnownKey {
+    pub(super) id: Uuid,
+    pub(super) line_id: i64,
+    pub(super) lane_id: i64,
 }
 
 /// The first accepted job on an ARN registers it. Everything is inserted in sorted order and read again
@@ -433,13 +433,13 @@ async fn register_keys<'a>(
 }
 
 /// A key and the scarce call that a job on it needs first.
-type Wanted<'a> = (&'a KeyArn, ScarceCall);
+pub(super) type Wanted<'a> = (&'a KeyArn, ScarceCall);
 
 fn wanted(job: &NewJob) -> Wanted<'_> {
     (&job.key, job.request.first_call())
 }
 
-async fn read_keys<'a>(
+pub(super) async fn read_keys<'a>(
     transaction: &Transaction<'_>,
     asked: &[Wanted<'a>],
 ) -> Result<HashMap<Wanted<'a>, KnownKey>, StoreError> {
@@ -470,6 +470,25 @@ async fn take_places(
     keys: &HashMap<Wanted<'_>, KnownKey>,
     now: OffsetDateTime,
 ) -> Result<Vec<Option<i64>>, StoreError> {
+    let mut joining: BTreeMap<i64, (i64, i64)> = BTreeMap::new();
+    for job in jobs.iter().filter(|job| waits_until(job, now).is_none()) {
+        let key = &keys[&wanted(job)];
+        joining.entry(key.line_id).or_insert((0, key.lane_id)).0 += 1;
+    }
+    let mut next = lengthen(transaction, &joining).await?;
+    let mut place = |job: &NewJob| {
+        let next = next.get_mut(&keys[&wanted(job)].line_id)?;
+        *next += 1;
+        Some(*next - 1)
+    };
+    Ok(jobs.iter().map(|job| if waits_until(job, now).is_some() { None } else { place(job) }).collect())
+}
+
+/// Lengthens lines by so many places, each for jobs of a lane; the first new place of each.
+pub(super) async fn lengthen(
+    transaction: &Transaction<'_>,
+    joining: &BTreeMap<i64, (i64, i64)>,
+) -> Result<HashMap<i64, i64>, StoreError> {
     const LOCK: &str = "select id from line where id = any($1) order by id for no key update";
     const EXTEND: &str = "
         update line set tail_seq = tail_seq + joining.count,
@@ -479,11 +498,6 @@ async fn take_places(
         from unnest($1::bigint[], $2::bigint[], $3::bigint[]) as joining(id, count, lane_id)
         where line.id = joining.id
         returning line.id, line.tail_seq";
-    let mut joining: BTreeMap<i64, (i64, i64)> = BTreeMap::new();
-    for job in jobs.iter().filter(|job| waits_until(job, now).is_none()) {
-        let key = &keys[&wanted(job)];
-        joining.entry(key.line_id).or_insert((0, key.lane_id)).0 += 1;
-    }
     let lines: Vec<i64> = joining.keys().copied().collect();
     let counts: Vec<i64> = joining.values().map(|(count, _)| *count).collect();
     let lanes: Vec<i64> = joining.values().map(|(_, lane)| *lane).collect();
@@ -492,19 +506,11 @@ async fn take_places(
     let (locked, extended): ([&(dyn ToSql + Sync); 1], [&(dyn ToSql + Sync); 3]) =
         ([&lines], [&lines, &counts, &lanes]);
     let (_, rows) = try_join!(transaction.execute(&lock, &locked), transaction.query(&extend, &extended))?;
-    let mut next: HashMap<i64, i64> = rows
-        .iter()
-        .map(|row| {
-            let (line, tail): (i64, i64) = (row.get(0), row.get(1));
-            (line, tail - joining[&line].0 + 1)
-        })
-        .collect();
-    let mut place = |job: &NewJob| {
-        let next = next.get_mut(&keys[&wanted(job)].line_id)?;
-        *next += 1;
-        Some(*next - 1)
+    let first = |row: &tokio_postgres::Row| {
+        let (line, tail): (i64, i64) = (row.get(0), row.get(1));
+        (line, tail - joining[&line].0 + 1)
     };
-    Ok(jobs.iter().map(|job| if waits_until(job, now).is_some() { None } else { place(job) }).collect())
+    Ok(rows.iter().map(first).collect())
 }
 
 fn waits_until(job: &NewJob, now: OffsetDateTime) -> Option<OffsetDateTime> {

@@ -1,10 +1,10 @@
-//! Cancellation: jobs that wait end at once; those that a worker has under way, or of which something is in doubt, are
-//! marked, and the attempt that finds nothing in doubt ends them.
+//! Jobs that an operator wants ended. Those that wait end at once; those that a worker has under way, or of which something
+//! is in doubt, are marked, and the attempt that finds nothing in doubt ends them. An abandoned job does not wait for that.
 
 use super::accept::{insert_audit, insert_events};
 use super::advance::{Leases, advance};
-use super::settle::END_JOBS;
-use super::{Store, StoreError, backlog, urgent};
+use super::settle::{END_JOBS, MaterialRows};
+use super::{Store, StoreError, abandon, backlog, urgent};
 use crate::audit::{Fact, Kind};
 use crate::job::{Event, Failure, JobSummary, KeyArn, Request, RequestId, failure_json};
 use deadpool_postgres::Transaction;
@@ -17,13 +17,44 @@ use uuid::Uuid;
 /// Jobs that one transaction cancels at most.
 pub const CANCEL_PAGE: usize = 200;
 
-/// What became of a job that was to be cancelled.
+/// How an operator wants a job ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// Once nothing is in doubt.
+    Cancelled,
+    /// Even if it was never learnt what AWS did.
+    Abandoned,
+}
+
+impl Ending {
+    /// From the column `abandons`.
+    pub(super) fn of(abandons: bool) -> Self {
+        if abandons { Self::Abandoned } else { Self::Cancelled }
+    }
+
+    /// The job's end.
+    pub fn failure(self, aws_changed: bool) -> Failure {
+        match self {
+            Self::Cancelled => Failure::cancelled(aws_changed),
+            Self::Abandoned => Failure::abandoned(aws_changed),
+        }
+    }
+
+    fn request_kind(self) -> Kind {
+        match self {
+            Self::Cancelled => Kind::CancelRequested,
+            Self::Abandoned => Kind::AbandonRequested,
+        }
+    }
+}
+
+/// What became of a job that was to be ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Cancelled {
-    /// It has ended as `failed`, `cancelled`.
+    /// It has ended as `failed`, `cancelled` or `abandoned`.
     Ended,
-    /// It ends between two of its steps, once nothing that it sent to AWS is in doubt. What AWS has done by then
-    /// stands, and may be that it succeeds.
+    /// It ends between two of its steps; a cancelled one once nothing that it sent to AWS is in doubt. What AWS has done by
+    /// then stands, and may be that it succeeds.
     Requested,
     /// It had ended before.
     EndedBefore {
@@ -42,7 +73,13 @@ impl Store {
     /// Cancels up to [`CANCEL_PAGE`] jobs in one transaction; what became of each, in the order of `ids`. Doing it
     /// again changes nothing.
     pub async fn cancel(&self, ids: &[Uuid], operator: &str) -> Result<Vec<Cancelled>, StoreError> {
-        self.retrying(|| self.cancel_once(ids, operator)).await
+        self.retrying(|| self.end_once(ids, Ending::Cancelled, operator)).await
+    }
+
+    /// Ends jobs whatever is in doubt, in the same way. What they may have put on a key stays on record, and the key's line
+    /// stays closed to jobs that would contradict an unanswered call for as long as that may take effect.
+    pub async fn abandon(&self, ids: &[Uuid], operator: &str) -> Result<Vec<Cancelled>, StoreError> {
+        self.retrying(|| self.end_once(ids, Ending::Abandoned, operator)).await
     }
 
     /// Jobs of a batch that wait, the oldest first, after `after`.
@@ -55,10 +92,14 @@ impl Store {
         Ok(rows.iter().map(|row| row.get(0)).collect())
     }
 
-    /// How many jobs of a batch there are, by state and, of those that failed, code.
+    /// How many jobs of a batch there are, by state and, of those that failed, code. One that was retried is not counted: its
+    /// retry is.
     pub async fn batch_counts(&self, batch: &str) -> Result<BTreeMap<(String, String), u64>, StoreError> {
         const COUNT: &str = "
-            select state, coalesce(error ->> 'code', ''), count(*) from job where batch = $1 group by 1, 2";
+            select state, coalesce(error ->> 'code', ''), count(*) from job
+            where batch = $1
+              and not (state = 'failed' and exists (select from job as retry where retry.retry_of = job.id))
+            group by 1, 2";
         let client = self.client().await?;
         let count = client.prepare_cached(COUNT).await?;
         let rows = client.query(&count, &[&batch]).await?;
@@ -68,7 +109,7 @@ impl Store {
             .collect())
     }
 
-    async fn cancel_once(&self, ids: &[Uuid], operator: &str) -> Result<Vec<Cancelled>, StoreError> {
+    async fn end_once(&self, ids: &[Uuid], ending: Ending, operator: &str) -> Result<Vec<Cancelled>, StoreError> {
         // Before the lines, as housekeeping does it, which skips what is locked.
         const FUTURE: &str = "select from future where job_id = any($1) order by job_id for update";
         const LINES: &str = "
@@ -89,13 +130,14 @@ impl Store {
                 Err(error) => drop(became.insert(row.get(0), Cancelled::Unreadable(error.to_string()))),
             }
         }
-        let (ending, requested): (Vec<&Found>, Vec<&Found>) =
-            found.iter().filter(|job| job.state == "waiting").partition(|job| job.may_end());
-        let requested: Vec<&Found> = requested.into_iter().filter(|job| !job.is_requested).collect();
-        end(&transaction, &ending, operator, now).await?;
-        request(&transaction, &requested, operator, now).await?;
+        let (ended, requested): (Vec<&Found>, Vec<&Found>) =
+            found.iter().filter(|job| job.state == "waiting").partition(|job| job.may_end(ending));
+        let is_new = |job: &&Found| job.requested.is_none_or(|before| before != ending && ending == Ending::Abandoned);
+        let requested: Vec<&Found> = requested.into_iter().filter(is_new).collect();
+        end(&transaction, &ended, ending, operator, now).await?;
+        request(&transaction, &requested, ending, operator, now).await?;
         transaction.commit().await?;
-        became.extend(found.iter().map(|job| (job.summary.id, job.became())));
+        became.extend(found.iter().map(|job| (job.summary.id, job.became(ending))));
         Ok(ids.iter().map(|id| became.get(id).cloned().unwrap_or(Cancelled::Unknown)).collect())
     }
 }
@@ -104,12 +146,12 @@ const FOUND: &str = "
     select job.id, job.state, job.error ->> 'code', job.line_id, job.seq,
            line.token is not null and coalesce(line.urgent_seq, line.head_seq) = job.seq,
            coalesce(progress.in_doubt or progress.imported, false), coalesce(progress.deleted_ids <> '{}', false),
-           coalesce(progress.audit_n, 1), cancellation.job_id is not null,
+           coalesce(progress.audit_n, 1), cancellation.abandons,
            coalesce(urgent.attempt, case when line.head_seq = job.seq then line.attempt else 0 end),
            line.head_seq = job.seq, job.seq = (select min(seq) from urgent where urgent.line_id = line.id and urgent.parked_by is null),
            exists (select from urgent where urgent.line_id = line.id and urgent.parked_by is null), progress.source_key_id,
            kms_key.arn, job.principal, job.request_id, job.request_source, job.request, job.accepted_at,
-           job.traceparent
+           job.traceparent, job.retry_of
     from job
     join line on line.id = job.line_id
     join kms_key on kms_key.id = job.kms_key_id
@@ -118,7 +160,7 @@ const FOUND: &str = "
     left join urgent on urgent.line_id = job.line_id and urgent.seq = job.seq
     where job.id = any($1)";
 
-/// A job that is to be cancelled, under the lock of its line.
+/// A job that is to be ended, under the lock of its line.
 #[expect(clippy::struct_excessive_bools, reason = "each is a column of its own")]
 struct Found {
     summary: JobSummary,
@@ -133,7 +175,8 @@ struct Found {
     /// Some of the materials are deleted.
     has_deleted: bool,
     audit_n: i32,
-    is_requested: bool,
+    /// How it was to be ended before.
+    requested: Option<Ending>,
     attempts: i32,
     is_head: bool,
     /// It is the urgent job that is next. One that is parked is not.
@@ -153,6 +196,7 @@ impl Found {
         let summary = JobSummary {
             id,
             key: KeyArn::parse(row.get(15)).map_err(|_| broken())?,
+            retry_of: row.get(22),
             principal: row.get(16),
             request_id: request.id.as_str().to_owned(),
             operation: request.operation().as_str(),
@@ -173,7 +217,7 @@ impl Found {
             is_unsettled: row.get(6),
             has_deleted: row.get(7),
             audit_n: row.get(8),
-            is_requested: row.get(9),
+            requested: row.get::<_, Option<bool>>(9).map(Ending::of),
             attempts: row.get(10),
             is_head: row.get::<_, Option<bool>>(11).unwrap_or(false),
             is_first_urgent: row.get::<_, Option<bool>>(12).unwrap_or(false),
@@ -182,21 +226,21 @@ impl Found {
         })
     }
 
-    fn may_end(&self) -> bool {
-        !self.is_leased && !self.is_unsettled
+    fn may_end(&self, ending: Ending) -> bool {
+        !self.is_leased && (!self.is_unsettled || ending == Ending::Abandoned)
     }
 
-    fn became(&self) -> Cancelled {
+    fn became(&self, ending: Ending) -> Cancelled {
         match self.state.as_str() {
-            "waiting" if self.may_end() => Cancelled::Ended,
+            "waiting" if self.may_end(ending) => Cancelled::Ended,
             "waiting" => Cancelled::Requested,
             state => Cancelled::EndedBefore { state: state.to_owned(), code: self.code.clone() },
         }
     }
 
-    fn request_entry(&self, operator: &str, now: OffsetDateTime) -> (Uuid, i32, String) {
+    fn request_entry(&self, ending: Ending, operator: &str, now: OffsetDateTime) -> (Uuid, i32, String) {
         let (id, n) = (self.summary.id, self.audit_n + 1);
-        (id, n, Fact::new(Kind::CancelRequested, json!({"operator": operator})).entry(id, n, now))
+        (id, n, Fact::new(ending.request_kind(), json!({"operator": operator})).entry(id, n, now))
     }
 }
 
@@ -204,6 +248,7 @@ impl Found {
 async fn end(
     transaction: &Transaction<'_>,
     jobs: &[&Found],
+    ending: Ending,
     operator: &str,
     now: OffsetDateTime,
 ) -> Result<(), StoreError> {
@@ -211,7 +256,13 @@ async fn end(
         return Ok(());
     }
     let ids: Vec<Uuid> = jobs.iter().map(|job| job.summary.id).collect();
-    let failures: Vec<Failure> = jobs.iter().map(|job| Failure::cancelled(job.has_deleted)).collect();
+    let failures: Vec<Failure> = jobs.iter().map(|job| ending.failure(job.has_deleted || job.is_unsettled)).collect();
+    let unsettled: Vec<Uuid> = jobs.iter().filter(|job| job.is_unsettled).map(|job| job.summary.id).collect();
+    let mut materials = MaterialRows::default();
+    for (job, (key_id, material)) in abandon::materials(transaction, &unsettled).await? {
+        materials.push(key_id, job, &material);
+    }
+    materials.write(transaction, now).await?;
     let errors: Vec<Value> = failures.iter().map(failure_json).collect();
     let states = vec!["failed"; jobs.len()];
     let times = vec![now; jobs.len()];
@@ -220,6 +271,7 @@ async fn end(
     let attempts: Vec<i32> = jobs.iter().map(|job| job.attempts).collect();
     let write = transaction.prepare_cached(END_JOBS).await?;
     transaction.execute(&write, &[&ids, &states, &times, &results, &errors, &sources, &attempts]).await?;
+    super::retry::keep_choices(transaction, &ids).await?;
     for table in ["progress", "cancellation", "future"] {
         transaction.execute(&format!("delete from {table} where job_id = any($1)"), &[&ids]).await?;
     }
@@ -228,7 +280,7 @@ async fn end(
     let mut events = Vec::new();
     for ((job, failed), error) in jobs.iter().zip(failures).zip(errors) {
         let (id, n) = (job.summary.id, job.audit_n + 2);
-        entries.push(job.request_entry(operator, now));
+        entries.push(job.request_entry(ending, operator, now));
         entries.push((id, n, Fact::new(Kind::Failed, error).entry(id, n, now)));
         events.push(Event::of_job(&job.summary, &Err(failed), now));
     }
@@ -257,11 +309,13 @@ async fn leave_lines(transaction: &Transaction<'_>, jobs: &[&Found], now: Offset
 async fn request(
     transaction: &Transaction<'_>,
     jobs: &[&Found],
+    ending: Ending,
     operator: &str,
     now: OffsetDateTime,
 ) -> Result<(), StoreError> {
     const MARK: &str =
-        "insert into cancellation (job_id, requested_at) select id, $2 from unnest($1::uuid[]) as new(id)";
+        "insert into cancellation (job_id, requested_at, abandons) select id, $2, $3 from unnest($1::uuid[]) as new(id)
+         on conflict (job_id) do update set abandons = excluded.abandons";
     const COUNT: &str = "
         insert into progress (job_id, audit_n) select * from unnest($1::uuid[], $2::integer[])
         on conflict (job_id) do update set audit_n = excluded.audit_n";
@@ -270,12 +324,12 @@ async fn request(
     }
     let ids: Vec<Uuid> = jobs.iter().map(|job| job.summary.id).collect();
     let counts: Vec<i32> = jobs.iter().map(|job| job.audit_n + 1).collect();
-    transaction.execute(MARK, &[&ids, &now]).await?;
+    transaction.execute(MARK, &[&ids, &now, &(ending == Ending::Abandoned)]).await?;
     transaction.execute(COUNT, &[&ids, &counts]).await?;
-    insert_audit(transaction, jobs.iter().map(|job| job.request_entry(operator, now)).collect()).await
+    insert_audit(transaction, jobs.iter().map(|job| job.request_entry(ending, operator, now)).collect()).await
 }
 
-/// Jobs that have ended are not to be cancelled any more.
+/// Jobs that have ended are not to be ended any more.
 pub(super) async fn forget(transaction: &Transaction<'_>, jobs: &[Uuid]) -> Result<(), StoreError> {
     if !jobs.is_empty() {
         let forget = transaction.prepare_cached("delete from cancellation where job_id = any($1)").await?;

@@ -3,7 +3,7 @@
 use super::advance::{Leases, advance};
 use super::hold::{Holds, Parked, park};
 use super::urgent::OVERTAKE;
-use super::{DsmChoice, Store, StoreError};
+use super::{DsmChoice, Ending, Store, StoreError};
 use crate::job::{ImportParameters, KeyArn, KeyKind, Request, RequestId, Wrapping, WrappingAlgorithm, WrappingKeySpec};
 use crate::source::{Fingerprint, SealedKey};
 use deadpool_postgres::Transaction;
@@ -56,6 +56,8 @@ pub struct ClaimedJob {
     pub id: Uuid,
     /// Place in the line.
     pub sequence: i64,
+    /// The failed job that it does again.
+    pub retry_of: Option<Uuid>,
     /// Who asked.
     pub principal: String,
     /// As whom; `None`: nobody was asked.
@@ -74,8 +76,8 @@ pub struct ClaimedJob {
     pub key_id: Uuid,
     /// When the KMS key was registered.
     pub key_created_at: OffsetDateTime,
-    /// An operator has cancelled it.
-    pub is_cancelled: bool,
+    /// An operator wants it ended.
+    pub ending: Option<Ending>,
     /// How far earlier attempts came.
     pub progress: Progress,
     /// The source key that was chosen, or that the request names; `None`: unknown, or none named.
@@ -243,8 +245,9 @@ pub const READ: &str = "
            progress.dsm_fingerprint_version,
            job.seq, case when line.urgent_seq is null then line.attempt else urgent.attempt end,
            -- One look where none is, not one for each job.
-           (select exists (select from cancellation)) and exists (select from cancellation where job_id = job.id),
-           job.identity
+           case when (select exists (select from cancellation))
+                then (select abandons from cancellation where job_id = job.id) end,
+           job.identity, job.retry_of
     from unnest($1::bigint[]) as claimed(line_id)
     join line on line.id = claimed.line_id
     left join urgent on urgent.line_id = line.id and urgent.seq = line.urgent_seq
@@ -352,8 +355,12 @@ impl Store {
         mark_late(&transaction, &jobs, &heads, signature_life).await?;
         let held: BTreeMap<i64, Parked> = jobs
             .iter()
-            // One that is to end as cancelled needs nothing of AWS for that.
-            .filter(|job| !job.is_cancelled || job.progress.in_doubt || job.progress.answered)
+            // One that is to end needs nothing of AWS for that.
+            .filter(|job| match job.ending {
+                None => true,
+                Some(Ending::Cancelled) => job.progress.in_doubt || job.progress.answered,
+                Some(Ending::Abandoned) => false,
+            })
             .filter_map(|job| Some((job.lease.line_id, Parked { by: holds.on(&job.principal, &job.key)?, job })))
             .collect();
         park(&transaction, &held).await?;
@@ -517,6 +524,7 @@ fn claimed_job(row: &Row, heads: &HashMap<i64, Head>) -> Result<ClaimedJob, Stor
         sequence: row.get(46),
         principal: row.get(2),
         identity: row.get(49),
+        retry_of: row.get(50),
         request,
         traceparent: row.get(6),
         accepted_at: row.get(7),
@@ -524,7 +532,7 @@ fn claimed_job(row: &Row, heads: &HashMap<i64, Head>) -> Result<ClaimedJob, Stor
         key: KeyArn::parse(row.get(9)).map_err(|_| broken("the key's ARN"))?,
         key_id: row.get(10),
         key_created_at: row.get(11),
-        is_cancelled: row.get(48),
+        ending: row.get::<_, Option<bool>>(48).map(Ending::of),
         progress: Progress {
             is_chosen: row.get::<_, Option<Uuid>>(24).is_some() || row.get::<_, Option<&str>>(42).is_some(),
             dsm: dsm_choice(row),

@@ -9,7 +9,7 @@
 //! doubt, which is settled first.
 
 use super::accept::insert_audit;
-use super::{ClaimedJob, Store, StoreError, urgent};
+use super::{ClaimedJob, Ending, Store, StoreError, urgent};
 use crate::audit::{Fact, Kind};
 use crate::job::KeyArn;
 use deadpool_postgres::Transaction;
@@ -100,8 +100,8 @@ pub enum Held {
 /// What stops a job between two of its steps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stop {
-    /// It is cancelled: it ends.
-    Cancelled,
+    /// An operator wants it ended: it ends.
+    Ending(Ending),
     /// It is within a hold: it waits.
     Held,
 }
@@ -204,13 +204,13 @@ impl Store {
 
     /// Whether an operator has stopped a job since its last step. Asked between two mutating calls of an attempt.
     pub async fn is_stopped(&self, job: Uuid) -> Result<Option<Stop>, StoreError> {
-        const CANCELLED: &str = "select exists (select from cancellation where job_id = $1)";
+        const CANCELLED: &str = "select abandons from cancellation where job_id = $1";
         self.retrying(|| async {
             let mut client = self.client().await?;
             let transaction = client.transaction().await?;
             let read = transaction.prepare_cached(CANCELLED).await?;
-            if transaction.query_one(&read, &[&job]).await?.get(0) {
-                return Ok(Some(Stop::Cancelled));
+            if let Some(row) = transaction.query_opt(&read, &[&job]).await? {
+                return Ok(Some(Stop::Ending(Ending::of(row.get(0)))));
             }
             let held = held_jobs(&transaction, &[job]).await?;
             Ok((!held.is_empty()).then_some(Stop::Held))

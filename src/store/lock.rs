@@ -1,6 +1,6 @@
 //! The fence: whatever is written after a claim first locks the lines whose leases still hold.
 
-use super::{Lease, StoreError};
+use super::{Ending, Lease, StoreError};
 use deadpool_postgres::Transaction;
 use futures_util::try_join;
 use std::collections::{HashMap, HashSet};
@@ -23,8 +23,8 @@ pub const LOCK: &str = "
 pub const AUDIT_COUNTS: &str = "
     select job_id, audit_n, in_doubt, imported, deleted_ids <> '{}', source_key_id from progress where job_id = any($1)";
 
-/// Which jobs an operator has cancelled, and in which lines urgent jobs wait. After the lock as well.
-const CANCELLED: &str = "select job_id from cancellation where job_id = any($1)";
+/// Which jobs an operator wants ended, and in which lines urgent jobs wait. After the lock as well.
+const CANCELLED: &str = "select job_id, abandons from cancellation where job_id = any($1)";
 const URGENT: &str = "select distinct line_id from urgent where line_id = any($1)";
 
 /// A line whose lease holds, locked.
@@ -38,8 +38,8 @@ pub(super) struct Held {
     pub(super) urgent_seq: Option<i64>,
     /// Whether urgent jobs wait in the line; the job itself may be one.
     pub(super) has_urgent: bool,
-    /// An operator has cancelled the job.
-    pub(super) is_cancelled: bool,
+    /// An operator wants the job ended.
+    pub(super) ending: Option<Ending>,
     /// A call of an earlier attempt, or of this one if it is about to be made, may have taken effect.
     pub(super) in_doubt: bool,
     /// AWS has answered every mutating call.
@@ -51,6 +51,11 @@ pub(super) struct Held {
 }
 
 impl Held {
+    /// How the job ends now, if an operator wants it ended and nothing stands against that.
+    pub(super) fn ends_as(&self, is_unsettled: bool) -> Option<Ending> {
+        self.ending.filter(|ending| *ending == Ending::Abandoned || !is_unsettled)
+    }
+
     /// Whether what was done to AWS is still to be learnt, or to be seen.
     pub(super) fn is_unsettled(&self) -> bool {
         self.in_doubt || self.is_answered
@@ -80,7 +85,7 @@ pub(super) async fn lock(
     )?;
     let Some(now) = rows.first().map(|row| row.get(2)) else { return Ok(None) };
     let progress: HashMap<Uuid, &Row> = counts.iter().map(|row| (row.get(0), row)).collect();
-    let cancelled: HashSet<Uuid> = cancelled.iter().map(|row| row.get(0)).collect();
+    let endings: HashMap<Uuid, Ending> = cancelled.iter().map(|row| (row.get(0), Ending::of(row.get(1)))).collect();
     let urgent: HashSet<i64> = urgent.iter().map(|row| row.get(0)).collect();
     // By line and token: a process that was slow may bring the end of its old lease together with that of its new.
     let rows: HashMap<Lease, &Row> = rows.iter().map(|row| (Lease::of(row), row)).collect();
@@ -93,7 +98,7 @@ pub(super) async fn lock(
             attempt: row.get(4),
             urgent_seq: row.get(3),
             has_urgent: urgent.contains(&lease.line_id),
-            is_cancelled: cancelled.contains(job),
+            ending: endings.get(job).copied(),
             in_doubt: progress.is_some_and(|row| row.get(2)),
             is_answered: progress.is_some_and(|row| row.get(3)),
             has_deleted: progress.is_some_and(|row| row.get(4)),

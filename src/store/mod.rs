@@ -4,6 +4,7 @@
 //! tried again here, everything else is the caller's to judge by [`StoreError`]. No transaction is open
 //! across a network call other than to Postgres itself.
 
+mod abandon;
 mod accept;
 mod advance;
 mod backlog;
@@ -13,11 +14,14 @@ mod claim;
 mod dead;
 mod hold;
 mod keys;
+mod kms_keys;
 mod lock;
 mod outbox;
 mod policy;
 mod prepare;
 mod read;
+mod republish;
+mod retry;
 mod schema;
 mod settle;
 mod urgent;
@@ -25,15 +29,18 @@ mod urgent;
 pub use accept::{Candidate, MessageDigest, NewJob, NewRefusal, Sender, Verdict};
 pub use backlog::{FOLD_PAGE, Folded};
 pub use bisect::bisect;
-pub use cancel::{CANCEL_PAGE, Cancelled};
+pub use cancel::{CANCEL_PAGE, Cancelled, Ending};
 pub use claim::{Claimed, ClaimedJob, JOIN_PAGE, KnownMaterial, Lease, Progress, Renewed, Scan};
 pub use dead::{LetterKey, RefusalRow};
 pub use hold::{Held, Hold, Scope, Stop};
 pub use keys::{KeyDeletion, KeyListing, NewSourceKey, SourceKeyOrigin};
+pub use kms_keys::{KmsKeyFilter, KmsKeyView, LastJob, MaterialView};
 pub use outbox::{OutboxRow, Queue};
 pub use policy::RefusalRecord;
 pub use prepare::{Chosen, DsmChoice, Intent, Prepared, Step};
 pub use read::{JobFilter, JobView};
+pub use republish::{EndedPage, REPUBLISH_PAGE, Republication, Republished, Told};
+pub use retry::{FailedChoice, FailedJob, NewRetry, RETRY_PAGE, Retried, Standing};
 pub use schema::{Migrated, SchemaError, migrate};
 pub use settle::{Answered, Material, Parameters, Removed, RetryState, Settled, Settlement, SettlementKind};
 

@@ -3,7 +3,7 @@
 use super::accept::insert_audit;
 use super::hold::held_jobs;
 use super::lock::{Held, lock};
-use super::{Lease, Store, StoreError, together};
+use super::{Ending, Lease, Store, StoreError, together};
 use crate::audit::Fact;
 use crate::job::ImportParameters;
 use crate::source::{Fingerprint, SealedKey};
@@ -117,8 +117,8 @@ pub enum Prepared {
     LeaseLost,
     /// The source key was deleted meanwhile.
     SourceKeyDeleted,
-    /// An operator has cancelled the job, and nothing is in doubt.
-    Cancelled,
+    /// An operator wants the job ended, and nothing stands against that.
+    Ending(Ending),
     /// An operator holds what the job is within.
     Held,
 }
@@ -192,8 +192,7 @@ fn stop(held: Option<&Held>) -> Option<Prepared> {
     match held {
         None => Some(Prepared::LeaseLost),
         // What is in doubt is settled by the same call again.
-        Some(held) if held.is_cancelled && !held.is_unsettled() => Some(Prepared::Cancelled),
-        Some(_) => None,
+        Some(held) => held.ends_as(held.is_unsettled()).map(Prepared::Ending),
     }
 }
 

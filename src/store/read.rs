@@ -59,6 +59,10 @@ pub struct JobView {
     pub result: Option<Value>,
     /// Why it failed or was refused; for a waiting job, why its last attempt did.
     pub error: Option<Value>,
+    /// The failed job that this one does again.
+    pub retry_of: Option<Uuid>,
+    /// The job that does this failed one again.
+    pub retried_by: Option<Uuid>,
 }
 
 const COLUMNS: &str = "
@@ -66,7 +70,8 @@ const COLUMNS: &str = "
     job.accepted_at, job.finished_at,
     coalesce(urgent.attempt,
              case when job.state = 'waiting' and line.head_seq = job.seq then line.attempt else job.attempts end),
-    job.result, coalesce(job.error, progress.last_error), job.request_source";
+    job.result, coalesce(job.error, progress.last_error), job.request_source, job.retry_of,
+    case when job.state = 'failed' then (select retry.id from job as retry where retry.retry_of = job.id) end";
 const TABLES: &str = "
     from job join kms_key on kms_key.id = job.kms_key_id
     join line on line.id = job.line_id
@@ -150,7 +155,7 @@ impl Store {
              where request.principal = $1 and request.id_hash = any($2)"
         );
         for row in client.query(&by_request, &[&principal, &hashes]).await? {
-            add(requests.get(row.get::<_, &[u8]>(14)).map(std::slice::from_ref), &job_view(&row));
+            add(requests.get(row.get::<_, &[u8]>(16)).map(std::slice::from_ref), &job_view(&row));
         }
         // Whoever knows a refusal's id has seen its event: no principal is asked for, as for a job's id.
         let refused_by_id = format!("{REFUSAL} where id = any($1)");
@@ -198,6 +203,8 @@ fn refusal_view(row: &Row) -> JobView {
             "message": row.get::<_, String>(6),
             "aws_changed": false,
         })),
+        retry_of: None,
+        retried_by: None,
     }
 }
 
@@ -219,5 +226,7 @@ fn job_view(row: &Row) -> JobView {
         result: row.get(11),
         error: row.get(12),
         source: row.get(13),
+        retry_of: row.get(14),
+        retried_by: row.get(15),
     }
 }

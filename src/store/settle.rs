@@ -3,7 +3,7 @@
 use super::accept::{insert_audit, insert_events};
 use super::claim::millis;
 use super::lock::{Held, lock};
-use super::{Lease, Store, StoreError, backlog, together, urgent};
+use super::{Ending, Lease, Store, StoreError, abandon, backlog, together, urgent};
 use crate::audit::{Fact, Kind};
 use crate::job::{Event, Failure, JobResult, JobSummary, ScarceCall, failure_json};
 use crate::source::Fingerprint;
@@ -75,8 +75,8 @@ pub enum Settled {
     Lost,
     /// It was written as it is.
     Written,
-    /// An operator had cancelled the job meanwhile: it ended as that.
-    Cancelled,
+    /// An operator had wanted the job ended meanwhile: it ended as that.
+    Ended(Ending),
 }
 
 impl Settled {
@@ -235,11 +235,15 @@ impl Store {
         let Some((held, now)) = lock(&transaction, &leases).await? else {
             return Ok(vec![Settled::Lost; settlements.len()]);
         };
-        let cancelled: HashMap<Lease, Settlement> =
-            settlements.iter().filter_map(|end| Some((end.lease, end.as_cancelled(held.get(&end.lease)?)?))).collect();
+        let ending: HashMap<Lease, (Ending, Settlement)> =
+            settlements.iter().filter_map(|end| Some((end.lease, end.as_ended(held.get(&end.lease)?)?))).collect();
+        let ending = with_materials(&transaction, ending).await?;
         let valid: Vec<(&Settlement, &Held)> = settlements
             .iter()
-            .filter_map(|end| Some((cancelled.get(&end.lease).unwrap_or(end), held.get(&end.lease)?)))
+            .filter_map(|end| {
+                let written = ending.get(&end.lease).map_or(*end, |(_, settlement)| settlement);
+                Some((written, held.get(&end.lease)?))
+            })
             .collect();
 
         // One round trip: the statements go out together. None depends on another.
@@ -257,13 +261,13 @@ impl Store {
         ])
         .await?;
         serve_urgent(&transaction, &valid, now).await?;
-        let ended = valid.iter().filter(|(end, held)| held.is_cancelled && end.kind.is_end());
+        let ended = valid.iter().filter(|(end, held)| held.ending.is_some() && end.kind.is_end());
         super::cancel::forget(&transaction, &ended.map(|(end, _)| end.job.id).collect::<Vec<_>>()).await?;
         transaction.commit().await?;
-        let became = |end: &&Settlement| match (held.contains_key(&end.lease), cancelled.contains_key(&end.lease)) {
+        let became = |end: &&Settlement| match (held.contains_key(&end.lease), ending.get(&end.lease)) {
             (false, _) => Settled::Lost,
-            (true, false) => Settled::Written,
-            (true, true) => Settled::Cancelled,
+            (true, None) => Settled::Written,
+            (true, Some((ending, _))) => Settled::Ended(*ending),
         };
         Ok(settlements.iter().map(became).collect())
     }
@@ -295,19 +299,18 @@ impl SettlementKind {
 }
 
 impl Settlement {
-    /// The end instead of this, if an operator has cancelled the job and nothing is in doubt any more.
-    fn as_cancelled(&self, held: &Held) -> Option<Self> {
+    /// The end instead of this, if an operator wants the job ended, and has either abandoned it or nothing is in doubt any
+    /// more. What may be on the key is still to be added.
+    fn as_ended(&self, held: &Held) -> Option<(Ending, Self)> {
         let is_unsettled = match &self.kind {
             SettlementKind::Ended { .. } => return None,
             SettlementKind::Retry { state, .. } => state.in_doubt || state.answered.is_some() || held.is_answered,
             SettlementKind::PutBack { .. } => held.is_unsettled(),
         };
-        if !held.is_cancelled || is_unsettled {
-            return None;
-        }
-        let failure = Failure::cancelled(held.has_deleted || self.removed != Removed::Nothing);
+        let ending = held.ends_as(is_unsettled)?;
+        let failure = ending.failure(is_unsettled || held.has_deleted || self.removed != Removed::Nothing);
         let kind = SettlementKind::Ended { outcome: Err(failure), source_key_id: held.source_key_id, material: None };
-        Some(Self {
+        let settlement = Self {
             lease: self.lease,
             job: self.job.clone(),
             key_id: self.key_id,
@@ -315,7 +318,8 @@ impl Settlement {
             late_effect: self.late_effect.clone(),
             removed: self.removed.clone(),
             kind,
-        })
+        };
+        Some((ending, settlement))
     }
 
     /// The entry of the ending itself.
@@ -381,7 +385,7 @@ impl Ended {
             ended.attempts.push(held.attempt);
             ended.events.push(Event::of_job(&end.job, outcome, now));
             if let Some(material) = material {
-                ended.materials.push(end, material);
+                ended.materials.push(end.key_id, end.job.id, material);
             }
         }
         ended
@@ -398,6 +402,8 @@ impl Ended {
 
     async fn empty_progress(&self, transaction: &Transaction<'_>) -> Result<(), StoreError> {
         if !self.ids.is_empty() {
+            let failed = self.ids.iter().zip(&self.states).filter(|(_, state)| **state == "failed");
+            super::retry::keep_choices(transaction, &failed.map(|(id, _)| *id).collect::<Vec<_>>()).await?;
             let empty = transaction.prepare_cached("delete from progress where job_id = any($1)").await?;
             transaction.execute(&empty, &[&self.ids]).await?;
         }
@@ -405,6 +411,32 @@ impl Ended {
     }
 
     async fn write_materials(&self, transaction: &Transaction<'_>) -> Result<(), StoreError> {
+        self.materials.write(transaction, self.now).await
+    }
+}
+
+/// What jobs that were abandoned may have put on their keys is on record like what others have.
+async fn with_materials(
+    transaction: &Transaction<'_>,
+    mut ending: HashMap<Lease, (Ending, Settlement)>,
+) -> Result<HashMap<Lease, (Ending, Settlement)>, StoreError> {
+    let in_doubt = |settlement: &Settlement| matches!(&settlement.kind, SettlementKind::Ended { outcome: Err(failure), .. } if failure.aws_changed);
+    let jobs: Vec<Uuid> = ending
+        .values()
+        .filter(|(ending, settlement)| *ending == Ending::Abandoned && in_doubt(settlement))
+        .map(|(_, settlement)| settlement.job.id)
+        .collect();
+    let mut found = abandon::materials(transaction, &jobs).await?;
+    for (_, settlement) in ending.values_mut() {
+        if let SettlementKind::Ended { material, .. } = &mut settlement.kind {
+            *material = found.remove(&settlement.job.id).map(|(_, material)| material);
+        }
+    }
+    Ok(ending)
+}
+
+impl MaterialRows {
+    pub(super) async fn write(&self, transaction: &Transaction<'_>, now: OffsetDateTime) -> Result<(), StoreError> {
         const WRITE: &str = "
             insert into kms_material (kms_key_id, fingerprint, fingerprint_version, source_tier, source_key_id,
                                       source_key_name, key_material_id, valid_to, imported_at, job_id)
@@ -429,7 +461,7 @@ impl Ended {
                 -- It is there, or may be.
                 removed_at = null,
                 job_id = excluded.job_id";
-        let m = &self.materials;
+        let m = self;
         if !m.keys.is_empty() {
             let write = transaction.prepare_cached(WRITE).await?;
             transaction
@@ -445,7 +477,7 @@ impl Ended {
                         &m.ends,
                         &m.certain,
                         &m.jobs,
-                        &self.now,
+                        &now,
                         &m.tiers,
                     ],
                 )
@@ -456,7 +488,7 @@ impl Ended {
 }
 
 #[derive(Default)]
-struct MaterialRows {
+pub(super) struct MaterialRows {
     keys: Vec<Uuid>,
     fingerprints: Vec<Vec<u8>>,
     versions: Vec<i32>,
@@ -470,8 +502,8 @@ struct MaterialRows {
 }
 
 impl MaterialRows {
-    fn push(&mut self, end: &Settlement, material: &Material) {
-        self.keys.push(end.key_id);
+    pub(super) fn push(&mut self, key_id: Uuid, job_id: Uuid, material: &Material) {
+        self.keys.push(key_id);
         self.fingerprints.push(material.fingerprint.hash.clone());
         self.versions.push(material.fingerprint.version);
         self.tiers.push(material.source_tier);
@@ -480,7 +512,7 @@ impl MaterialRows {
         self.ids.push(material.key_material_id.clone());
         self.ends.push(material.valid_to);
         self.certain.push(material.is_certain);
-        self.jobs.push(end.job.id);
+        self.jobs.push(job_id);
     }
 }
 

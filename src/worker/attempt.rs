@@ -19,7 +19,9 @@ use crate::audit::Fact;
 use crate::job::{Expiry, FailureCode, Import, KeyKind, Partition, SourceKeyRef, Work};
 use crate::kms::{HeldMaterial, KeyDescription, LeaseGuard};
 use crate::source::PlainKey;
-use crate::store::{Answered, ClaimedJob, Parameters, Prepared, Removed, Settlement, SettlementKind, Step, StoreError};
+use crate::store::{
+    Answered, ClaimedJob, Ending, Parameters, Prepared, Removed, Settlement, SettlementKind, Step, StoreError,
+};
 pub(super) use end::Broken;
 use source_key::SourceKey;
 use std::sync::Arc;
@@ -112,8 +114,10 @@ impl Run {
     /// What is judged before anything is asked of AWS.
     fn may_run(&mut self) -> Or<()> {
         let job = &self.job;
-        if job.is_cancelled && !(self.in_doubt || self.answered.is_some()) {
-            return self.cancelled();
+        if let Some(ending) = job.ending
+            && (ending == Ending::Abandoned || !(self.in_doubt || self.answered.is_some()))
+        {
+            return self.ended_by_operator(ending);
         }
         if !self.attempt.context.targets.contains(&job.key) {
             return self

@@ -308,7 +308,7 @@ impl Settlement {
 
 fn count(metrics: &Metrics, end: &Settlement, settled: Settled) {
     let labels = match (settled, &end.kind) {
-        (Settled::Cancelled, _) => ["failed", FailureCode::Cancelled.as_str()],
+        (Settled::Ended(ending), _) => ["failed", ending.failure(false).code.as_str()],
         (Settled::Written, SettlementKind::Ended { outcome: Ok(_), .. }) => ["succeeded", ""],
         (Settled::Written, SettlementKind::Ended { outcome: Err(failure), .. }) => ["failed", failure.code.as_str()],
         _ => return,

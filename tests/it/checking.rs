@@ -58,6 +58,7 @@ fn sound() -> Snapshot {
             id: JOB,
             principal: "p".into(),
             identity: Some("rabbitmq:p".into()),
+            retry_of: None,
             request_id: "r1".into(),
             arn: ARN.into(),
             line_id: 1,

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
 #![allow(missing_docs, reason = "nothing here is for others; what is not obvious says so all the same")]
 
+mod abandoned;
 mod architecture;
 mod aws_errors;
 mod broken_links;
@@ -17,6 +18,7 @@ mod dsm_source;
 mod failed;
 mod happy;
 mod kills;
+mod kms_keys;
 mod materials;
 mod operators;
 mod pairs;
@@ -25,6 +27,8 @@ mod policy_commands;
 mod procedure;
 mod refused;
 mod reload;
+mod republish;
+mod retries;
 mod signatures;
 mod sqs;
 mod stopping;

@@ -3,9 +3,9 @@
 
 use super::{Or, Run};
 use crate::job::{FailureCode, Import, SourceKeyRef, Work};
-use crate::policy::{Ask, Identity, Policy, Source, Verdict};
+use crate::policy::{Ask, Policy, Verdict};
 use crate::retry::Class;
-use crate::store::{ClaimedJob, SettlementKind};
+use crate::store::SettlementKind;
 use serde_json::json;
 use std::sync::Arc;
 use std::time::Duration;
@@ -63,7 +63,7 @@ impl Run {
     /// Why it may not.
     fn denial(&self, policy: &Policy) -> Option<String> {
         let job = &self.job;
-        if let Some(why) = stranger(policy, job) {
+        if let Some(why) = policy.disowns(&job.principal, job.identity.as_deref()) {
             return Some(why);
         }
         let known = self.source_key.clone().or_else(|| self.chosen_source_key());
@@ -76,32 +76,13 @@ impl Run {
             _ => None,
         };
         let ask = Ask::of(&job.principal, &job.request, &job.key, stated.as_deref(), job.now);
-        let ask = match (&ask.source, &known) {
-            // What was made for the job has a name by now.
-            (Source::Generated | Source::None, _) | (_, None) => ask,
-            (Source::Open("dsm") | Source::Named { tier: "dsm", .. }, Some((name, id))) => {
-                ask.with_source(Source::Named { tier: "dsm", name, id: Some(id) })
-            }
-            (_, Some((name, _))) => ask.with_source(Source::Named { tier: "local", name, id: None }),
+        let ask = match &known {
+            Some((name, id)) => ask.with_known(name, id),
+            None => ask,
         };
         match policy.judge(&ask) {
             Verdict::Allowed(_) => None,
             Verdict::Denied { why, .. } => Some(why),
         }
     }
-}
-
-/// Why the job's identity no longer stands for its principal. So a signing key that leaked, or a user that was taken away,
-/// stops what waits in its name.
-fn stranger(policy: &Policy, job: &ClaimedJob) -> Option<String> {
-    if matches!(policy, Policy::AllowAll) {
-        return None;
-    }
-    let Some(identity) = &job.identity else {
-        let message = "the job was accepted when nobody was asked who they are, and its principal is not in the policy";
-        return (!policy.knows(&job.principal)).then(|| message.to_owned());
-    };
-    let principal = Identity::parse(identity).and_then(|identity| policy.principal(&identity).map(str::to_owned));
-    (principal.as_ref() != Some(&job.principal))
-        .then(|| format!("{identity}, who asked, is no longer the principal {}", job.principal))
 }

@@ -141,7 +141,7 @@ impl Run {
     async fn may_go_on(&mut self) -> Or<()> {
         match self.attempt.context.store.is_stopped(self.job.id).await {
             Ok(None) => Ok(()),
-            Ok(Some(Stop::Cancelled)) => self.cancelled(),
+            Ok(Some(Stop::Ending(ending))) => self.ended_by_operator(ending),
             Ok(Some(Stop::Held)) => self.held(),
             Err(error) => {
                 let message = error.to_string();

@@ -6,7 +6,7 @@ use super::{End, Or, Run};
 use crate::job::{Expiry, Failure, FailureCode, JobSummary, ScarceCall, Work};
 use crate::kms::CallError;
 use crate::retry::{self, Class};
-use crate::store::{ClaimedJob, Material, Parameters, Removed, RetryState, Settlement, SettlementKind};
+use crate::store::{ClaimedJob, Ending, Material, Parameters, Removed, RetryState, Settlement, SettlementKind};
 use serde_json::json;
 use std::time::Duration;
 
@@ -87,9 +87,9 @@ impl Run {
         Err(self.settled(SettlementKind::Ended { outcome: Err(failure), source_key_id, material }))
     }
 
-    /// An operator has cancelled the job, and nothing is in doubt.
-    pub(super) fn cancelled<T>(&mut self) -> Or<T> {
-        let Failure { code, message, .. } = Failure::cancelled(self.may_have_changed_aws());
+    /// An operator wants the job ended, and nothing stands against that.
+    pub(super) fn ended_by_operator<T>(&mut self, ending: Ending) -> Or<T> {
+        let Failure { code, message, .. } = ending.failure(self.may_have_changed_aws());
         self.fail(code, &message)
     }
 
@@ -239,6 +239,7 @@ fn summary(job: &ClaimedJob) -> JobSummary {
     JobSummary {
         id: job.id,
         key: job.key.clone(),
+        retry_of: job.retry_of,
         principal: job.principal.clone(),
         request_id: job.request.id.as_str().to_owned(),
         operation: job.request.operation().as_str(),

@@ -212,7 +212,7 @@ impl Run {
             Some(Ok(Prepared::SourceKeyDeleted)) => {
                 self.fail(FailureCode::SourceKeyDeleted, "the source key was deleted")
             }
-            Some(Ok(Prepared::Cancelled)) => self.cancelled(),
+            Some(Ok(Prepared::Ending(ending))) => self.ended_by_operator(ending),
             Some(Ok(Prepared::Held)) => self.held(),
             Some(Err(error)) => {
                 let message = error.to_string();

@@ -6,7 +6,8 @@ use super::given::{
 };
 use crate::support::db::TestDb;
 use keyferry::store::{
-    Answered, CANCEL_PAGE, Cancelled, ClaimedJob, Intent, JobFilter, Prepared, RetryState, Settled, Step, Stop, Store,
+    Answered, CANCEL_PAGE, Cancelled, ClaimedJob, Ending, Intent, JobFilter, Prepared, RetryState, Settled, Step, Stop,
+    Store,
 };
 use serde_json::json;
 use std::time::Duration;
@@ -136,25 +137,25 @@ async fn a_job_under_way_ends_between_two_steps() {
         assert_eq!(case.cancel("j-1").await, Cancelled::Requested);
         case.assert_sound().await;
     }
-    assert_eq!(case.store.is_stopped(leased.id).await.unwrap(), Some(Stop::Cancelled));
+    assert_eq!(case.store.is_stopped(leased.id).await.unwrap(), Some(Stop::Ending(Ending::Cancelled)));
     let (step, generated) = generating_step(&leased);
-    assert_eq!(case.store.prepare(&[&step]).await.unwrap(), [Prepared::Cancelled]);
+    assert_eq!(case.store.prepare(&[&step]).await.unwrap(), [Prepared::Ending(Ending::Cancelled)]);
     assert!(case.store.sealed_source_key(&generated.name).await.unwrap().is_none(), "nothing was written");
     case.again(&leased, Duration::from_secs(60), RetryState::default()).await;
     case.assert_cancelled("j-1").await;
     // When it is given back, and to its successor if its worker dies.
     let leased = claim_one(&case.store).await;
-    assert!(!leased.is_cancelled);
+    assert_eq!(leased.ending, None);
     assert_eq!(case.cancel("j-2").await, Cancelled::Requested);
     // So that the worker counts it.
     let settled = case.store.settle(&[&put_back(&leased, None)], SIGNATURE_LIFE).await.unwrap();
-    assert_eq!(settled, [Settled::Cancelled]);
+    assert_eq!(settled, [Settled::Ended(Ending::Cancelled)]);
     case.assert_cancelled("j-2").await;
     let left = claim_one(&case.store).await;
     case.db.advance(LEASE * 2).await;
     assert_eq!(case.cancel("j-3").await, Cancelled::Requested, "the worker may be alive");
     let found = claim_one(&case.store).await;
-    assert!(found.id == left.id && found.is_cancelled);
+    assert!(found.id == left.id && found.ending == Some(Ending::Cancelled));
     assert!(settle(&case.store, &put_back(&found, None)).await);
     case.assert_cancelled("j-3").await;
     // Its own end comes first.

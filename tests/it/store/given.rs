@@ -130,6 +130,7 @@ pub fn end(job: &ClaimedJob, kind: SettlementKind) -> Settlement {
         job: JobSummary {
             id: job.id,
             key: job.key.clone(),
+            retry_of: job.retry_of,
             principal: job.principal.clone(),
             request_id: job.request.id.as_str().to_owned(),
             operation: job.request.operation().as_str(),
@@ -257,7 +258,7 @@ pub async fn contents(client: &Client) -> String {
     let mut all = Vec::new();
     for table in ["line", "job", "progress", "future", "kms_key", "kms_material", "request", "refusal", "outbox"]
         .into_iter()
-        .chain(["audit_entry", "source_key", "urgent", "cancellation"])
+        .chain(["audit_entry", "source_key", "urgent", "cancellation", "failed_choice", "backlog_change"])
     {
         let query = format!("select coalesce(string_agg(t::text, E'\\n' order by t::text), '') from {table} as t");
         all.push(format!("-- {table}\n{}", value::<String>(client, &query, &[]).await));

@@ -6,7 +6,7 @@ use super::given::{
 };
 use crate::support::db::TestDb;
 use keyferry::job::KeyArn;
-use keyferry::store::{Cancelled, ClaimedJob, Held, NewJob, Prepared, RetryState, Scan, Scope, Stop, Store};
+use keyferry::store::{Cancelled, ClaimedJob, Ending, Held, NewJob, Prepared, RetryState, Scan, Scope, Stop, Store};
 use serde_json::json;
 use std::time::Duration;
 use tokio_postgres::Client;
@@ -187,7 +187,7 @@ async fn what_is_parked_can_be_overtaken_and_cancelled() {
     assert_eq!(store.cancel(&[behind.id], OPERATOR).await.unwrap(), [Cancelled::Requested]);
     db.advance(LEASE * 2).await;
     let found = claim_one(&store).await;
-    assert!(found.is_cancelled);
+    assert_eq!(found.ending, Some(Ending::Cancelled));
     assert!(settle(&store, &put_back(&found, None)).await);
     assert_sound(&client).await;
     assert_eq!(value::<i64>(&client, "select count(*) from job where state = 'waiting'", &[]).await, 0);

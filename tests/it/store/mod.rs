@@ -1,5 +1,6 @@
 //! The store against a real Postgres, as the worker's role.
 
+mod abandon;
 mod accept;
 mod backlog;
 mod bisection;
@@ -9,9 +10,12 @@ mod connection;
 mod given;
 mod hold;
 mod keys;
+mod kms_keys;
 mod outbox;
 mod plans;
 mod read;
+mod republish;
+mod retry;
 mod rights;
 mod settle;
 mod urgent;

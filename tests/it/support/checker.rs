@@ -53,20 +53,22 @@ pub fn violations(snapshot: &Snapshot) -> Vec<String> {
 /// I1: a message is one job, one refusal or a copy; a job ends once.
 fn every_message_has_one_end(snapshot: &Snapshot, found: &mut Vec<String>) {
     let different: BTreeSet<&Message> = snapshot.published.iter().collect();
-    let rows = snapshot.jobs.len() + snapshot.refusals.len();
+    // A retry is no message's.
+    let jobs: Vec<&Job> = snapshot.jobs.iter().filter(|job| job.retry_of.is_none()).collect();
+    let rows = jobs.len() + snapshot.refusals.len();
     if rows + snapshot.respelt != different.len() + snapshot.redriven {
         found.push(format!(
             "I1: {} different messages ({} of them respelt, {} redriven), but {} jobs and {} refusals",
             different.len(),
             snapshot.respelt,
             snapshot.redriven,
-            snapshot.jobs.len(),
+            jobs.len(),
             snapshot.refusals.len()
         ));
     }
     let mut ids = HashSet::new();
     for job in &snapshot.jobs {
-        if !ids.insert((&job.principal, &job.request_id)) {
+        if !ids.insert((&job.principal, &job.request_id, job.retry_of)) {
             found.push(format!("I1: two jobs for request {} of {}", job.request_id, job.principal));
         }
         let is_whole = match job.state.as_str() {
@@ -96,12 +98,15 @@ fn every_message_has_one_end(snapshot: &Snapshot, found: &mut Vec<String>) {
     }
 }
 
-/// I1: one job of a line after the other, in the order of their places; urgent ones in theirs. A cancelled job ends
-/// when somebody says so.
+/// I1: one job of a line after the other, in the order of their places; urgent ones in theirs. A cancelled or abandoned job
+/// ends when somebody says so.
 fn lines_were_kept_in_order(snapshot: &Snapshot, found: &mut Vec<String>) {
     let mut last: BTreeMap<(i64, bool), &Job> = BTreeMap::new();
-    let mut placed: Vec<&Job> =
-        snapshot.jobs.iter().filter(|job| job.seq.is_some() && job.code() != "cancelled").collect();
+    let mut placed: Vec<&Job> = snapshot
+        .jobs
+        .iter()
+        .filter(|job| job.seq.is_some() && !["cancelled", "abandoned"].contains(&job.code()))
+        .collect();
     placed.sort_by_key(|job| (job.line_id, job.seq));
     for job in placed {
         if let Some(before) = last.insert((job.line_id, job.urgent), job)
@@ -368,15 +373,20 @@ fn the_audit_trail_is_whole(snapshot: &Snapshot, found: &mut Vec<String>) {
         }
         let is_told = match job.operation.as_str() {
             // A dry run is accepted and ends; what it saw is in its result.
-            _ if job.dry_run => {
-                kinds.iter().all(|kind| ["accepted", "attempt_failed", "cancel_requested", &job.state].contains(kind))
-            }
+            _ if job.dry_run => kinds.iter().all(|kind| {
+                ["accepted", "attempt_failed", "cancel_requested", "abandon_requested", &job.state].contains(kind)
+            }),
             // Nothing was meant where there has never been material.
             "delete" if job.result.as_ref().is_some_and(|result| result["key_material_ids"] == json!([])) => true,
             "delete" => count("deletion_intended") > 0 || job.state == "failed",
             _ => (count("material_chosen") == 1 && count("parameters_obtained") > 0) || job.state == "failed",
         };
-        if !is_told || (job.code() == "cancelled" && count("cancel_requested") != 1) {
+        let asked = match job.code() {
+            "cancelled" => Some("cancel_requested"),
+            "abandoned" => Some("abandon_requested"),
+            _ => None,
+        };
+        if !is_told || asked.is_some_and(|kind| count(kind) != 1) {
             found.push(format!("I4: request {}, {}: its trail is {kinds:?}", job.request_id, job.state));
         }
     }
@@ -401,6 +411,8 @@ fn the_audit_trail_is_whole(snapshot: &Snapshot, found: &mut Vec<String>) {
             found.push(format!("I4: nothing says who held what by {id}"));
         }
     }
+    // What an operator had published again; which events they are is compared with those that came.
+    trails.retain(|_, trail| trail.iter().any(|entry| entry["kind"] != "events_republished"));
     let known: HashSet<Uuid> = snapshot.source_keys.iter().map(|key| key.id).collect();
     found.extend(
         trails.keys().filter(|id| !known.contains(id)).map(|id| format!("I4: entries about {id}, which is unknown")),

@@ -17,6 +17,8 @@ pub struct Job {
     pub id: Uuid,
     pub principal: String,
     pub identity: Option<String>,
+    /// The failed job that it does again.
+    pub retry_of: Option<Uuid>,
     pub request_id: String,
     pub arn: String,
     pub line_id: i64,
@@ -219,7 +221,8 @@ pub async fn jobs(client: &Client) -> Vec<Job> {
                     then floor(extract(epoch from (job.request::jsonb ->> 'valid_to')::timestamptz))::bigint end,
                job.result, job.error, coalesce(job.request::jsonb ->> 'operation', 'import'),
                coalesce(job.request::jsonb ->> 'dry_run' = 'true', false),
-               coalesce(job.request::jsonb ->> 'urgent' = 'true', false), job.finished_at, job.principal, job.identity
+               coalesce(job.request::jsonb ->> 'urgent' = 'true', false), job.finished_at, job.principal, job.identity,
+               job.retry_of
         from job join kms_key on kms_key.id = job.kms_key_id order by job.line_id, job.seq";
     let rows = client.query(sql, &[]).await.unwrap();
     rows.iter()
@@ -241,6 +244,7 @@ pub async fn jobs(client: &Client) -> Vec<Job> {
             finished_at: row.get(14),
             principal: row.get(15),
             identity: row.get(16),
+            retry_of: row.get(17),
         })
         .collect()
 }

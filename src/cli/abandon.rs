@@ -1,0 +1,117 @@
+//! `keyferry jobs abandon`.
+
+use super::jobs::Sent;
+use super::output::Output;
+use super::{Coded, Failed, operator};
+use crate::config::Loaded;
+use crate::job::rfc3339;
+use crate::store::{Cancelled, JobView, Store};
+use clap::Args;
+use serde::Serialize;
+use std::io::{IsTerminal as _, Write as _};
+use uuid::Uuid;
+
+/// Give up a job of which it cannot be learnt what AWS did, such as one whose key AWS does not let anybody look at any more.
+/// It ends as failed with the code `abandoned`, and its event says whether AWS may have been changed. A job that waits ends
+/// at once, one that a worker has under way between two of its steps. See `jobs cancel` first: that waits until nothing is
+/// in doubt.
+///
+/// What is risked: the next job on the key begins without knowing what this one did. It looks at the key as AWS shows it,
+/// and fails, or finds material there that nobody has announced, if AWS did take it. Whatever this job may have put on the
+/// key stays on record as perhaps there. Jobs that would contradict a call that was not answered still wait until that can
+/// no longer take effect (`worker.signature_life_ms` after it was made, 10 minutes unless set otherwise).
+#[derive(Debug, Args)]
+pub(super) struct Abandon {
+    /// The job's id, or the id of its request.
+    id: String,
+    #[command(flatten)]
+    sent: Sent,
+    /// Do not ask.
+    #[arg(long)]
+    yes: bool,
+}
+
+/// What became of the job.
+#[derive(Serialize)]
+struct Ended {
+    /// The job's id.
+    id: Uuid,
+    /// In one word: abandoned, requested or ended.
+    became: &'static str,
+    /// The same in a sentence.
+    message: String,
+}
+
+impl Abandon {
+    pub(super) async fn run(self, loaded: &Loaded, store: &Store, output: Output) -> Result<(), Failed> {
+        let principal = self.sent.principal(loaded)?;
+        let found = store.find_jobs(&principal, &self.sent.source, std::slice::from_ref(&self.id)).await?;
+        let mut jobs: Vec<JobView> =
+            found.into_iter().map(|(_, view)| view).filter(|view| view.state != "rejected").collect();
+        jobs.dedup_by_key(|job| job.id);
+        let job = match jobs.as_slice() {
+            [job] => job,
+            [] => return Err(unknown(&self.id).into()),
+            _ => {
+                let message = format!("{} is the id of several jobs; give the job's own id", self.id);
+                return Err(Coded { code: "job_ambiguous", message }.into());
+            }
+        };
+        if job.state == "waiting" {
+            self.confirm(job)?;
+        }
+        let became = store.abandon(&[job.id], &operator()).await?.into_iter().next().unwrap_or(Cancelled::Unknown);
+        let (word, message) = match became {
+            Cancelled::Ended => ("abandoned", "it has ended; the next job on its key goes on".to_owned()),
+            Cancelled::Requested => (
+                "requested",
+                "a worker has it under way: it ends between two of its steps, or when the worker's lease ends; follow it \
+                 with keyferry jobs wait"
+                    .to_owned(),
+            ),
+            Cancelled::EndedBefore { code: Some(code), .. } if code == "abandoned" => {
+                ("abandoned", "it was abandoned before".to_owned())
+            }
+            Cancelled::EndedBefore { state, code } => {
+                let code = code.map(|code| format!(" ({code})")).unwrap_or_default();
+                ("ended", format!("it had {state} before{code}"))
+            }
+            Cancelled::Unreadable(message) => return Err(Coded { code: "job_unreadable", message }.into()),
+            Cancelled::Unknown => return Err(unknown(&self.id).into()),
+        };
+        output.value(&Ended { id: job.id, became: word, message }, |ended| format!("{}  {}", ended.id, ended.message));
+        if word == "ended" { Err(Failed::Said) } else { Ok(()) }
+    }
+
+    /// Asks on a terminal; without one it has to be said.
+    fn confirm(&self, job: &JobView) -> Result<(), Failed> {
+        if self.yes {
+            return Ok(());
+        }
+        let refused = |message: &str| Coded { code: "not_confirmed", message: message.to_owned() };
+        if !std::io::stdin().is_terminal() {
+            let message =
+                "to abandon a job is to end it without knowing what AWS did: say --yes, or run this on a terminal";
+            return Err(refused(message).into());
+        }
+        let last = job.error.as_ref().and_then(|error| error["message"].as_str()).unwrap_or("none");
+        eprint!(
+            "{} of {} on {}\n  accepted {}, {} attempts, last error: {last}\n\
+             It ends without anybody knowing what AWS did with it. Abandon it? Type yes: ",
+            job.operation.as_deref().unwrap_or_default(),
+            job.principal,
+            job.key.as_deref().unwrap_or_default(),
+            rfc3339(job.accepted_at),
+            job.attempts,
+        );
+        std::io::stderr().flush()?;
+        let mut answer = String::new();
+        std::io::stdin().read_line(&mut answer)?;
+        if answer.trim() == "yes" { Ok(()) } else { Err(refused("nothing was done").into()) }
+    }
+}
+
+fn unknown(id: &str) -> Coded {
+    let message = format!("no job has the id {id}; see keyferry jobs list, and --source for an envelope's id");
+    Coded { code: "job_unknown", message }
+}

@@ -1,0 +1,57 @@
+//! What abandoned jobs may have put on their keys.
+
+use super::{Material, StoreError};
+use crate::job::{Expiry, Import, Request, RequestId, Work};
+use crate::source::Fingerprint;
+use deadpool_postgres::Transaction;
+use std::collections::HashMap;
+use tokio_postgres::Row;
+use uuid::Uuid;
+
+/// The material that each of these jobs is about to import, or has imported, with the KMS key. Read before its progress is
+/// forgotten; nothing for a delete.
+pub(super) async fn materials(
+    transaction: &Transaction<'_>,
+    jobs: &[Uuid],
+) -> Result<HashMap<Uuid, (Uuid, Material)>, StoreError> {
+    const READ: &str = "
+        select job.id, job.kms_key_id, job.request_source, job.request_id, job.request, progress.imported,
+               progress.key_material_id, source.id::text, source.name, source.fingerprint, source.fingerprint_version,
+               progress.dsm_connection, progress.dsm_key_id, progress.dsm_key_name, progress.dsm_fingerprint,
+               progress.dsm_fingerprint_version
+        from progress join job on job.id = progress.job_id
+        left join source_key as source on source.id = progress.source_key_id
+        where progress.job_id = any($1) and (progress.in_doubt or progress.imported)";
+    if jobs.is_empty() {
+        return Ok(HashMap::new());
+    }
+    let rows = transaction.query(READ, &[&jobs]).await?;
+    Ok(rows.iter().filter_map(|row| Some((row.get(0), (row.get(1), material(row)?)))).collect())
+}
+
+fn material(row: &Row) -> Option<Material> {
+    let id = RequestId::parse(row.get(3))?;
+    let request = Request::from_canonical(row.get(4), id, row.get(2)).ok()?;
+    let Work::Import(Import { expiry, .. }) = request.work else { return None };
+    let (source_tier, source_key_id, source_key_name, version, hash) = if let Some(id) = row.get::<_, Option<String>>(7)
+    {
+        ("local", id, row.get(8), row.get(10), row.get(9))
+    } else {
+        let connection: String = row.get::<_, Option<_>>(11)?;
+        let id: String = row.get(12);
+        let name = row.get::<_, Option<String>>(13).unwrap_or_else(|| id.clone());
+        ("dsm", format!("{connection}/{id}"), format!("{connection}/{name}"), row.get(15), row.get(14))
+    };
+    Some(Material {
+        fingerprint: Fingerprint { version, hash },
+        source_tier,
+        source_key_id,
+        source_key_name,
+        key_material_id: row.get(6),
+        valid_to: match expiry {
+            Expiry::At(at) => Some(at),
+            Expiry::Never => None,
+        },
+        is_certain: row.get(5),
+    })
+}
