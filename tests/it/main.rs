@@ -31,6 +31,7 @@ mod stopping;
 mod store;
 mod support;
 mod takeover;
+mod telemetry;
 mod tls;
 mod transports;
 mod wrapping;

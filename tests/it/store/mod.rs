@@ -9,6 +9,7 @@ mod connection;
 mod given;
 mod hold;
 mod keys;
+mod observe;
 mod outbox;
 mod plans;
 mod read;
