@@ -9,6 +9,7 @@ mod broken_links;
 mod checking;
 mod commands;
 mod commands_keys;
+mod dashboards;
 mod dead;
 mod deletes;
 mod dry_run;
