@@ -82,7 +82,7 @@ need_packages() {
     local package missing=()
     command -v dpkg-query >/dev/null || die "dpkg is missing: these scripts find and install what they need on Debian only;" \
         "elsewhere docker-compose.yml starts the servers for everyday work"
-    for package in build-essential git ca-certificates openssl python3-venv rabbitmq-server; do
+    for package in build-essential git ca-certificates openssl python3-venv rabbitmq-server prometheus; do
         [[ $(dpkg-query -W -f='${db:Status-Status}' "$package" 2>/dev/null) == installed ]] || missing+=("$package")
     done
     postgres_bin >/dev/null || missing+=(postgresql)

@@ -17,7 +17,7 @@ use crate::source::{Dsm, Kek, KekError, Keyring};
 use crate::sqs::Sqs;
 use crate::store::{SchemaError, Store, StoreError};
 use crate::telemetry::{Health, Metrics, Part, serve_admin};
-use crate::worker::{self, Context};
+use crate::worker::{self, Context, Meters};
 use reload::Reload;
 use secrecy::ExposeSecret as _;
 use std::collections::HashMap;
@@ -124,7 +124,7 @@ pub async fn serve(loaded: &Loaded, stop: CancellationToken, hang_up: Signal) ->
     health.set(Part::Store, true);
     let (jobs, events) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
     let regions = loaded.targets()?.iter().flat_map(|target| target.regions.iter().cloned());
-    let kms = Kms::connect(regions, settings.worker.aws_timeout(), metrics.clone()).await;
+    let kms = Kms::connect(regions, settings.worker.aws_timeout(), &metrics).await;
 
     let finished = CancellationToken::new();
     let (address, admin) = serve_admin(settings.admin.listen, metrics.clone(), health.clone(), finished.clone())
@@ -154,6 +154,7 @@ pub async fn serve(loaded: &Loaded, stop: CancellationToken, hang_up: Signal) ->
         policy,
         targets,
         settings: settings.worker.clone(),
+        meters: Meters::of(&metrics),
         metrics,
         health,
         jobs,
@@ -233,7 +234,7 @@ enum EventLink {
 async fn links(loaded: &Loaded, broker: Option<Broker>, metrics: &Metrics) -> Result<Links, ConfigError> {
     let settings = &loaded.settings;
     let client = if loaded.uses(Transport::Sqs) {
-        Some(Sqs::connect(settings.sqs.region.as_deref(), metrics.clone()).await)
+        Some(Sqs::connect(settings.sqs.region.as_deref(), metrics).await)
     } else {
         None
     };

@@ -8,73 +8,47 @@ use serde_json::{Map, Value, json};
 use time::OffsetDateTime;
 use uuid::Uuid;
 
-/// What happened.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
-    /// A message became a job.
-    Accepted,
-    /// A message was refused.
-    Refused,
-    /// Which source key a job imports was committed; the import is about to be sent.
-    MaterialChosen,
-    /// AWS gave a public key and an import token.
-    ParametersObtained,
-    /// The import is about to be sent again.
-    ImportIntended,
-    /// AWS said that it took the material.
-    MaterialImported,
-    /// Deletions are about to be sent.
-    DeletionIntended,
-    /// AWS said that it deleted a material, or, for as long as it was asked, that there was none.
-    MaterialDeleted,
-    /// An attempt did not come to an end; another follows.
-    AttemptFailed,
-    /// The job's outcome.
-    Succeeded,
-    /// The job's outcome.
-    Failed,
-    /// An operator cancelled the job; it ends as soon as nothing is in doubt.
-    CancelRequested,
-    /// An operator abandoned the job; it ends even if something is in doubt.
-    AbandonRequested,
-    /// An operator had events published once more.
-    EventsRepublished,
-    /// An operator stopped what is within a scope.
-    Held,
-    /// An operator let it go on.
-    HoldReleased,
-    /// An operator made a source key, or a job did.
-    SourceKeyCreated,
-    /// An operator brought a source key.
-    SourceKeyImported,
-    /// An operator erased a source key.
-    SourceKeyDeleted,
-}
-
-impl Kind {
-    /// The word in the entry.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Accepted => "accepted",
-            Self::Refused => "refused",
-            Self::MaterialChosen => "material_chosen",
-            Self::ParametersObtained => "parameters_obtained",
-            Self::ImportIntended => "import_intended",
-            Self::MaterialImported => "material_imported",
-            Self::DeletionIntended => "deletion_intended",
-            Self::MaterialDeleted => "material_deleted",
-            Self::AttemptFailed => "attempt_failed",
-            Self::Succeeded => "succeeded",
-            Self::Failed => "failed",
-            Self::CancelRequested => "cancel_requested",
-            Self::AbandonRequested => "abandon_requested",
-            Self::EventsRepublished => "events_republished",
-            Self::Held => "held",
-            Self::HoldReleased => "hold_released",
-            Self::SourceKeyCreated => "source_key_created",
-            Self::SourceKeyImported => "source_key_imported",
-            Self::SourceKeyDeleted => "source_key_deleted",
-        }
+words! {
+    /// What happened.
+    pub Kind {
+        /// A message became a job.
+        Accepted = "accepted",
+        /// A message was refused.
+        Refused = "refused",
+        /// Which source key a job imports was committed; the import is about to be sent.
+        MaterialChosen = "material_chosen",
+        /// AWS gave a public key and an import token.
+        ParametersObtained = "parameters_obtained",
+        /// The import is about to be sent again.
+        ImportIntended = "import_intended",
+        /// AWS said that it took the material.
+        MaterialImported = "material_imported",
+        /// Deletions are about to be sent.
+        DeletionIntended = "deletion_intended",
+        /// AWS said that it deleted a material, or, for as long as it was asked, that there was none.
+        MaterialDeleted = "material_deleted",
+        /// An attempt did not come to an end; another follows.
+        AttemptFailed = "attempt_failed",
+        /// The job's outcome.
+        Succeeded = "succeeded",
+        /// The job's outcome.
+        Failed = "failed",
+        /// An operator cancelled the job; it ends as soon as nothing is in doubt.
+        CancelRequested = "cancel_requested",
+        /// An operator abandoned the job; it ends even if something is in doubt.
+        AbandonRequested = "abandon_requested",
+        /// An operator had events published once more.
+        EventsRepublished = "events_republished",
+        /// An operator stopped what is within a scope.
+        Held = "held",
+        /// An operator let it go on.
+        HoldReleased = "hold_released",
+        /// An operator made a source key, or a job did.
+        SourceKeyCreated = "source_key_created",
+        /// An operator brought a source key.
+        SourceKeyImported = "source_key_imported",
+        /// An operator erased a source key.
+        SourceKeyDeleted = "source_key_deleted",
     }
 }
 
@@ -93,6 +67,11 @@ impl Fact {
             _ => Map::new(),
         };
         Self { kind, details }
+    }
+
+    /// What happened.
+    pub fn kind(&self) -> Kind {
+        self.kind
     }
 
     /// The entry's canonical bytes.

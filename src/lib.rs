@@ -40,7 +40,8 @@
 //! | [`outbox`] | committed events to the broker until confirmed | `amqp`, `sqs`, `retry`, `store` |
 //! | [`worker`] | drives a job | the above except `ingress`, `intake`, `outbox` |
 //! | [`topology`] | RabbitMQ's queues as data | - |
-//! | [`config`], [`telemetry`] | settings; logs, metrics, admin HTTP | `policy`; `config` |
+//! | [`words`] | closed sets of words | - |
+//! | [`config`], [`telemetry`] | settings; logs, metrics, admin HTTP | `policy`; `config`, `words` |
 //! | [`app`], [`cli`] | composition; commands | all |
 //!
 //! `aws_*`, `lapin` and `tokio_postgres` types stay in the rooms that talk to these systems.
@@ -56,6 +57,8 @@
 
 #[macro_use]
 mod failpoint;
+#[macro_use]
+pub mod words;
 
 pub mod amqp;
 pub mod app;

@@ -7,50 +7,27 @@ use backoff::ExponentialBackoff;
 use backoff::backoff::Backoff as _;
 use std::time::Duration;
 
-/// Why something is tried again.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Class {
-    /// A connection to broker or database is made again.
-    Reconnect,
-    /// The other side failed or did not answer.
-    Transient,
-    /// AWS asks to slow down.
-    Throttled,
-    /// AWS has not yet caught up with itself (AWS KMS eventual consistency: usually seconds, at most minutes).
-    NotYetVisible,
-    /// Credentials are missing or expired; a person or a provider must act.
-    Credentials,
-    /// Material or a row of ours needs a second look at once.
-    Immediate,
-    /// The broker would not take an event.
-    Unroutable,
+words! {
+    /// Why something is tried again.
+    pub Class {
+        /// A connection to broker or database is made again.
+        Reconnect = "reconnect",
+        /// The other side failed or did not answer.
+        Transient = "transient",
+        /// AWS asks to slow down.
+        Throttled = "throttled",
+        /// AWS has not yet caught up with itself (AWS KMS eventual consistency: usually seconds, at most minutes).
+        NotYetVisible = "not_yet_visible",
+        /// Credentials are missing or expired; a person or a provider must act.
+        Credentials = "credentials",
+        /// Material or a row of ours needs a second look at once.
+        Immediate = "immediate",
+        /// The broker would not take an event.
+        Unroutable = "unroutable",
+    }
 }
 
 impl Class {
-    /// Every class.
-    pub const ALL: [Self; 7] = [
-        Self::Reconnect,
-        Self::Transient,
-        Self::Throttled,
-        Self::NotYetVisible,
-        Self::Credentials,
-        Self::Immediate,
-        Self::Unroutable,
-    ];
-
-    /// The word in metrics and reasons.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Reconnect => "reconnect",
-            Self::Transient => "transient",
-            Self::Throttled => "throttled",
-            Self::NotYetVisible => "not_yet_visible",
-            Self::Credentials => "credentials",
-            Self::Immediate => "immediate",
-            Self::Unroutable => "unroutable",
-        }
-    }
-
     /// First and longest delay.
     fn bounds(self) -> (Duration, Duration) {
         let ms = Duration::from_millis;
@@ -126,7 +103,7 @@ mod tests {
 
     #[test]
     fn the_envelope_grows_to_its_bound_and_never_shrinks() {
-        for class in Class::ALL {
+        for &class in Class::ALL {
             let (first, longest) = class.bounds();
             assert_eq!(envelope(class, 1), first);
             assert_eq!(envelope(class, 1_000_000), longest);

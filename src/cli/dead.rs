@@ -144,7 +144,7 @@ impl Dead {
             }
             Transport::Sqs => {
                 let (requests, dead) = loaded.sqs_requests_urls()?;
-                let client = Sqs::connect(settings.sqs.region.as_deref(), Metrics::new()?).await;
+                let client = Sqs::connect(settings.sqs.region.as_deref(), &Metrics::new()?).await;
                 let queues = sqs::Queues {
                     dead: client.queue(dead),
                     requests: client.queue(requests),

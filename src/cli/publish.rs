@@ -60,7 +60,7 @@ impl Link {
             }
             // A publisher needs no right but to send.
             Transport::Sqs => {
-                let client = Sqs::connect(settings.sqs.region.as_deref(), Metrics::new()?).await;
+                let client = Sqs::connect(settings.sqs.region.as_deref(), &Metrics::new()?).await;
                 Carrier::Sqs(client.queue(loaded.sqs_requests_url()?))
             }
         };

@@ -77,7 +77,7 @@ impl Topology {
 
     async fn sqs(&self, loaded: &Loaded) -> anyhow::Result<Vec<Difference>> {
         let settings = &loaded.settings;
-        let client = Sqs::connect(settings.sqs.region.as_deref(), Metrics::new()?).await;
+        let client = Sqs::connect(settings.sqs.region.as_deref(), &Metrics::new()?).await;
         let requests = if settings.requests_from.contains(&Transport::Sqs) {
             let (requests, dead_letters) = loaded.sqs_requests_urls()?;
             Some((client.queue(requests), client.queue(dead_letters)))

@@ -113,14 +113,17 @@ impl Delivery {
     }
 }
 
-/// `version-trace-parent-flags` in lower-case hex (W3C Trace Context, 3.2).
+/// `version-trace-parent-flags` in lower-case hex (W3C Trace Context, 3.2). Ids of zeros and the version `ff` are invalid.
 fn is_traceparent(text: &str) -> bool {
     let lengths = [2, 32, 16, 2];
     let parts: Vec<&str> = text.split('-').collect();
-    parts.len() == lengths.len()
-        && parts.iter().zip(lengths).all(|(part, length)| {
-            part.len() == length && part.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
-        })
+    let is_hex = |part: &str| part.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b));
+    let is_zero = |part: &str| part.bytes().all(|b| b == b'0');
+    let [version, trace, parent, _] = parts[..] else { return false };
+    parts.iter().zip(lengths).all(|(part, length)| part.len() == length && is_hex(part))
+        && version != "ff"
+        && !is_zero(trace)
+        && !is_zero(parent)
 }
 
 #[cfg(test)]
@@ -130,9 +133,16 @@ mod tests {
     #[test]
     fn a_traceparent_is_four_hex_fields() {
         assert!(is_traceparent("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"));
-        for text in
-            ["", "00-4bf9-00f067aa0ba902b7-01", "00-4BF92F3577B34DA6A3CE929D0E0E4736-00f067aa0ba902b7-01", "a\nb"]
-        {
+        for text in [
+            "",
+            "00-4bf9-00f067aa0ba902b7-01",
+            "00-4BF92F3577B34DA6A3CE929D0E0E4736-00f067aa0ba902b7-01",
+            "ff-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01",
+            "00-00000000000000000000000000000000-00f067aa0ba902b7-01",
+            "00-4bf92f3577b34da6a3ce929d0e0e4736-0000000000000000-01",
+            "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01-",
+            "a\nb",
+        ] {
             assert!(!is_traceparent(text), "{text}");
         }
     }

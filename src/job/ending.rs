@@ -25,32 +25,9 @@ impl Refusal {
     }
 }
 
-macro_rules! codes {
-    ($(#[$meta:meta])* $name:ident { $($(#[$doc:meta])* $variant:ident = $text:literal,)* }) => {
-        $(#[$meta])*
-        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-        pub enum $name { $($(#[$doc])* $variant,)* }
-
-        impl $name {
-            /// Every code.
-            pub const ALL: &'static [Self] = &[$(Self::$variant,)*];
-
-            /// Reads the stable text.
-            pub fn parse(text: &str) -> Option<Self> {
-                Self::ALL.iter().copied().find(|code| code.as_str() == text)
-            }
-
-            /// The stable text of the code.
-            pub fn as_str(self) -> &'static str {
-                match self { $(Self::$variant => $text,)* }
-            }
-        }
-    };
-}
-
-codes! {
+words! {
     /// Stable codes of refusals.
-    RefusalCode {
+    pub RefusalCode {
         /// Over 64 KiB.
         BodyTooLarge = "body_too_large",
         /// Not UTF-8.
@@ -125,6 +102,11 @@ codes! {
 }
 
 impl RefusalCode {
+    /// Reads the stable text.
+    pub fn parse(text: &str) -> Option<Self> {
+        Self::ALL.iter().copied().find(|code| code.as_str() == text)
+    }
+
     /// Refusals whose message cannot be sent again as it is. Where the sender's own proof is at fault, only the sender can
     /// mend it; a refusal of a redrive says nothing of the sender.
     pub const NOT_REDRIVEN: [Self; 6] = [
@@ -142,9 +124,9 @@ impl RefusalCode {
     }
 }
 
-codes! {
+words! {
     /// Stable codes of failures: what AWS or the source told us.
-    FailureCode {
+    pub FailureCode {
         /// No such source key.
         SourceKeyUnknown = "source_key_unknown",
         /// The source key was deleted.
@@ -289,6 +271,13 @@ codes! {
         Abandoned = "abandoned",
         /// Postgres refuses the outcome's row.
         Unstorable = "unstorable",
+    }
+}
+
+impl FailureCode {
+    /// Reads the stable text.
+    pub fn parse(text: &str) -> Option<Self> {
+        Self::ALL.iter().copied().find(|code| code.as_str() == text)
     }
 }
 

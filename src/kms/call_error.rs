@@ -25,90 +25,47 @@ pub struct CallError {
     pub aws_request_id: Option<String>,
 }
 
-/// Classes of errors; each is either retried with a bound or ends the job with a reason.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum ErrorKind {
-    /// Never left: too little of the lease was left.
-    Dropped,
-    /// Never reached AWS.
-    NotSent,
-    /// Sent, perhaps; no answer.
-    Unanswered,
-    /// AWS failed inside (HTTP 5xx).
-    ServerFault,
-    /// A request quota, or a hot key.
-    Throttled,
-    /// The import token is older than 24 hours.
-    ExpiredImportToken,
-    /// The import token is damaged, used up, or another key's.
-    InvalidImportToken,
-    /// AWS could not unwrap.
-    InvalidCiphertext,
-    /// Unwrapped, but not the material that the key may take.
-    IncorrectKeyMaterial,
-    /// The key's state forbids it.
-    InvalidState,
-    /// No such key, or not yet visible.
-    NotFound,
-    /// The key's origin or kind forbids it.
-    Unsupported,
-    /// IAM, key policy, or control policy.
-    AccessDenied,
-    /// Credentials are missing, expired or wrong.
-    Credentials,
-    /// A rule of AWS is broken.
-    Refused,
-    /// An answer without what its documentation promises.
-    Incomplete,
-    /// No client for the Region.
-    NoTarget,
+words! {
+    /// Classes of errors; each is either retried with a bound or ends the job with a reason.
+    pub ErrorKind {
+        /// Never left: too little of the lease was left.
+        Dropped = "dropped",
+        /// Never reached AWS.
+        NotSent = "not_sent",
+        /// Sent, perhaps; no answer.
+        Unanswered = "unanswered",
+        /// AWS failed inside (HTTP 5xx).
+        ServerFault = "server_fault",
+        /// A request quota, or a hot key.
+        Throttled = "throttled",
+        /// The import token is older than 24 hours.
+        ExpiredImportToken = "expired_import_token",
+        /// The import token is damaged, used up, or another key's.
+        InvalidImportToken = "invalid_import_token",
+        /// AWS could not unwrap.
+        InvalidCiphertext = "invalid_ciphertext",
+        /// Unwrapped, but not the material that the key may take.
+        IncorrectKeyMaterial = "incorrect_key_material",
+        /// The key's state forbids it.
+        InvalidState = "invalid_state",
+        /// No such key, or not yet visible.
+        NotFound = "not_found",
+        /// The key's origin or kind forbids it.
+        Unsupported = "unsupported",
+        /// IAM, key policy, or control policy.
+        AccessDenied = "access_denied",
+        /// Credentials are missing, expired or wrong.
+        Credentials = "credentials",
+        /// A rule of AWS is broken.
+        Refused = "refused",
+        /// An answer without what its documentation promises.
+        Incomplete = "incomplete",
+        /// No client for the Region.
+        NoTarget = "no_target",
+    }
 }
 
 impl ErrorKind {
-    /// Every kind.
-    pub const ALL: [Self; 17] = [
-        Self::Dropped,
-        Self::NotSent,
-        Self::Unanswered,
-        Self::ServerFault,
-        Self::Throttled,
-        Self::ExpiredImportToken,
-        Self::InvalidImportToken,
-        Self::InvalidCiphertext,
-        Self::IncorrectKeyMaterial,
-        Self::InvalidState,
-        Self::NotFound,
-        Self::Unsupported,
-        Self::AccessDenied,
-        Self::Credentials,
-        Self::Refused,
-        Self::Incomplete,
-        Self::NoTarget,
-    ];
-
-    /// The word in metrics and audit entries.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Dropped => "dropped",
-            Self::NotSent => "not_sent",
-            Self::Unanswered => "unanswered",
-            Self::ServerFault => "server_fault",
-            Self::Throttled => "throttled",
-            Self::ExpiredImportToken => "expired_import_token",
-            Self::InvalidImportToken => "invalid_import_token",
-            Self::InvalidCiphertext => "invalid_ciphertext",
-            Self::IncorrectKeyMaterial => "incorrect_key_material",
-            Self::InvalidState => "invalid_state",
-            Self::NotFound => "not_found",
-            Self::Unsupported => "unsupported",
-            Self::AccessDenied => "access_denied",
-            Self::Credentials => "credentials",
-            Self::Refused => "refused",
-            Self::Incomplete => "incomplete",
-            Self::NoTarget => "no_target",
-        }
-    }
-
     /// Whether a mutating call may have taken effect, now or later.
     ///
     /// A 5xx is an answer, but AWS does not say that nothing happened.

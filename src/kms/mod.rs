@@ -14,7 +14,7 @@ pub use guard::LeaseGuard;
 pub use held::{HeldMaterial, MaterialState};
 
 use crate::job::{Expiry, ImportParameters, KeyArn, Wrapping};
-use crate::telemetry::Metrics;
+use crate::telemetry::{AwsCalls, Metrics};
 use aws_config::{BehaviorVersion, SdkConfig};
 use aws_sdk_kms::Client;
 use aws_sdk_kms::config::retry::RetryConfig;
@@ -25,7 +25,7 @@ use aws_sdk_kms::primitives::{Blob, DateTime};
 use aws_sdk_kms::types::{AlgorithmSpec, ExpirationModelType, ImportType, IncludeKeyMaterial, WrappingKeySpec};
 use guard::{Departure, Gate};
 use std::collections::HashMap;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use time::OffsetDateTime;
 
 /// How a symmetric key's material is to be taken.
@@ -71,12 +71,34 @@ pub struct Deleted {
     pub aws_request_id: Option<String>,
 }
 
+words! {
+    /// The calls that are made.
+    pub(crate) Call {
+        /// Read-only.
+        DescribeKey = "DescribeKey",
+        /// Read-only, with a quota of 1/s.
+        GetParametersForImport = "GetParametersForImport",
+        /// Changes the key.
+        ImportKeyMaterial = "ImportKeyMaterial",
+        /// Changes the key.
+        DeleteImportedKeyMaterial = "DeleteImportedKeyMaterial",
+        /// Read-only.
+        GetPublicKey = "GetPublicKey",
+        /// Read-only.
+        ListKeyRotations = "ListKeyRotations",
+    }
+}
+
 /// Sends a call through the lease's gate. A macro: each of the SDK's builders is a type of its own.
 macro_rules! send {
     ($kms:expr, $operation:expr, $request:expr, $guard:expr) => {{
         let (gate, departure) = $kms.gate($guard);
+        let begun = Instant::now();
         let answer = $request.customize().interceptor(gate).send().await;
-        answer.map_err(|error| CallError::of($operation, &error, &departure))
+        if departure.happened() {
+            $kms.calls.took($operation, begun);
+        }
+        answer.map_err(|error| CallError::of($operation.as_str(), &error, &departure))
     }};
 }
 
@@ -85,7 +107,7 @@ macro_rules! send {
 pub struct Kms {
     clients: HashMap<String, Client>,
     attempt_timeout: Duration,
-    metrics: Metrics,
+    calls: AwsCalls<Call, ErrorKind>,
 }
 
 impl Kms {
@@ -94,7 +116,7 @@ impl Kms {
     pub async fn connect(
         regions: impl IntoIterator<Item = String>,
         attempt_timeout: Duration,
-        metrics: Metrics,
+        metrics: &Metrics,
     ) -> Self {
         let shared = aws_config::defaults(BehaviorVersion::v2026_01_12()).load().await;
         Self::with_config(&shared, regions, attempt_timeout, metrics)
@@ -104,22 +126,23 @@ impl Kms {
         shared: &SdkConfig,
         regions: impl IntoIterator<Item = String>,
         attempt_timeout: Duration,
-        metrics: Metrics,
+        metrics: &Metrics,
     ) -> Self {
         let clients =
             regions.into_iter().map(|region| (region.clone(), client(shared, &region, attempt_timeout))).collect();
-        Self { clients, attempt_timeout, metrics }
+        Self { clients, attempt_timeout, calls: AwsCalls::of(metrics) }
     }
 
     /// `DescribeKey`. Read-only.
     pub async fn describe(&self, key: &KeyArn, guard: &LeaseGuard) -> Result<KeyDescription, CallError> {
-        const OPERATION: &str = "DescribeKey";
+        const OPERATION: Call = Call::DescribeKey;
         let request = self.client(key, OPERATION)?.describe_key().key_id(key.to_string());
         let answer = send!(self, OPERATION, request, guard);
         self.counted(
             OPERATION,
             answer.and_then(|answer| {
-                let metadata = answer.key_metadata.ok_or_else(|| CallError::incomplete(OPERATION, "KeyMetadata"))?;
+                let metadata =
+                    answer.key_metadata.ok_or_else(|| CallError::incomplete(OPERATION.as_str(), "KeyMetadata"))?;
                 Ok(KeyDescription::of(&metadata))
             }),
         )
@@ -132,7 +155,7 @@ impl Kms {
         wrapping: Wrapping,
         guard: &LeaseGuard,
     ) -> Result<ImportParameters, CallError> {
-        const OPERATION: &str = "GetParametersForImport";
+        const OPERATION: Call = Call::GetParametersForImport;
         let request = self
             .client(key, OPERATION)?
             .get_parameters_for_import()
@@ -144,7 +167,7 @@ impl Kms {
             OPERATION,
             answer.and_then(|answer| {
                 let aws_request_id = answer.request_id().map(str::to_owned);
-                let part = |name| CallError::incomplete(OPERATION, name);
+                let part = |name| CallError::incomplete(OPERATION.as_str(), name);
                 Ok(ImportParameters {
                     wrapping,
                     public_key: answer.public_key.ok_or_else(|| part("PublicKey"))?.into_inner(),
@@ -161,7 +184,7 @@ impl Kms {
 
     /// `ImportKeyMaterial`. An error whose [`ErrorKind::may_have_taken_effect`] holds leaves the outcome open.
     pub async fn import(&self, key: &KeyArn, call: ImportCall<'_>, guard: &LeaseGuard) -> Result<Imported, CallError> {
-        const OPERATION: &str = "ImportKeyMaterial";
+        const OPERATION: Call = Call::ImportKeyMaterial;
         let request = self
             .client(key, OPERATION)?
             .import_key_material()
@@ -199,7 +222,7 @@ impl Kms {
         material_id: Option<&str>,
         guard: &LeaseGuard,
     ) -> Result<Deleted, CallError> {
-        const OPERATION: &str = "DeleteImportedKeyMaterial";
+        const OPERATION: Call = Call::DeleteImportedKeyMaterial;
         let request = self
             .client(key, OPERATION)?
             .delete_imported_key_material()
@@ -217,13 +240,16 @@ impl Kms {
 
     /// `GetPublicKey`: the DER `SubjectPublicKeyInfo` of a pair. Read-only.
     pub async fn public_key(&self, key: &KeyArn, guard: &LeaseGuard) -> Result<Vec<u8>, CallError> {
-        const OPERATION: &str = "GetPublicKey";
+        const OPERATION: Call = Call::GetPublicKey;
         let request = self.client(key, OPERATION)?.get_public_key().key_id(key.to_string());
         let answer = send!(self, OPERATION, request, guard);
         self.counted(
             OPERATION,
             answer.and_then(|answer| {
-                Ok(answer.public_key.ok_or_else(|| CallError::incomplete(OPERATION, "PublicKey"))?.into_inner())
+                Ok(answer
+                    .public_key
+                    .ok_or_else(|| CallError::incomplete(OPERATION.as_str(), "PublicKey"))?
+                    .into_inner())
             }),
         )
     }
@@ -231,7 +257,7 @@ impl Kms {
     /// `ListKeyRotations`: every material that a symmetric key is tied to, there or missing, and the one that waits
     /// for its rotation. Read-only.
     pub async fn materials(&self, key: &KeyArn, guard: &LeaseGuard) -> Result<Vec<HeldMaterial>, CallError> {
-        const OPERATION: &str = "ListKeyRotations";
+        const OPERATION: Call = Call::ListKeyRotations;
         // A key has at most 27: the first, 25 rotations, one that waits.
         const MOST_PAGES: usize = 10;
         let client = self.client(key, OPERATION)?;
@@ -246,24 +272,25 @@ impl Kms {
             let page = self.counted(OPERATION, answer)?;
             for entry in page.rotations() {
                 // One that cannot be read must not pass for one that is missing.
-                found
-                    .push(HeldMaterial::of(entry).ok_or_else(|| CallError::incomplete(OPERATION, "material's state"))?);
+                found.push(
+                    HeldMaterial::of(entry)
+                        .ok_or_else(|| CallError::incomplete(OPERATION.as_str(), "material's state"))?,
+                );
             }
             marker = page.next_marker;
             if marker.is_none() {
                 return Ok(found);
             }
         }
-        Err(CallError::incomplete(OPERATION, "end of the list"))
+        Err(CallError::incomplete(OPERATION.as_str(), "end of the list"))
     }
 
-    fn client(&self, key: &KeyArn, operation: &'static str) -> Result<&Client, CallError> {
-        self.clients.get(key.region()).ok_or_else(|| CallError::no_target(operation, key.region()))
+    fn client(&self, key: &KeyArn, operation: Call) -> Result<&Client, CallError> {
+        self.clients.get(key.region()).ok_or_else(|| CallError::no_target(operation.as_str(), key.region()))
     }
 
-    fn counted<T>(&self, operation: &'static str, outcome: Result<T, CallError>) -> Result<T, CallError> {
-        let word = outcome.as_ref().map_or_else(|error| error.kind.as_str(), |_| "ok");
-        self.metrics.aws_calls.with_label_values(&[operation, word]).inc();
+    fn counted<T>(&self, operation: Call, outcome: Result<T, CallError>) -> Result<T, CallError> {
+        self.calls.ended(operation, outcome.as_ref().err().map(|error| error.kind));
         outcome
     }
 

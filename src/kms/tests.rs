@@ -4,7 +4,6 @@ use super::*;
 use aws_config::retry::RetryConfig as SharedRetry;
 use aws_credential_types::Credentials;
 use aws_sdk_kms::config::SharedCredentialsProvider;
-use std::time::Instant;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpListener;
 
@@ -33,7 +32,7 @@ fn kms(endpoint: &str, credentials: Option<Credentials>) -> Kms {
         .endpoint_url(endpoint)
         .retry_config(SharedRetry::disabled());
     config.set_credentials_provider(credentials.map(SharedCredentialsProvider::new));
-    Kms::with_config(&config.build(), ["eu-central-1".to_owned()], TIMEOUT, Metrics::new().unwrap())
+    Kms::with_config(&config.build(), ["eu-central-1".to_owned()], TIMEOUT, &Metrics::new().unwrap())
 }
 
 fn credentials() -> Credentials {

@@ -1,12 +1,12 @@
 //! A publishing session with `RabbitMQ`: confirms on, mandatory, persistent, on a connection of its own, so that
 //! flow control on publishers never stalls acknowledgements.
 
-use super::{Destination, Publication};
+use super::{Destination, Publication, traceparent};
 use crate::amqp::{Broker, SessionError, check, within};
 use crate::store::OutboxRow;
 use futures_util::future::try_join_all;
 use lapin::options::{BasicPublishOptions, ConfirmSelectOptions, ExchangeDeclareOptions};
-use lapin::types::FieldTable;
+use lapin::types::{AMQPValue, FieldTable};
 use lapin::{BasicProperties, Channel, Confirmation, Connection, ExchangeKind};
 use std::time::Duration;
 
@@ -61,6 +61,10 @@ impl super::Publisher for Publisher {
                     .with_delivery_mode(PERSISTENT)
                     .with_message_id(row.event_id.to_string().into())
                     .with_app_id("keyferry".into());
+                let properties = match traceparent(&row.body) {
+                    Some(trace) => properties.with_headers(headers(trace)),
+                    None => properties,
+                };
                 let options = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
                 let exchange = self.exchange.as_str().into();
                 let sent = self.channel.basic_publish(
@@ -86,6 +90,12 @@ impl super::Publisher for Publisher {
         // The broker forgets an unclosed connection as well.
         drop(tokio::time::timeout(self.timeout, self.connection.close(200, "stopping".into())).await);
     }
+}
+
+fn headers(traceparent: String) -> FieldTable {
+    let mut headers = FieldTable::default();
+    headers.insert("traceparent".into(), AMQPValue::LongString(traceparent.into()));
+    headers
 }
 
 fn outcome(confirmation: &Confirmation) -> Publication {

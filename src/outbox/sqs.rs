@@ -47,6 +47,8 @@ struct Head {
     kind: String,
     #[serde(default)]
     subject: Option<String>,
+    #[serde(default)]
+    traceparent: Option<String>,
 }
 
 impl Destination for Events {
@@ -102,7 +104,7 @@ impl super::Publisher for Publisher {
 
 fn message(row: &OutboxRow, is_fifo: bool) -> Outgoing {
     // An event that cannot be read is sent as it is.
-    let Head { kind, subject } = serde_json::from_str(&row.body).unwrap_or_default();
+    let Head { kind, subject, traceparent } = serde_json::from_str(&row.body).unwrap_or_default();
     let id = row.event_id.to_string();
     let group = subject.filter(|subject| Order::is_group(subject)).unwrap_or_else(|| id.clone());
     let mut attributes = vec![
@@ -113,6 +115,7 @@ fn message(row: &OutboxRow, is_fifo: bool) -> Outgoing {
     if !kind.is_empty() {
         attributes.push(Attribute::text("type", kind));
     }
+    attributes.extend(traceparent.map(|trace| Attribute::text("traceparent", trace)));
     let order = is_fifo.then_some(Order { group, deduplication: id });
     Outgoing { body: row.body.clone(), attributes, order }
 }

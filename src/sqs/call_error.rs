@@ -12,33 +12,23 @@ use std::fmt;
 /// Longest text of AWS's that is kept: a long page of some proxy helps nobody.
 const MOST_TEXT: usize = 300;
 
-/// What a failed call means for what comes next.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Fault {
-    /// A request quota, or too many messages in flight (`OverLimit`).
-    Throttled,
-    /// No answer, an answer that is not AWS's, or a 5xx.
-    Away,
-    /// No such queue.
-    Gone,
-    /// Credentials, IAM or queue policy, or the KMS key of an encrypted queue: a person must act.
-    Denied,
-    /// The call breaks a rule of SQS; the same call breaks it again.
-    Refused,
+words! {
+    /// What a failed call means for what comes next.
+    pub Fault {
+        /// A request quota, or too many messages in flight (`OverLimit`).
+        Throttled = "throttled",
+        /// No answer, an answer that is not AWS's, or a 5xx.
+        Away = "away",
+        /// No such queue.
+        Gone = "gone",
+        /// Credentials, IAM or queue policy, or the KMS key of an encrypted queue: a person must act.
+        Denied = "denied",
+        /// The call breaks a rule of SQS; the same call breaks it again.
+        Refused = "refused",
+    }
 }
 
 impl Fault {
-    /// The word in metrics.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Throttled => "throttled",
-            Self::Away => "away",
-            Self::Gone => "gone",
-            Self::Denied => "denied",
-            Self::Refused => "refused",
-        }
-    }
-
     /// How long to wait before the same is tried again.
     pub fn class(self) -> Class {
         match self {

@@ -18,7 +18,7 @@ pub use message::{Attribute, Message, Order, Outgoing, Value};
 pub use queue::{MOST_VISIBILITY, Queue, QueueAttributes};
 pub use topology::{Finding, Queues};
 
-use crate::telemetry::Metrics;
+use crate::telemetry::{AwsCalls, Metrics};
 use aws_config::{BehaviorVersion, SdkConfig};
 use aws_sdk_sqs::Client;
 use aws_sdk_sqs::config::retry::RetryConfig;
@@ -31,17 +31,35 @@ const CALL_TIMEOUT: Duration = Duration::from_secs(5);
 /// The SDK's own default is as long.
 const CONNECT_TIMEOUT: Duration = Duration::from_millis(3_100);
 
+words! {
+    /// The calls that are made.
+    pub(crate) Call {
+        /// Waits for messages.
+        ReceiveMessage = "ReceiveMessage",
+        /// Events and dead letters.
+        SendMessageBatch = "SendMessageBatch",
+        /// What is settled.
+        DeleteMessageBatch = "DeleteMessageBatch",
+        /// What is kept hidden, or given back.
+        ChangeMessageVisibilityBatch = "ChangeMessageVisibilityBatch",
+        /// Whether a queue is there, and how it is made.
+        GetQueueAttributes = "GetQueueAttributes",
+        /// Not of a worker: `topology apply`.
+        CreateQueue = "CreateQueue",
+    }
+}
+
 /// A client for the queues of one Region.
 #[derive(Clone, Debug)]
 pub struct Sqs {
     client: Client,
-    metrics: Metrics,
+    calls: AwsCalls<Call, Fault>,
 }
 
 impl Sqs {
     /// Builds the client; connects nowhere. Credentials and endpoint come from the SDK's own chain
     /// (`AWS_ENDPOINT_URL_SQS`, profiles, roles), and so does the Region where none is given.
-    pub async fn connect(region: Option<&str>, metrics: Metrics) -> Self {
+    pub async fn connect(region: Option<&str>, metrics: &Metrics) -> Self {
         let shared = aws_config::defaults(BehaviorVersion::v2026_01_12());
         let shared = match region {
             Some(region) => shared.region(Region::new(region.to_owned())),
@@ -50,18 +68,18 @@ impl Sqs {
         Self::with_config(&shared.load().await, metrics)
     }
 
-    fn with_config(shared: &SdkConfig, metrics: Metrics) -> Self {
+    fn with_config(shared: &SdkConfig, metrics: &Metrics) -> Self {
         let config = Config::from(shared)
             .to_builder()
             .timeout_config(timeouts(CALL_TIMEOUT))
             .retry_config(RetryConfig::disabled())
             .build();
-        Self { client: Client::from_conf(config), metrics }
+        Self { client: Client::from_conf(config), calls: AwsCalls::of(metrics) }
     }
 
     /// A queue by its URL. Asks nobody whether it is there.
     pub fn queue(&self, url: &str) -> Queue {
-        Queue::new(self.client.clone(), url, self.metrics.clone())
+        Queue::new(self.client.clone(), url, self.calls.clone())
     }
 }
 

@@ -1,8 +1,8 @@
 //! One queue and its calls.
 
 use super::message::{Message, Outgoing};
-use super::{CallError, EntryError, timeouts};
-use crate::telemetry::Metrics;
+use super::{Call, CallError, EntryError, Fault, timeouts};
+use crate::telemetry::AwsCalls;
 use aws_sdk_sqs::Client;
 use aws_sdk_sqs::config::Config;
 use aws_sdk_sqs::error::BuildError;
@@ -10,7 +10,7 @@ use aws_sdk_sqs::types::{
     BatchResultErrorEntry, ChangeMessageVisibilityBatchRequestEntry, DeleteMessageBatchRequestEntry, QueueAttributeName,
 };
 use std::collections::HashMap;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Longest visibility of a message from its receipt (SQS API Reference, `ChangeMessageVisibility`).
 pub const MOST_VISIBILITY: Duration = Duration::from_secs(12 * 3_600);
@@ -24,7 +24,7 @@ const BESIDE_WAITING: Duration = Duration::from_secs(5);
 pub struct Queue {
     pub(super) client: Client,
     url: String,
-    metrics: Metrics,
+    calls: AwsCalls<Call, Fault>,
 }
 
 /// What the checks look at; the rest of a queue's attributes is left aside.
@@ -51,8 +51,11 @@ pub struct QueueAttributes {
 /// Sends, counts and classifies a call. A macro: each of the SDK's builders is a type of its own.
 macro_rules! send {
     ($queue:expr, $operation:expr, $request:expr) => {{
-        let answer = $request.send().await.map_err(|error| CallError::of($operation, $queue.name(), &error));
-        $queue.counted($operation, answer)
+        let begun = Instant::now();
+        let answer = $request.send().await.map_err(|error| CallError::of($operation.as_str(), $queue.name(), &error));
+        $queue.calls.took($operation, begun);
+        $queue.calls.ended($operation, answer.as_ref().err().map(|error| error.fault));
+        answer
     }};
 }
 
@@ -60,8 +63,8 @@ macro_rules! send {
 pub(super) type Entries = Vec<Result<(), EntryError>>;
 
 impl Queue {
-    pub(super) fn new(client: Client, url: &str, metrics: Metrics) -> Self {
-        Self { client, url: url.to_owned(), metrics }
+    pub(super) fn new(client: Client, url: &str, calls: AwsCalls<Call, Fault>) -> Self {
+        Self { client, url: url.to_owned(), calls }
     }
 
     /// Its URL.
@@ -82,7 +85,7 @@ impl Queue {
     /// `ReceiveMessage`: up to `most` (1 to 10) messages, waiting up to `wait` (at most 20 s) for the first. They are
     /// hidden from others for `visibility`.
     pub async fn receive(&self, most: usize, wait: Duration, visibility: Duration) -> Result<Vec<Message>, CallError> {
-        const OPERATION: &str = "ReceiveMessage";
+        const OPERATION: Call = Call::ReceiveMessage;
         let request = self
             .client
             .receive_message()
@@ -111,7 +114,7 @@ impl Queue {
 
     /// `GetQueueAttributes`.
     pub async fn attributes(&self) -> Result<QueueAttributes, CallError> {
-        const OPERATION: &str = "GetQueueAttributes";
+        const OPERATION: Call = Call::GetQueueAttributes;
         let request = self.client.get_queue_attributes().queue_url(&self.url).attribute_names(QueueAttributeName::All);
         let found = send!(self, OPERATION, request)?.attributes.unwrap_or_default();
         let text = |name: &QueueAttributeName| found.get(name).map(String::as_str);
@@ -125,7 +128,7 @@ impl Queue {
         let most_bytes = text(&QueueAttributeName::MaximumMessageSize).and_then(|text| text.parse().ok());
         Ok(QueueAttributes {
             arn: text(&QueueAttributeName::QueueArn)
-                .ok_or_else(|| CallError::incomplete(OPERATION, self.name(), "QueueArn"))?
+                .ok_or_else(|| CallError::incomplete(OPERATION.as_str(), self.name(), "QueueArn"))?
                 .to_owned(),
             is_fifo: text(&QueueAttributeName::FifoQueue) == Some("true"),
             dead_letter_arn: redrive["deadLetterTargetArn"].as_str().map(str::to_owned),
@@ -141,12 +144,12 @@ impl Queue {
     /// `CreateQueue` under this queue's name; does nothing where it is there with the same attributes.
     pub(super) async fn create(&self, attributes: HashMap<QueueAttributeName, String>) -> Result<(), CallError> {
         let request = self.client.create_queue().queue_name(self.name()).set_attributes(Some(attributes));
-        send!(self, "CreateQueue", request).map(drop)
+        send!(self, Call::CreateQueue, request).map(drop)
     }
 
     /// `SendMessageBatch`, one call.
     pub(super) async fn send(&self, messages: &[&Outgoing]) -> Result<Entries, CallError> {
-        const OPERATION: &str = "SendMessageBatch";
+        const OPERATION: Call = Call::SendMessageBatch;
         let entries = messages.iter().enumerate().map(|(at, message)| message.to_aws(at.to_string()));
         let entries = self.built(OPERATION, entries.collect())?;
         let request = self.client.send_message_batch().queue_url(&self.url).set_entries(Some(entries));
@@ -157,7 +160,7 @@ impl Queue {
 
     /// `DeleteMessageBatch`, one call.
     pub(super) async fn delete(&self, receipts: &[&str]) -> Result<Entries, CallError> {
-        const OPERATION: &str = "DeleteMessageBatch";
+        const OPERATION: Call = Call::DeleteMessageBatch;
         let entries = receipts.iter().enumerate().map(|(at, receipt)| {
             DeleteMessageBatchRequestEntry::builder().id(at.to_string()).receipt_handle(*receipt).build()
         });
@@ -170,7 +173,7 @@ impl Queue {
 
     /// `ChangeMessageVisibilityBatch`, one call.
     pub(super) async fn change_visibility(&self, changes: &[(&str, Duration)]) -> Result<Entries, CallError> {
-        const OPERATION: &str = "ChangeMessageVisibilityBatch";
+        const OPERATION: Call = Call::ChangeMessageVisibilityBatch;
         let entries = changes.iter().enumerate().map(|(at, (receipt, timeout))| {
             ChangeMessageVisibilityBatchRequestEntry::builder()
                 .id(at.to_string())
@@ -185,20 +188,14 @@ impl Queue {
         Ok(by_entry(changes.len(), done, &answer.failed))
     }
 
-    fn built<T>(&self, operation: &'static str, entries: Result<Vec<T>, BuildError>) -> Result<Vec<T>, CallError> {
+    fn built<T>(&self, operation: Call, entries: Result<Vec<T>, BuildError>) -> Result<Vec<T>, CallError> {
         entries.map_err(|error| CallError {
-            operation,
+            operation: operation.as_str(),
             queue: self.name().to_owned(),
-            fault: super::Fault::Refused,
+            fault: Fault::Refused,
             code: None,
             message: error.to_string(),
         })
-    }
-
-    fn counted<T>(&self, operation: &'static str, outcome: Result<T, CallError>) -> Result<T, CallError> {
-        let word = outcome.as_ref().map_or_else(|error| error.fault.as_str(), |_| "ok");
-        self.metrics.aws_calls.with_label_values(&[operation, word]).inc();
-        outcome
     }
 }
 

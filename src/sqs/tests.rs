@@ -69,7 +69,7 @@ fn queue_at(endpoint: &str, name: &str, credentials: Option<Credentials>) -> Que
         .region(Region::new("eu-central-1"))
         .endpoint_url(endpoint);
     config.set_credentials_provider(credentials.map(SharedCredentialsProvider::new));
-    let sqs = Sqs::with_config(&config.build(), Metrics::new().unwrap());
+    let sqs = Sqs::with_config(&config.build(), &Metrics::new().unwrap());
     sqs.queue(&format!("https://sqs.eu-central-1.amazonaws.com/111122223333/{name}"))
 }
 

@@ -184,8 +184,10 @@ impl Store {
         if !winners.is_empty() {
             insert_jobs(&transaction, &winners, standing.now).await?;
         }
-        insert_refusals(&transaction, &refusals, standing.now).await?;
+        let refused = insert_refusals(&transaction, &refusals, standing.now).await?;
         transaction.commit().await?;
+        self.written.entries(winners.iter().map(|_| Kind::Accepted));
+        self.written.refusals(refused);
         Ok(verdicts)
     }
 }
@@ -542,7 +544,7 @@ async fn insert_refusals(
     transaction: &Transaction<'_>,
     refusals: &[NewRefusal],
     now: OffsetDateTime,
-) -> Result<(), StoreError> {
+) -> Result<Vec<RefusalCode>, StoreError> {
     const INSERT: &str = "
         insert into refusal (id, principal, id_hash, digest, code, field, message, request_id, ingress, identity,
                              identity_verified, policy, refused_at)
@@ -552,7 +554,7 @@ async fn insert_refusals(
         order by 2, 3, 4, 5, 10, 11
         on conflict do nothing returning id";
     if refusals.is_empty() {
-        return Ok(());
+        return Ok(Vec::new());
     }
     let ids: Vec<Uuid> = refusals.iter().map(|new| new.id).collect();
     let principals: Vec<&str> = refusals.iter().map(|new| new.principal.as_str()).collect();
@@ -615,7 +617,8 @@ async fn insert_refusals(
             now,
         )
     });
-    insert_events(transaction, &events.collect::<Vec<_>>()).await
+    insert_events(transaction, &events.collect::<Vec<_>>()).await?;
+    Ok(new.iter().map(|new| new.refusal.code).collect())
 }
 
 /// Appends audit entries: subject, number, canonical bytes.

@@ -16,6 +16,7 @@ mod hold;
 mod keys;
 mod kms_keys;
 mod lock;
+mod observe;
 mod outbox;
 mod policy;
 mod prepare;
@@ -25,6 +26,7 @@ mod retry;
 mod schema;
 mod settle;
 mod urgent;
+mod written;
 
 pub use accept::{Candidate, MessageDigest, NewJob, NewRefusal, Sender, Verdict};
 pub use backlog::{FOLD_PAGE, Folded};
@@ -35,6 +37,7 @@ pub use dead::{LetterKey, RefusalRow};
 pub use hold::{Held, Hold, Scope, Stop};
 pub use keys::{KeyDeletion, KeyListing, NewSourceKey, SourceKeyOrigin};
 pub use kms_keys::{KmsKeyFilter, KmsKeyView, LastJob, MaterialView};
+pub use observe::{Bounds, PoolUse, Unpublished, Work};
 pub use outbox::{OutboxRow, Queue};
 pub use policy::RefusalRecord;
 pub use prepare::{Chosen, DsmChoice, Intent, Prepared, Step};
@@ -49,6 +52,7 @@ pub mod statements {
     pub use super::backlog::{FOLD, WAITING};
     pub use super::claim::{CLAIM, READ};
     pub use super::lock::{AUDIT_COUNTS, LOCK};
+    pub use super::observe::{EXPIRY, MOST_EVENTS, MOST_EXPIRING, OUTBOX, WORK};
     pub use super::session_options;
     pub use super::settle::{END_JOBS, RELEASE};
     pub use super::urgent::OVERTAKE;
@@ -58,10 +62,12 @@ use crate::config::Database;
 use crate::tls::client_config;
 use deadpool_postgres::{Manager, ManagerConfig, Object, Pool, PoolError, RecyclingMethod, Runtime};
 use futures_util::future::{BoxFuture, join_all};
+use std::sync::Arc;
 use std::time::Duration;
 use time::OffsetDateTime;
 use tokio_postgres::error::SqlState;
 use tokio_postgres_rustls::MakeRustlsConnect;
+use written::Tally;
 
 /// Why a verb did not come to an end.
 #[derive(Debug, thiserror::Error)]
@@ -86,6 +92,7 @@ pub struct Store {
     pool: Pool,
     /// How long a verb may take: a server that is frozen answers no time-out of its own.
     patience: Duration,
+    written: Arc<Tally>,
 }
 
 impl Store {
@@ -104,7 +111,7 @@ impl Store {
             .build()
             .map_err(|error| StoreError::Settings(error.to_string()))?;
         let patience = Duration::from_millis(2 * settings.statement_timeout_ms + settings.connect_timeout_ms);
-        Ok(Self { pool, patience })
+        Ok(Self { pool, patience, written: Arc::new(Tally::new()) })
     }
 
     /// The one clock.

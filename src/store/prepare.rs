@@ -183,6 +183,7 @@ impl Store {
         ])
         .await?;
         transaction.commit().await?;
+        self.written.entries(ready.iter().flat_map(|step| &step.facts).map(Fact::kind));
         Ok(outcomes)
     }
 }

@@ -264,6 +264,7 @@ impl Store {
         let ended = valid.iter().filter(|(end, held)| held.ending.is_some() && end.kind.is_end());
         super::cancel::forget(&transaction, &ended.map(|(end, _)| end.job.id).collect::<Vec<_>>()).await?;
         transaction.commit().await?;
+        self.written.entries(valid.iter().flat_map(|(end, _)| end.facts.iter().map(Fact::kind).chain(end.own_kind())));
         let became = |end: &&Settlement| match (held.contains_key(&end.lease), ending.get(&end.lease)) {
             (false, _) => Settled::Lost,
             (true, None) => Settled::Written,
@@ -336,6 +337,16 @@ impl Settlement {
             }
             SettlementKind::Ended { outcome: Err(failure), .. } => Some(Fact::new(Kind::Failed, failure_json(failure))),
             SettlementKind::Retry { reason, .. } => Some(Fact::new(Kind::AttemptFailed, reason.clone())),
+            SettlementKind::PutBack { .. } => None,
+        }
+    }
+
+    /// What it says.
+    fn own_kind(&self) -> Option<Kind> {
+        match &self.kind {
+            SettlementKind::Ended { outcome: Ok(_), .. } => Some(Kind::Succeeded),
+            SettlementKind::Ended { outcome: Err(_), .. } => Some(Kind::Failed),
+            SettlementKind::Retry { .. } => Some(Kind::AttemptFailed),
             SettlementKind::PutBack { .. } => None,
         }
     }

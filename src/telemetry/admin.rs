@@ -1,10 +1,18 @@
 //! The admin HTTP server: `/metrics`, `/livez`, `/readyz`.
+//!
+//! Whoever can reach the port can open connections and say nothing. So there are few at a time, each is for one request,
+//! and each ends soon, whatever its client does.
 
-use super::Metrics;
+mod listener;
+
+use super::{CONTENT_TYPE, Metrics};
 use axum::Router;
 use axum::extract::State;
 use axum::http::StatusCode;
+use axum::http::header::{CONNECTION, CONTENT_TYPE as CONTENT_TYPE_HEADER};
+use axum::response::IntoResponse;
 use axum::routing::get;
+use listener::Few;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -52,6 +60,14 @@ impl Health {
         }
     }
 
+    /// Tells it as metrics.
+    fn note(&self, metrics: &Metrics) {
+        for (part, works) in self.0.iter() {
+            let up = metrics.parts_up.with_label_values(&[part.name()]);
+            up.set(i64::from(works.load(Ordering::Acquire)));
+        }
+    }
+
     /// The names of the parts that do not work.
     pub fn missing(&self) -> Vec<&'static str> {
         self.0.iter().filter(|(_, works)| !works.load(Ordering::Acquire)).map(|(part, _)| part.name()).collect()
@@ -68,18 +84,26 @@ pub async fn serve_admin(
     let listener = TcpListener::bind(listen).await?;
     let address = listener.local_addr()?;
     let router = Router::new()
-        .route("/metrics", get(|State((metrics, _)): State<(Metrics, Health)>| async move { render(&metrics) }))
+        .route(
+            "/metrics",
+            get(|State((metrics, health)): State<(Metrics, Health)>| async move { render(&metrics, &health) }),
+        )
         .route("/livez", get(|| async { "ok\n" }))
         .route("/readyz", get(|State((_, health)): State<(Metrics, Health)>| async move { ready(&health) }))
-        .with_state((metrics, health));
-    let serving = async move { axum::serve(listener, router).with_graceful_shutdown(stop.cancelled_owned()).await };
+        .with_state((metrics, health))
+        .layer(axum::middleware::map_response(async |answer: axum::response::Response| {
+            ([(CONNECTION, "close")], answer)
+        }));
+    let serving =
+        async move { axum::serve(Few::of(listener), router).with_graceful_shutdown(stop.cancelled_owned()).await };
     Ok((address, serving))
 }
 
-fn render(metrics: &Metrics) -> (StatusCode, String) {
+fn render(metrics: &Metrics, health: &Health) -> axum::response::Response {
+    health.note(metrics);
     match metrics.render() {
-        Ok(text) => (StatusCode::OK, text),
-        Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()),
+        Ok(text) => ([(CONTENT_TYPE_HEADER, CONTENT_TYPE)], text).into_response(),
+        Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response(),
     }
 }
 

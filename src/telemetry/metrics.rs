@@ -1,13 +1,29 @@
 //! Every metric of the process. Labels come from closed sets only.
 
-use prometheus::{
-    HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
-};
+mod catalogue;
+mod closed;
+
+pub use catalogue::Family;
+pub use closed::{AwsCalls, Closed};
+
+use catalogue::Catalogue;
+use prometheus::{Gauge, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Registry, TextEncoder};
+use std::sync::Arc;
+
+/// The text that [`Metrics::render`] gives.
+pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
+
+/// A call to a server in the same room takes milliseconds; one is given up after a minute at most.
+const CALL_SECONDS: [f64; 14] = [0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0];
+/// From a step of a lone job to one that waits its turn behind a large batch, or three days for its deadline.
+const JOB_SECONDS: [f64; 16] =
+    [0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 5.0, 15.0, 60.0, 300.0, 3_600.0, 21_600.0, 86_400.0];
 
 /// Handles of all metrics; a clone counts into the same series.
 #[derive(Clone, Debug)]
 pub struct Metrics {
     registry: Registry,
+    families: Arc<[Family]>,
     /// Messages decided at intake, by transport and verdict: accepted, duplicate, refused.
     pub intake_messages: IntCounterVec,
     /// Jobs that ended, by outcome.
@@ -16,6 +32,12 @@ pub struct Metrics {
     pub retries: IntCounterVec,
     /// AWS calls by operation and result.
     pub aws_calls: IntCounterVec,
+    /// How long an answer to a call of AWS took, by operation. A receive of SQS waits for messages.
+    pub aws_call_seconds: HistogramVec,
+    /// How long the steps of jobs took, by stage.
+    pub job_stage_seconds: HistogramVec,
+    /// From acceptance, or `not_before`, to the end of jobs that were under way here, by outcome.
+    pub job_seconds: HistogramVec,
     /// Leases that another worker took over or that ran out.
     pub leases_lost: IntCounter,
     /// Claims put back because a late effect may still contradict them.
@@ -33,6 +55,36 @@ pub struct Metrics {
     pub sqs_messages_left: IntCounterVec,
     /// Jobs under way.
     pub jobs_running: IntGauge,
+    /// Messages refused, by code: once for each refusal, however often its message comes.
+    pub refusals: IntCounterVec,
+    /// Entries of the audit trail that this process wrote, by kind.
+    pub audit_entries: IntCounterVec,
+    /// Jobs that wait, those under way included, in the whole store.
+    pub jobs_waiting: IntGauge,
+    /// Age of the oldest job that is under way, tried again, or next in its lane.
+    pub oldest_job: Gauge,
+    /// How long the job has been due that no worker has claimed for the longest time.
+    pub oldest_due: Gauge,
+    /// Lanes of the whole store, by state.
+    pub lanes: IntGaugeVec,
+    /// Events of the whole store that no broker has confirmed, by state.
+    pub outbox_events: IntGaugeVec,
+    /// Age of the oldest of them.
+    pub oldest_event: Gauge,
+    /// KMS keys with material that expires soon, by how soon.
+    pub keys_expiring: IntGaugeVec,
+    /// KMS keys with material that has expired.
+    pub keys_expired: IntGauge,
+    /// When the gauges of the whole store were last read.
+    pub store_sampled: IntGauge,
+    /// Connections of the pool, by state.
+    pub store_connections: IntGaugeVec,
+    /// Connections that the pool may have.
+    pub store_connections_max: IntGauge,
+    /// Who waits for one.
+    pub store_waiters: IntGauge,
+    /// Whether a part of this process works, by part.
+    pub parts_up: IntGaugeVec,
     /// Times that the policy's file was read again, by result: loaded, failed.
     pub policy_reloads: IntCounterVec,
     /// When the policy in force was loaded, as on record, in seconds since 1970.
@@ -54,29 +106,13 @@ pub struct Metrics {
 impl Metrics {
     /// Makes and registers everything; series that are known exist at zero.
     pub fn new() -> Result<Self, prometheus::Error> {
-        let registry = Registry::new();
-        let counters = |name: &str, help: &str, labels: &[&str]| {
-            let counter = IntCounterVec::new(Opts::new(name, help), labels)?;
-            registry.register(Box::new(counter.clone()))?;
-            Ok::<_, prometheus::Error>(counter)
-        };
-        let counter = |name: &str, help: &str| {
-            let counter = IntCounter::new(name, help)?;
-            registry.register(Box::new(counter.clone()))?;
-            Ok::<_, prometheus::Error>(counter)
-        };
-        let gauges = |name: &str, help: &str, labels: &[&str]| {
-            let gauge = IntGaugeVec::new(Opts::new(name, help), labels)?;
-            registry.register(Box::new(gauge.clone()))?;
-            Ok::<_, prometheus::Error>(gauge)
-        };
-        // A server in the same room answers in milliseconds; a request is given up after a minute at most.
-        let seconds = HistogramOpts::new("keyferry_dsm_request_seconds", "Round trips to KMIP servers.")
-            .buckets(vec![0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0]);
-        let dsm_request_seconds = HistogramVec::new(seconds, &["connection"])?;
-        registry.register(Box::new(dsm_request_seconds.clone()))?;
-        build_info(&registry)?;
-        registry.register(Box::new(prometheus::process_collector::ProcessCollector::for_self()))?;
+        let registry = Catalogue::new();
+        let counters = |name: &str, help: &str, labels: &[&str]| registry.counters(name, help, labels);
+        let counter = |name: &str, help: &str| registry.counter(name, help);
+        let gauges = |name: &str, help: &str, labels: &[&str]| registry.gauges(name, help, labels);
+        let version = [("version", env!("CARGO_PKG_VERSION"))];
+        registry.info("keyferry_build_info", "Always 1; the version is a label.", &version)?;
+        registry.foreign(prometheus::process_collector::ProcessCollector::for_self())?;
         let metrics = Self {
             intake_messages: counters(
                 "keyferry_intake_messages_total",
@@ -86,6 +122,24 @@ impl Metrics {
             jobs_finished: counters("keyferry_jobs_finished_total", "Jobs that ended.", &["outcome", "code"])?,
             retries: counters("keyferry_retries_total", "Attempts that will be repeated.", &["reason"])?,
             aws_calls: counters("keyferry_aws_calls_total", "AWS calls.", &["operation", "result"])?,
+            aws_call_seconds: registry.histograms(
+                "keyferry_aws_call_seconds",
+                "How long answers of AWS took.",
+                &["operation"],
+                &CALL_SECONDS,
+            )?,
+            job_stage_seconds: registry.histograms(
+                "keyferry_job_stage_seconds",
+                "How long the steps of jobs took.",
+                &["stage"],
+                &JOB_SECONDS,
+            )?,
+            job_seconds: registry.histograms(
+                "keyferry_job_seconds",
+                "From acceptance to the end of jobs.",
+                &["outcome"],
+                &JOB_SECONDS,
+            )?,
             leases_lost: counter("keyferry_leases_lost_total", "Leases taken over by another worker or run out.")?,
             lines_closed: counter(
                 "keyferry_lines_closed_total",
@@ -112,6 +166,49 @@ impl Metrics {
                 &["reason"],
             )?,
             jobs_running: gauge(&registry, "keyferry_jobs_running", "Jobs under way in this process.")?,
+            refusals: counters("keyferry_refusals_total", "Refusals put on record.", &["code"])?,
+            audit_entries: counters(
+                "keyferry_audit_entries_total",
+                "Entries of the audit trail that this process wrote.",
+                &["kind"],
+            )?,
+            jobs_waiting: gauge(&registry, "keyferry_jobs_waiting", "Jobs that have not ended, in the whole store.")?,
+            oldest_job: registry.real(
+                "keyferry_oldest_job_age_seconds",
+                "Age of the oldest job under way, tried again, or next in its lane.",
+            )?,
+            oldest_due: registry
+                .real("keyferry_oldest_due_age_seconds", "How long a job has been due that no worker has claimed.")?,
+            lanes: gauges("keyferry_lanes", "Lanes of the whole store.", &["state"])?,
+            outbox_events: gauges(
+                "keyferry_outbox_events",
+                "Events that no broker has confirmed, among the oldest 2,000.",
+                &["state"],
+            )?,
+            oldest_event: registry.real("keyferry_oldest_event_age_seconds", "Age of the oldest unpublished event.")?,
+            keys_expiring: gauges(
+                "keyferry_keys_expiring",
+                "KMS keys with material that expires so soon; 5,000 stands for that many or more.",
+                &["within"],
+            )?,
+            keys_expired: gauge(
+                &registry,
+                "keyferry_keys_expired",
+                "KMS keys with material that has expired; 5,000 stands for that many or more.",
+            )?,
+            store_sampled: gauge(
+                &registry,
+                "keyferry_store_sampled_timestamp_seconds",
+                "When the gauges of the whole store were last read, in seconds since 1970.",
+            )?,
+            store_connections: gauges("keyferry_store_connections", "Connections to PostgreSQL.", &["state"])?,
+            store_connections_max: gauge(
+                &registry,
+                "keyferry_store_connections_max",
+                "Connections to PostgreSQL at most.",
+            )?,
+            store_waiters: gauge(&registry, "keyferry_store_waiters", "Who waits for a connection to PostgreSQL.")?,
+            parts_up: gauges("keyferry_part_up", "Whether a part of this process works.", &["part"])?,
             policy_reloads: policy_reloads(&registry)?,
             policy_loaded: gauge(
                 &registry,
@@ -124,7 +221,12 @@ impl Metrics {
                 "KMIP operations.",
                 &["connection", "operation", "outcome"],
             )?,
-            dsm_request_seconds,
+            dsm_request_seconds: registry.histograms(
+                "keyferry_dsm_request_seconds",
+                "Round trips to KMIP servers.",
+                &["connection"],
+                &CALL_SECONDS,
+            )?,
             dsm_connections: gauges("keyferry_dsm_connections", "Connections open to KMIP servers.", &["connection"])?,
             dsm_reconnects: counters(
                 "keyferry_dsm_reconnects_total",
@@ -136,8 +238,11 @@ impl Metrics {
                 "Whether a KMIP server answered when it was last asked.",
                 &["connection", "server"],
             )?,
-            registry,
+            registry: Registry::new(),
+            families: Arc::default(),
         };
+        let (registry, families) = registry.into_parts();
+        let metrics = Self { registry, families: families.into(), ..metrics };
         for transport in ["rabbitmq", "sqs"] {
             for verdict in ["accepted", "duplicate", "refused"] {
                 metrics.intake_messages.with_label_values(&[transport, verdict]);
@@ -150,8 +255,12 @@ impl Metrics {
         for reason in ["not_deleted", "not_dead_lettered", "receipt_lost"] {
             metrics.sqs_messages_left.with_label_values(&[reason]);
         }
-        metrics.jobs_finished.with_label_values(&["succeeded", ""]);
         Ok(metrics)
+    }
+
+    /// Every metric with a name of Keyferry's own.
+    pub fn families(&self) -> &[Family] {
+        &self.families
     }
 
     /// The exposition in Prometheus's text format.
@@ -160,29 +269,17 @@ impl Metrics {
     }
 }
 
-fn policy_reloads(registry: &Registry) -> Result<IntCounterVec, prometheus::Error> {
-    let help = Opts::new("keyferry_policy_reloads_total", "Times that the policy's file was read again.");
-    let counter = IntCounterVec::new(help, &["result"])?;
-    registry.register(Box::new(counter.clone()))?;
+fn policy_reloads(registry: &Catalogue) -> Result<IntCounterVec, prometheus::Error> {
+    let help = "Times that the policy's file was read again.";
+    let counter = registry.counters("keyferry_policy_reloads_total", help, &["result"])?;
     for result in ["loaded", "failed"] {
         counter.with_label_values(&[result]);
     }
     Ok(counter)
 }
 
-fn build_info(registry: &Registry) -> Result<(), prometheus::Error> {
-    let build = IntGauge::with_opts(
-        Opts::new("keyferry_build_info", "Always 1; the version is a label.")
-            .const_label("version", env!("CARGO_PKG_VERSION")),
-    )?;
-    build.set(1);
-    registry.register(Box::new(build))
-}
-
-fn gauge(registry: &Registry, name: &str, help: &str) -> Result<IntGauge, prometheus::Error> {
-    let gauge = IntGauge::new(name, help)?;
-    registry.register(Box::new(gauge.clone()))?;
-    Ok(gauge)
+fn gauge(registry: &Catalogue, name: &str, help: &str) -> Result<IntGauge, prometheus::Error> {
+    registry.gauge(name, help)
 }
 
 #[cfg(test)]
@@ -198,6 +295,39 @@ mod tests {
             "keyferry_broker_sessions_total{role=\"ingress\",transport=\"rabbitmq\"} 0",
         ] {
             assert!(text.contains(line), "{line}\n{text}");
+        }
+    }
+
+    /// `name type labels`, of each row of the table in the README.
+    fn documented() -> Vec<String> {
+        let readme = include_str!("../../README.md");
+        let section = readme.split("\n## Metrics\n").nth(1).unwrap().split("\n## ").next().unwrap();
+        let rows = section.lines().filter(|line| line.starts_with("| `keyferry_"));
+        rows.map(|row| {
+            let cells: Vec<&str> = row.split('|').map(str::trim).collect();
+            format!("{} {} {}", cells[1].trim_matches('`'), cells[2], cells[3].replace('`', "").replace('-', ""))
+        })
+        .collect()
+    }
+
+    #[test]
+    fn the_readme_has_a_row_for_each_metric_and_no_other() {
+        let metrics = Metrics::new().unwrap();
+        let described = |family: &Family| format!("{} {} {}", family.name, family.kind, family.labels.join(", "));
+        let mut registered: Vec<String> = metrics.families().iter().map(described).collect();
+        let mut documented = documented();
+        registered.sort_unstable();
+        documented.sort_unstable();
+        assert_eq!(registered, documented);
+    }
+
+    #[test]
+    fn names_follow_the_conventions() {
+        for Family { name, kind, labels } in Metrics::new().unwrap().families() {
+            assert!(name.starts_with("keyferry_"), "{name}");
+            assert_eq!(name.ends_with("_total"), *kind == "counter", "{name} is a {kind}");
+            assert!(*kind != "histogram" || name.ends_with("_seconds"), "{name} has no unit");
+            assert!(labels.iter().all(|label| !["job", "instance", "le"].contains(&label.as_str())), "{name}");
         }
     }
 }

@@ -6,4 +6,4 @@ mod metrics;
 
 pub use admin::{Health, Part, serve_admin};
 pub use logs::start_logs;
-pub use metrics::Metrics;
+pub use metrics::{AwsCalls, CONTENT_TYPE, Closed, Family, Metrics};

@@ -6,6 +6,8 @@
 mod attempt;
 mod batcher;
 mod leases;
+mod meters;
+mod sampler;
 
 use crate::config::Worker as WorkerSettings;
 use crate::job::{Failure, FailureCode};
@@ -22,12 +24,15 @@ use attempt::Attempt;
 use batcher::Batcher;
 use futures_util::FutureExt as _;
 use leases::Leases;
+pub use meters::Meters;
+use meters::{Outcome, Stage};
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+use tracing::Instrument as _;
 
 /// Rows of one transaction at most.
 const BATCH: usize = 200;
@@ -62,6 +67,8 @@ pub struct Context {
     pub settings: WorkerSettings,
     /// Counters.
     pub metrics: Metrics,
+    /// Those of them that jobs write.
+    pub meters: Meters,
     /// Told whether the store answers.
     pub health: Health,
     /// Rung when there may be jobs to claim.
@@ -98,6 +105,7 @@ pub async fn run(context: Arc<Context>, stop: CancellationToken) {
     };
     background.spawn(leases.clone().beat(Arc::clone(&context), finished.clone()));
     background.spawn(keep_house(Arc::clone(&context), stop.clone()));
+    background.spawn(sampler::sample(Arc::clone(&context), stop.clone()));
 
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let pool = Pool {
@@ -217,16 +225,34 @@ impl Pool {
             guard,
         };
         let (leases, settler) = (self.leases.clone(), self.settler.clone());
-        let metrics = self.context.metrics.clone();
+        let (metrics, meters) = (self.context.metrics.clone(), self.context.meters.clone());
         self.jobs.spawn(async move {
             metrics.jobs_running.inc();
             let lease = job.lease;
+            let waited = waited(&job);
+            if job.attempt == 1 {
+                meters.waited(waited);
+            }
+            let span = tracing::debug_span!(
+                "attempt", otel.kind = "consumer", job.id = %job.id, job.attempt = job.attempt, kms.key.arn = %job.key
+            );
             let fallback = attempt::Broken::of(&job);
             // A job that panics is this job's failure, not the worker's.
-            let end =
-                AssertUnwindSafe(attempt.run(job)).catch_unwind().await.unwrap_or_else(|_| Some(fallback.retry()));
+            let end = AssertUnwindSafe(attempt.run(job).instrument(span))
+                .catch_unwind()
+                .await
+                .unwrap_or_else(|_| Some(fallback.retry()));
             let held = match end {
-                Some(end) => settler.submit(end).await.unwrap_or(false),
+                Some(end) => {
+                    let outcome = outcome(&end);
+                    let settling = meters.time(Stage::Settle);
+                    let held = settler.submit(end).await.unwrap_or(false);
+                    drop(settling);
+                    if let Some(outcome) = outcome.filter(|_| held) {
+                        meters.took(outcome, waited + asked_at.elapsed());
+                    }
+                    held
+                }
                 None => false,
             };
             if !held {
@@ -236,6 +262,20 @@ impl Pool {
             metrics.jobs_running.dec();
             drop(permit);
         });
+    }
+}
+
+/// How long a job could have run before it was claimed. By the store's clock alone.
+fn waited(job: &ClaimedJob) -> Duration {
+    let ready = job.request.not_before.map_or(job.accepted_at, |not_before| not_before.max(job.accepted_at));
+    Duration::try_from(job.now - ready).unwrap_or_default()
+}
+
+fn outcome(end: &Settlement) -> Option<Outcome> {
+    match &end.kind {
+        SettlementKind::Ended { outcome: Ok(_), .. } => Some(Outcome::Succeeded),
+        SettlementKind::Ended { outcome: Err(_), .. } => Some(Outcome::Failed),
+        _ => None,
     }
 }
 
@@ -279,7 +319,7 @@ async fn settle(context: &Context, mut ends: Vec<Settlement>) -> Vec<bool> {
         }
         crate::failpoint!("worker.after_settle");
         for (end, settled) in ends.iter().zip(&settled) {
-            count(&context.metrics, end, *settled);
+            count(&context.meters, end, *settled);
         }
         // The lines' next heads may be ready, and events wait.
         context.jobs.notify_one();
@@ -306,14 +346,13 @@ impl Settlement {
     }
 }
 
-fn count(metrics: &Metrics, end: &Settlement, settled: Settled) {
-    let labels = match (settled, &end.kind) {
-        (Settled::Ended(ending), _) => ["failed", ending.failure(false).code.as_str()],
-        (Settled::Written, SettlementKind::Ended { outcome: Ok(_), .. }) => ["succeeded", ""],
-        (Settled::Written, SettlementKind::Ended { outcome: Err(failure), .. }) => ["failed", failure.code.as_str()],
-        _ => return,
-    };
-    metrics.jobs_finished.with_label_values(&labels).inc();
+fn count(meters: &Meters, end: &Settlement, settled: Settled) {
+    match (settled, &end.kind) {
+        (Settled::Ended(ending), _) => meters.finished(Some(ending.failure(false).code)),
+        (Settled::Written, SettlementKind::Ended { outcome: Ok(_), .. }) => meters.finished(None),
+        (Settled::Written, SettlementKind::Ended { outcome: Err(failure), .. }) => meters.finished(Some(failure.code)),
+        _ => {}
+    }
 }
 
 /// Tells what is held, and wakes some of the lines that were parked by what no longer is; says whether more may be left.

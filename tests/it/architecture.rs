@@ -19,11 +19,12 @@ const EDGES: &[(&str, &[&str])] = &[
     ("retry", &[]),
     ("source", &["config", "job", "retry", "telemetry", "tls"]),
     ("sqs", &["retry", "telemetry"]),
-    ("store", &["audit", "config", "job", "source", "tls"]),
-    ("telemetry", &["config"]),
+    ("store", &["audit", "config", "job", "source", "tls", "words"]),
+    ("telemetry", &["config", "words"]),
     ("tls", &[]),
     ("topology", &["tls"]),
     ("worker", &["audit", "config", "job", "kms", "policy", "retry", "source", "store", "telemetry", "wrap"]),
+    ("words", &[]),
     ("wrap", &["job"]),
 ];
 

@@ -74,6 +74,10 @@ async fn a_request_becomes_a_job_and_its_outcome_an_event(carriage: Carriage) {
     let events = world.events_of("r1").await;
     assert_eq!((events.len(), &events[0]["subject"]), (1, &json!(arn)));
     let event = world.events().await[0].clone();
+    assert_eq!(
+        (&events[0]["traceparent"], &event.headers["traceparent"]),
+        (&json!(traceparent), &traceparent.to_owned())
+    );
     match carriage.events {
         Carrier::RabbitMq => {}
         Carrier::Sqs => assert_eq!((event.group, &event.headers["type"]), (None, &"io.keyferry.job.succeeded".into())),

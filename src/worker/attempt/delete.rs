@@ -7,6 +7,7 @@ use crate::job::{DeleteTarget, FailureCode, JobResult, KeyKind};
 use crate::kms::{CallError, ErrorKind, HeldMaterial, KeyDescription};
 use crate::retry::Class;
 use crate::store::{Answered, Intent, Removed, Settlement, SettlementKind, Stop};
+use crate::worker::meters::Stage;
 use serde_json::json;
 
 impl Run {
@@ -32,6 +33,7 @@ impl Run {
             self.commit_delete(&ids).await?;
             self.send_deletes(&ids).await?;
             crate::failpoint!("worker.after_delete");
+            let _timing = self.attempt.context.meters.time(Stage::Verify);
             let after = self.describe().await?;
             return self.verify_delete(kind, &after, &ids).await;
         }
@@ -154,8 +156,10 @@ impl Run {
     async fn send_delete(&mut self, id: Option<&String>) -> Or<()> {
         self.not_stopping()?;
         self.authorise().await?;
+        let timing = self.attempt.context.meters.time(Stage::Delete);
         let call = self.attempt.context.kms.delete(&self.job.key, id.map(String::as_str), &self.attempt.guard);
         let answer = call.await;
+        drop(timing);
         crate::failpoint!("worker.after_answer");
         match answer {
             Ok(deleted) => {

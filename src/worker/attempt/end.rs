@@ -31,9 +31,9 @@ impl Run {
     pub(super) fn retry<T>(&mut self, class: Class, step: &str, message: &str, aws_request_id: Option<&str>) -> Or<T> {
         let times = self.times(class);
         let delay = retry::delay(class, times, retry::random_unit());
-        self.attempt.context.metrics.retries.with_label_values(&[class.as_str()]).inc();
+        self.attempt.context.meters.retried(class);
         tracing::warn!(
-            job.id = %self.job.id, key = %self.job.key, step, attempt = self.job.attempt, retry.class = class.as_str(),
+            job.id = %self.job.id, job.attempt = self.job.attempt, kms.key.arn = %self.job.key, step, retry.class = class.as_str(),
             retry.delay_ms = delay.as_millis(), "attempt failed: {message}"
         );
         let reason = json!({
@@ -81,7 +81,9 @@ impl Run {
         let material =
             source.as_ref().filter(|_| aws_changed).map(|key| self.material(key, id, self.answered.is_some()));
         let failure = Failure { code, message: message.to_owned(), aws_changed, policy };
-        tracing::warn!(job.id = %self.job.id, key = %self.job.key, error.code = code.as_str(), "job failed: {message}");
+        tracing::warn!(
+            job.id = %self.job.id, kms.key.arn = %self.job.key, error.code = code.as_str(), "job failed: {message}"
+        );
         // A dry run brings nothing, whichever key it looked at.
         let source_key_id = source.filter(|_| !self.job.request.dry_run).and_then(|key| key.local_id());
         Err(self.settled(SettlementKind::Ended { outcome: Err(failure), source_key_id, material }))
@@ -103,7 +105,7 @@ impl Run {
 
     /// An operator holds what the job is within: its next claim finds that, and the line is parked.
     pub(super) fn held<T>(&mut self) -> Or<T> {
-        tracing::info!(job.id = %self.job.id, key = %self.job.key, "given back: an operator holds it");
+        tracing::info!(job.id = %self.job.id, kms.key.arn = %self.job.key, "given back: an operator holds it");
         self.give_back("hold", "given back: an operator holds it")
     }
 

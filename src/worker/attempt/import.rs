@@ -10,6 +10,7 @@ use crate::kms::{CallError, ErrorKind, ImportCall, KeyDescription, MaterialRole,
 use crate::retry::Class;
 use crate::source::SealedKey;
 use crate::store::{Answered, Intent, Parameters, Prepared, Settlement, Step};
+use crate::worker::meters::Stage;
 use crate::wrap::{WrapError, wrap};
 use serde_json::json;
 use std::sync::Arc;
@@ -67,6 +68,7 @@ impl Run {
         let wrapped = self.wrap(key, &parameters).await?;
         self.send_import(asked, kind, &before, role, &parameters, wrapped).await?;
         crate::failpoint!("worker.after_import");
+        let _timing = self.attempt.context.meters.time(Stage::Verify);
         let after = self.describe().await?;
         self.verify_import(asked, kind, after).await
     }
@@ -125,6 +127,7 @@ impl Run {
             return Ok((kept.clone(), false));
         }
         self.not_stopping()?;
+        let _timing = self.attempt.context.meters.time(Stage::Parameters);
         match self.attempt.context.kms.parameters(&self.job.key, wrapping, &self.attempt.guard).await {
             Ok(parameters) => Ok((parameters, true)),
             Err(error) => self.read_failed(&error),
@@ -132,6 +135,7 @@ impl Run {
     }
 
     async fn generate(&mut self, kind: KeyKind) -> Or<SealedKey> {
+        let _timing = self.attempt.context.meters.time(Stage::Generate);
         let name = format!("keyferry-{}", self.job.id);
         let context = Arc::clone(&self.attempt.context);
         let made = self
@@ -201,6 +205,7 @@ impl Run {
 
     /// Makes a step durable under the lease.
     pub(super) async fn commit(&mut self, intent: Intent, effect: String, facts: Vec<Fact>) -> Or<()> {
+        let _timing = self.attempt.context.meters.time(Stage::Prepare);
         let step = Step { lease: self.job.lease, job_id: self.job.id, intent, effect: effect.clone(), facts };
         match self.attempt.steps.submit(step).await {
             Some(Ok(Prepared::Ready)) => {
@@ -222,6 +227,7 @@ impl Run {
     }
 
     async fn wrap(&mut self, key: SourceKey, parameters: &ImportParameters) -> Or<Vec<u8>> {
+        let _timing = self.attempt.context.meters.time(Stage::Wrap);
         let (public_key, wrapping) = (parameters.public_key.clone(), parameters.wrapping);
         let wrapped = self.with_plain(key, move |key| wrap(key.material().expose(), &public_key, wrapping)).await?;
         match wrapped {
@@ -256,7 +262,9 @@ impl Run {
             role,
         };
         self.authorise().await?;
+        let timing = self.attempt.context.meters.time(Stage::Import);
         let answer = self.attempt.context.kms.import(&self.job.key, call, &self.attempt.guard).await;
+        drop(timing);
         crate::failpoint!("worker.after_answer");
         match answer {
             Ok(imported) => {

@@ -63,7 +63,7 @@ mod tests {
 
     #[test]
     fn what_may_have_taken_effect_is_never_ended_at_once() {
-        for kind in ErrorKind::ALL.into_iter().filter(|kind| kind.may_have_taken_effect()) {
+        for kind in ErrorKind::ALL.iter().copied().filter(|kind| kind.may_have_taken_effect()) {
             assert_eq!(judge(&error(kind)), Verdict::Retry(Class::Transient), "{kind:?}");
         }
     }
@@ -71,7 +71,7 @@ mod tests {
     #[test]
     fn only_what_aws_or_an_operator_must_change_ends_a_job_at_once() {
         let ended: Vec<ErrorKind> =
-            ErrorKind::ALL.into_iter().filter(|kind| matches!(judge(&error(*kind)), Verdict::Fail(..))).collect();
+            ErrorKind::ALL.iter().copied().filter(|kind| matches!(judge(&error(*kind)), Verdict::Fail(..))).collect();
         assert_eq!(
             ended,
             [

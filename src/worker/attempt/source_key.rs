@@ -5,6 +5,7 @@ use crate::job::{DsmKeyRef, FailureCode, Import, KeyKind, SourceKeyRef};
 use crate::retry::Class;
 use crate::source::{Fingerprint, OpenError, PlainKey, SealedKey};
 use crate::store::{Chosen, DsmChoice};
+use crate::worker::meters::Stage;
 use std::sync::Arc;
 use tokio::sync::Semaphore;
 use uuid::Uuid;
@@ -76,6 +77,7 @@ impl Run {
     /// Fetches a key from its KMIP server and keeps it until it is wrapped. The same that was chosen before, if one was.
     async fn fetch(&mut self, reference: &DsmKeyRef, kind: KeyKind) -> Or<SourceKey> {
         self.not_stopping()?;
+        let _timing = self.attempt.context.meters.time(Stage::Source);
         let committed = self.job.progress.dsm.clone();
         let context = Arc::clone(&self.attempt.context);
         let give_back = self.attempt.give_back.clone();

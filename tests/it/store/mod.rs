@@ -11,6 +11,7 @@ mod given;
 mod hold;
 mod keys;
 mod kms_keys;
+mod observe;
 mod outbox;
 mod plans;
 mod read;

@@ -20,7 +20,7 @@ const SLICE: i64 = 64;
 ///
 /// To update a line takes some ten: its primary key, its page, the page of its new version, and twice the way into the
 /// index of due lines. The two thousand idle lanes take 60 together, in one look at the lanes' table.
-const BOUNDS: [(&str, &str, u64); 6] = [
+const BOUNDS: [(&str, &str, u64); 9] = [
     ("claim", statements::CLAIM, 2_200),
     // Nothing is urgent: the index of urgent jobs is looked into, and no line is touched. A session's first sort reads
     // five blocks of the catalogue.
@@ -29,6 +29,11 @@ const BOUNDS: [(&str, &str, u64); 6] = [
     ("lock", statements::LOCK, 900),
     ("end_jobs", statements::END_JOBS, 2_800),
     ("release", statements::RELEASE, 2_000),
+    // Beside the lanes' table a look at each lane with work; pages of two thousand events; pages of five thousand
+    // entries of an index.
+    ("work", statements::WORK, 250),
+    ("outbox", statements::OUTBOX, 1_000),
+    ("expiry", statements::EXPIRY, 5_500),
 ];
 
 #[tokio::test]
@@ -36,7 +41,7 @@ async fn hot_statements_touch_a_bounded_number_of_buffers() {
     let db = TestDb::create().await;
     let admin = db.client().await;
     // The plans must hold without any statistics, and nothing may take them away under the test.
-    let tables = "urgent lane order_key line kms_key source_key job progress kms_material";
+    let tables = "outbox urgent lane order_key line kms_key source_key job progress kms_material";
     for table in tables.split(' ') {
         admin.batch_execute(&format!("alter table {table} set (autovacuum_enabled = false)")).await.unwrap();
     }
@@ -157,6 +162,9 @@ async fn parameters(session: &Client, name: &str) -> String {
             let (errors, sources) = (of_claimed("null::jsonb").await, of_claimed("null::uuid").await);
             format!("{ids}, {states}, {times}, {results}, {errors}, {sources}, {}", of_claimed("7").await)
         }
+        "work" => "'00000000-0000-0000-0000-000000000000'".to_owned(),
+        "outbox" => format!("0, {}", statements::MOST_EVENTS),
+        "expiry" => format!("90, {}", statements::MOST_EXPIRING),
         // Every other line is tried again.
         _ => {
             let (lines, ended) = (of_claimed("line.id").await, of_claimed("line.id % 2 = 0").await);
@@ -241,6 +249,14 @@ async fn fill(admin: &Client) {
         from generate_series(1, 100000) as n;
         insert into progress (job_id, source_key_id, audit_n, import_token)
         select pg_temp.id(4, n), pg_temp.id(2, n), 4, convert_to(repeat('x', 1500), 'UTF8')
-        from generate_series(100, 10000, 100) as n;";
+        from generate_series(100, 10000, 100) as n;
+
+        insert into outbox (event_id, routing_key, body, due_at)
+        select pg_temp.id(3, n), 'job', repeat('x', 1500), keyferry_now() from generate_series(1, 50000) as n;
+        insert into kms_material (kms_key_id, fingerprint, fingerprint_version, source_tier, source_key_id,
+                                  source_key_name, imported_at, job_id, valid_to)
+        select pg_temp.id(7, n), 'f', 1, 'local', 'x', 'x', keyferry_now(), pg_temp.id(3, n),
+               keyferry_now() + n * interval '1 min'
+        from generate_series(1, 100000) as n;";
     admin.batch_execute(FILL).await.unwrap();
 }

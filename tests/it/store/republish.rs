@@ -61,7 +61,7 @@ async fn jobs_are_found_by_when_they_ended() {
     let between = |from: usize, to: usize| Told::Between(ends[from].1 - minute, ends[to].1 + minute);
     assert_eq!(found(&between(0, 2), None).await, [ends[0].0, ends[1].0, ends[2].0]);
     assert_eq!(found(&between(1, 1), None).await, [ends[1].0]);
-    assert_eq!(found(&between(0, 2), Some("failed")).await, []);
+    assert!(found(&between(0, 2), Some("failed")).await.is_empty());
     assert_eq!(found(&Told::OfBatch("b0".into()), None).await, [ends[0].0, ends[2].0]);
     let rest = store.ended_jobs(&Told::OfBatch("b0".into()), None, ends[0].0).await.unwrap();
     assert_eq!(rest.ids, [ends[2].0]);

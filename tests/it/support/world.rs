@@ -120,6 +120,11 @@ impl Worker {
         Some((answer.status().as_u16(), answer.text().await.ok()?))
     }
 
+    /// Where the admin port is.
+    pub fn address(&self) -> &str {
+        &self.address
+    }
+
     /// A metric's value; series as in the exposition, labels included.
     pub async fn metric(&self, series: &str) -> f64 {
         let (_, text) = self.get("metrics").await.unwrap();
