@@ -1,4 +1,4 @@
-"""Signs a request as README.md says it, with Python's cryptography: key file, key id, audience, expiry, content type."""
+"""Signs a request as ops/manual/policy.md says it, with Python's cryptography: key file, key id, audience, expiry, content type."""
 
 import base64
 import hashlib

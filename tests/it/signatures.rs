@@ -196,9 +196,9 @@ async fn openssl_python_and_submit_sign_alike() {
     world.send(message(body, &header)).await;
     world.succeeded("python").await;
 
-    // The recipe of README.md, as it stands there.
-    let readme = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("README.md")).unwrap();
-    let recipe = readme.split("# Sign request.json\n").nth(1).unwrap().split("```").next().unwrap();
+    // The recipe of the manual, as it stands there.
+    let manual = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("ops/manual/policy.md")).unwrap();
+    let recipe = manual.split("# Sign request.json\n").nth(1).unwrap().split("```").next().unwrap();
     let arns = world.fake.seed(json!({"count": 2})).await;
     let body = request("openssl", &arns[0], json!({})).to_string().into_bytes();
     std::fs::write(world.path("request.json"), &body).unwrap();
