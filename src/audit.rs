@@ -13,7 +13,7 @@ use uuid::Uuid;
 pub enum Kind {
     /// A message became a job.
     Accepted,
-    /// A message was refused.
+    /// A message was refused. With `folded`: so many within a minute, beyond those that have entries of their own.
     Refused,
     /// Which source key a job imports was committed; the import is about to be sent.
     MaterialChosen,

@@ -31,6 +31,8 @@ pub struct Metrics {
     /// Messages of SQS that this process could do no more about and that come again, by reason: `not_deleted`,
     /// `not_dead_lettered`, `receipt_lost`.
     pub sqs_messages_left: IntCounterVec,
+    /// Whether no messages are taken because too many jobs wait, by transport.
+    pub ingress_paused: IntGaugeVec,
     /// Jobs under way.
     pub jobs_running: IntGauge,
     /// Times that the policy's file was read again, by result: loaded, failed.
@@ -111,6 +113,7 @@ impl Metrics {
                 "Messages of SQS that could not be settled and come again.",
                 &["reason"],
             )?,
+            ingress_paused: ingress_paused(&registry)?,
             jobs_running: gauge(&registry, "keyferry_jobs_running", "Jobs under way in this process.")?,
             policy_reloads: policy_reloads(&registry)?,
             policy_loaded: gauge(
@@ -160,6 +163,16 @@ impl Metrics {
     }
 }
 
+fn ingress_paused(registry: &Registry) -> Result<IntGaugeVec, prometheus::Error> {
+    let help = Opts::new("keyferry_ingress_paused", "Whether no messages are taken because too many jobs wait.");
+    let gauge = IntGaugeVec::new(help, &["transport"])?;
+    registry.register(Box::new(gauge.clone()))?;
+    for transport in ["rabbitmq", "sqs"] {
+        gauge.with_label_values(&[transport]);
+    }
+    Ok(gauge)
+}
+
 fn policy_reloads(registry: &Registry) -> Result<IntCounterVec, prometheus::Error> {
     let help = Opts::new("keyferry_policy_reloads_total", "Times that the policy's file was read again.");
     let counter = IntCounterVec::new(help, &["result"])?;
@@ -195,6 +208,7 @@ mod tests {
         for line in [
             "keyferry_intake_messages_total{transport=\"sqs\",verdict=\"duplicate\"} 0",
             "keyferry_events_held_total 0",
+            "keyferry_ingress_paused{transport=\"sqs\"} 0",
             "keyferry_broker_sessions_total{role=\"ingress\",transport=\"rabbitmq\"} 0",
         ] {
             assert!(text.contains(line), "{line}\n{text}");
