@@ -3,11 +3,11 @@
 mod reload;
 
 use crate::amqp::Broker;
-use crate::config::{ConfigError, Loaded, Transport};
+use crate::config::{ConfigError, Intake as IntakeSettings, Loaded, Transport};
 use crate::ingress::Ingress;
 use crate::ingress::rabbitmq::Queue;
 use crate::ingress::sqs::Source;
-use crate::intake::Intake;
+use crate::intake::{Fuse, Intake, Limits, Marks, Watch};
 use crate::kms::Kms;
 use crate::outbox::rabbitmq::Exchange;
 use crate::outbox::sqs::Events;
@@ -133,7 +133,10 @@ pub async fn serve(loaded: &Loaded, stop: CancellationToken, hang_up: Signal) ->
     let admin = tokio::spawn(admin);
     tracing::info!(admin.address = %address, jobs.concurrency = settings.worker.concurrency, "starting");
 
+    let (watch, fuse) = Watch::start(store.clone(), marks(&settings.intake)).await?;
     let common = Common {
+        limits: limits(&settings.intake),
+        fuse,
         store: store.clone(),
         keyring: Arc::clone(&keyring),
         policy: policy.clone(),
@@ -174,6 +177,7 @@ pub async fn serve(loaded: &Loaded, stop: CancellationToken, hang_up: Signal) ->
     }
     drop(common);
     parts.spawn(worker::run(Arc::new(context), stop.clone()));
+    parts.spawn(watch.run(stop.clone()));
     let stopping = stop.clone();
     parts.spawn(async move { reload.run(hang_up, stopping).await });
 
@@ -205,6 +209,8 @@ pub async fn serve(loaded: &Loaded, stop: CancellationToken, hang_up: Signal) ->
 
 /// What every intake and the relay work with.
 struct Common {
+    limits: Limits,
+    fuse: Fuse,
     store: Store,
     keyring: Arc<Keyring>,
     policy: Current,
@@ -298,6 +304,8 @@ fn spawn_intake<I: Ingress + 'static>(
         metrics: common.metrics.clone(),
         health: common.health.clone(),
         part,
+        limits: common.limits,
+        fuse: common.fuse.clone(),
         jobs: Arc::clone(&common.jobs),
         events: Arc::clone(&common.events),
     };
@@ -320,6 +328,14 @@ fn spawn_relay<D: Destination + 'static>(
     };
     let drain = drain.clone();
     relays.spawn(async move { relay.run(drain).await });
+}
+
+fn limits(settings: &IntakeSettings) -> Limits {
+    Limits { line: settings.max_waiting_per_key, lane: settings.max_waiting_per_lane }
+}
+
+fn marks(settings: &IntakeSettings) -> Marks {
+    Marks { pause_above: settings.pause_above, resume_below: settings.resume_below }
 }
 
 /// The accounts and Regions of the settings.

@@ -13,7 +13,7 @@ words! {
     pub Kind {
         /// A message became a job.
         Accepted = "accepted",
-        /// A message was refused.
+        /// A message was refused. With `folded`: so many within a minute, beyond those that have entries of their own.
         Refused = "refused",
         /// Which source key a job imports was committed; the import is about to be sent.
         MaterialChosen = "material_chosen",

@@ -2,11 +2,13 @@
 
 mod dsm;
 mod identity;
+mod intake;
 mod policy;
 mod sqs;
 
 pub use dsm::{DsmConnection, DsmProtocol};
 pub use identity::{Identity, IdentityProof, Senders};
+pub use intake::Intake;
 pub use policy::PolicySource;
 pub use sqs::{Sqs, Transport};
 
@@ -51,6 +53,8 @@ pub struct Settings {
     pub dsm_default: Option<String>,
     /// Accounts and Regions that requests may name.
     pub targets: Vec<Target>,
+    /// How many jobs may wait.
+    pub intake: Intake,
     /// The pool of jobs under way.
     pub worker: Worker,
     /// Health and metrics.
@@ -436,7 +440,8 @@ impl Loaded {
     }
 
     fn check(&self) -> Result<(), ConfigError> {
-        let Settings { requests_from, worker, database, rabbitmq, sqs, targets, dsm, dsm_default, .. } = &self.settings;
+        let Settings { requests_from, worker, database, rabbitmq, sqs, targets, dsm, dsm_default, intake, .. } =
+            &self.settings;
         // AMQP carries no longer name.
         let is_name = |name: &str| (1..=255).contains(&name.len());
         let is_twice = requests_from.len() == 2 && requests_from[0] == requests_from[1];
@@ -464,7 +469,7 @@ impl Loaded {
             ),
             ("targets.regions", targets.iter().all(|target| !target.regions.is_empty()), "at least one Region"),
         ];
-        match rules.into_iter().chain(sqs.rules()).find(|(_, holds, _)| !holds) {
+        match rules.into_iter().chain(sqs.rules()).chain(intake.rules()).find(|(_, holds, _)| !holds) {
             Some((name, _, expected)) => Err(ConfigError::Invalid { name: name.into(), expected }),
             None => match dsm::broken_rule(dsm, dsm_default.as_deref()) {
                 Some((name, expected)) => Err(ConfigError::Invalid { name: name.into(), expected }),
@@ -487,6 +492,7 @@ impl Default for Settings {
             dsm: BTreeMap::new(),
             dsm_default: None,
             targets: Vec::new(),
+            intake: Intake::default(),
             worker: Worker::default(),
             admin: Admin::default(),
             log: Log::default(),
@@ -726,6 +732,8 @@ mod tests {
             ("[sqs]\nwait_s = 21", "sqs.wait_s"),
             ("[sqs]\nvisibility_timeout_s = 4", "sqs.visibility_timeout_s"),
             ("[sqs]\npollers = 2\nin_hand = 19", "sqs.in_hand"),
+            ("[intake]\nmax_waiting_per_key = 0", "intake.max_waiting_per_key"),
+            ("[intake]\npause_above = 5\nresume_below = 6", "intake.resume_below"),
             ("dsm_default = \"a\"", "dsm_default"),
             ("[dsm.a]\nservers = [\"h\"]", "ca_file"),
             (&dsm("A", ""), "dsm.A"),

@@ -1,6 +1,11 @@
 //! Who sends, what is asked, may it be: accept or refuse, and settle. One batch after the other.
 
+mod crowd;
+mod fuse;
 mod senders;
+
+pub use crowd::Limits;
+pub use fuse::{Fuse, Marks, Watch};
 
 use crate::ingress::{Delivery, Ingress, Session as _, SessionFault, Settlement};
 use crate::job::{Envelope, Import, KeyArn, KeyRef, Refusal, RefusalCode, Rejected, Request, SourceKeyRef, Work};
@@ -9,6 +14,7 @@ use crate::retry::{Attempts, Class};
 use crate::source::{Dsm, DsmError, Keyring};
 use crate::store::{Candidate, NewJob, NewRefusal, RefusalRecord, Store, StoreError, Verdict, bisect};
 use crate::telemetry::{Health, Metrics, Part};
+use crowd::Crowd;
 use senders::{Asker, Asks, Senders, Told, known_by, tell};
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -50,6 +56,10 @@ pub struct Intake<I> {
     pub health: Health,
     /// Which part of it this queue is.
     pub part: Part,
+    /// How many jobs of a key, and of an account and Region, may wait.
+    pub limits: Limits,
+    /// Whether messages are taken at all.
+    pub fuse: Fuse,
     /// Rung when jobs were accepted.
     pub jobs: Arc<Notify>,
     /// Rung when refusals wait to be published.
@@ -64,8 +74,16 @@ struct Lookup {
     keys: HashMap<Uuid, KeyArn>,
     /// Refusals that messages name which are sent again.
     refusals: HashMap<Uuid, RefusalRecord>,
-    /// How many jobs of each principal wait.
-    waiting: HashMap<String, i64>,
+    /// How many jobs wait.
+    crowd: Crowd,
+}
+
+/// Why a session that was of use is given back.
+enum End {
+    /// The process stops.
+    Stopped,
+    /// Too many jobs wait.
+    Paused,
 }
 
 impl<I: Ingress> Intake<I> {
@@ -73,6 +91,11 @@ impl<I: Ingress> Intake<I> {
     pub async fn run(self, stop: CancellationToken) {
         let mut failures = Attempts::new(Class::Reconnect);
         while !stop.is_cancelled() {
+            if self.fuse.is_paused() {
+                self.rest(&stop).await;
+                continue;
+            }
+            self.health.pause(self.part, false);
             let outcome = tokio::select! {
                 () = stop.cancelled() => return,
                 outcome = self.open() => outcome,
@@ -83,13 +106,17 @@ impl<I: Ingress> Intake<I> {
                     self.health.set(self.part, true);
                     tracing::info!(ingress = I::TRANSPORT, queue = self.ingress.queue(), "consuming");
                     let ended = self.consume(&mut session, &stop, &mut failures).await;
+                    self.health.pause(self.part, matches!(ended, Ok(End::Paused)));
                     self.health.set(self.part, false);
                     match ended {
-                        Ok(()) => {
+                        Ok(end) => {
                             if let Err(error) = session.give_back().await {
                                 tracing::warn!(%error, ingress = I::TRANSPORT, "what was in hand could not be given back");
                             }
-                            return;
+                            match end {
+                                End::Stopped => return,
+                                End::Paused => continue,
+                            }
                         }
                         Err(error) => {
                             self.metrics.broker_sessions_broken.with_label_values(&[I::TRANSPORT, "ingress"]).inc();
@@ -109,6 +136,27 @@ impl<I: Ingress> Intake<I> {
         }
     }
 
+    /// Takes nothing until enough of the jobs that wait have ended, or until `stop`.
+    async fn rest(&self, stop: &CancellationToken) {
+        let paused = self.metrics.ingress_paused.with_label_values(&[I::TRANSPORT]);
+        paused.set(1);
+        self.health.pause(self.part, true);
+        let waiting = self.fuse.waiting();
+        tracing::warn!(
+            ingress = I::TRANSPORT,
+            jobs.waiting = waiting,
+            "paused: more jobs wait than intake.pause_above"
+        );
+        tokio::select! {
+            () = stop.cancelled() => {}
+            () = self.fuse.until(false) => {
+                let waiting = self.fuse.waiting();
+                tracing::info!(ingress = I::TRANSPORT, jobs.waiting = waiting, "messages are taken again");
+            }
+        }
+        paused.set(0);
+    }
+
     /// Nothing is taken from the broker while Postgres is away: each message so taken would be given back and
     /// counted as another delivery.
     async fn open(&self) -> Result<I::Session, SessionFault<I>> {
@@ -123,21 +171,23 @@ impl<I: Ingress> Intake<I> {
         self.ingress.open().await
     }
 
-    /// Until `stop`, or until the session is of no more use. The caller ends it.
+    /// Until `stop`, until too many jobs wait, or until the session is of no more use. The caller ends it.
     async fn consume(
         &self,
         session: &mut I::Session,
         stop: &CancellationToken,
         failures: &mut Attempts,
-    ) -> Result<(), SessionFault<I>> {
+    ) -> Result<End, SessionFault<I>> {
         loop {
             let batch = tokio::select! {
-                () = stop.cancelled() => return Ok(()),
+                biased;
+                () = stop.cancelled() => return Ok(End::Stopped),
+                () = self.fuse.until(true) => return Ok(End::Paused),
                 batch = session.next_batch(BATCH) => batch?,
             };
             crate::failpoint!("intake.after_receive");
             let verdicts = tokio::select! {
-                () = stop.cancelled() => return Ok(()),
+                () = stop.cancelled() => return Ok(End::Stopped),
                 verdicts = self.decide(&batch) => verdicts,
             };
             failures.reset();
@@ -157,7 +207,7 @@ impl<I: Ingress> Intake<I> {
             tokio::select! {
                 settled = session.settle(&settlements) => settled?,
                 // What is not settled comes again, as a duplicate.
-                () = too_long => return Ok(()),
+                () = too_long => return Ok(End::Stopped),
             }
         }
     }
@@ -223,7 +273,9 @@ impl<I: Ingress> Intake<I> {
             .zip(&read)
             .map(|((delivery, told), read)| senders.asker(told, delivery, read, || self.body_hash(delivery)))
             .collect();
-        lookup.waiting = self.backlogs(policy, &asks).await?;
+        let limits = self.limits.may_be_reached(self.fuse.waiting()).then_some(self.limits);
+        let keys = crowd::keys_of(&read, &lookup.keys);
+        lookup.crowd = Crowd::look(&self.store, policy, limits, &asks, &keys).await?;
         let mut candidates = Vec::with_capacity(batch.len());
         let mut askers = Vec::with_capacity(batch.len());
         for (((read, delivery), asks), id) in read.into_iter().zip(batch).zip(asks).zip(ids) {
@@ -267,20 +319,8 @@ impl<I: Ingress> Intake<I> {
             now: self.store.now().await?,
             keys: if named.is_empty() { HashMap::new() } else { self.store.resolve_keys(&named).await? },
             refusals: self.store.refusals(&redriven).await?,
-            waiting: HashMap::new(),
+            crowd: Crowd::default(),
         })
-    }
-
-    /// How many jobs wait of those principals that have a limit.
-    async fn backlogs(&self, policy: &Policy, asks: &[Asks]) -> Result<HashMap<String, i64>, StoreError> {
-        let mut limited: Vec<&str> = asks
-            .iter()
-            .filter_map(|asks| Some(asks.as_ref().ok()?.principal.as_str()))
-            .filter(|principal| policy.max_waiting(principal).is_some())
-            .collect();
-        limited.sort_unstable();
-        limited.dedup();
-        if limited.is_empty() { Ok(HashMap::new()) } else { self.store.waiting(&limited).await }
     }
 
     /// What was delivered, as the parser takes it. A signature does not cover the transport's message id.
@@ -352,7 +392,7 @@ impl<I: Ingress> Intake<I> {
                 return self.refusal_on(Some(key), Ok(request), delivery, asker, refusal, rule);
             }
         };
-        if let Err(refusal) = judge_backlog(policy, &asker.principal, lookup) {
+        if let Err(refusal) = lookup.crowd.judge(policy, self.limits, &asker.principal, &key) {
             return self.refusal_on(Some(key), Ok(request), delivery, asker, refusal, grant.rule);
         }
         Candidate::Job(NewJob {
@@ -457,18 +497,5 @@ impl Lookup {
             KeyRef::Arn(arn) => Some(arn),
             KeyRef::Id(id) => self.keys.get(id),
         }
-    }
-}
-
-/// Whether one more job of a principal may wait. By what waited before the batch: that much it may be overshot.
-fn judge_backlog(policy: &Policy, principal: &str, lookup: &Lookup) -> Result<(), Refusal> {
-    let waiting = lookup.waiting.get(principal).copied().unwrap_or(0);
-    match policy.max_waiting(principal) {
-        Some(most) if waiting >= i64::from(most) => {
-            let message =
-                "as many jobs of this principal wait as the policy allows: send it again when some have ended";
-            Err(Refusal::whole(RefusalCode::BacklogFull, message))
-        }
-        _ => Ok(()),
     }
 }

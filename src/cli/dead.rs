@@ -43,7 +43,7 @@ pub(super) struct Dead {
 enum Action {
     /// List dead letters, oldest first where the queue has an order, with the refusals that they are of. Takes none of
     /// them; while it runs, nobody else sees them. A letter that Keyferry never refused is given a refusal,
-    /// `dead_lettered_by_broker`. For SQS every look is a receipt: a redrive policy of the dead-letter queue's own would
+    /// `dead_lettered_by_broker`; one of a flood in which more were refused than are remembered, `refused_in_flood`. For SQS every look is a receipt: a redrive policy of the dead-letter queue's own would
     /// move letters away.
     List(List),
     /// Show everything about one dead letter. Values are told by their length.
@@ -251,7 +251,7 @@ impl List {
         if !output.json {
             eprintln!("{} shown, {waiting} in the queue {}", letters.len(), desk.queues.dead());
             if !recorded.is_empty() {
-                eprintln!("{} had no refusal and were given one: dead_lettered_by_broker", recorded.len());
+                eprintln!("{} had no refusal that is known and were given one", recorded.len());
             }
         }
         Ok(closed?)
@@ -547,6 +547,7 @@ fn summary(known: &Known) -> Value {
         "code": code,
         "field": row.and_then(|row| row.field.as_ref()),
         "principal": row.map(|row| &row.principal),
+        "fold": row.and_then(|row| row.fold),
         "request_id": known.request_id,
         "operation": known.operation.map(crate::job::Operation::as_str),
         "key": known.key,

@@ -50,7 +50,8 @@ pub struct Known {
 pub enum Standing {
     /// It was refused.
     Refused(RefusalRow),
-    /// The broker took it away before Keyferry decided, or somebody put it here: it was given a row just now.
+    /// The broker took it away before Keyferry decided, somebody put it here, or its refusal is forgotten: it was given a
+    /// row just now.
     Recorded(RefusalRow),
     /// The same, but it has no row: nothing was to be written, or Postgres would not take it.
     Unrecorded,
@@ -93,9 +94,12 @@ impl Matcher<'_> {
         let facts: Vec<Facts> = letters.iter().map(|letter| self.facts(letter)).collect();
         let rows = self.rows(&facts).await?;
         let strangers: Vec<usize> = (0..facts.len()).filter(|place| rows[*place].is_none()).collect();
+        let died_at: Vec<_> = strangers.iter().map(|place| letters[*place].died_at).collect();
+        let forgotten = self.store.may_be_forgotten(self.transport, &died_at).await?;
         let mut candidates = Vec::with_capacity(strangers.len());
-        for place in &strangers {
-            candidates.push(Candidate::Refusal(self.refusal(&facts[*place]).await?));
+        for (place, is_forgotten) in strangers.iter().zip(forgotten) {
+            let refusal = if is_forgotten && letters[*place].was_refused() { in_flood() } else { by_broker() };
+            candidates.push(Candidate::Refusal(self.refusal(&facts[*place], refusal).await?));
         }
         let verdicts = bisect(&candidates, |range| self.store.accept(&candidates[range])).await?;
         let mut standings: Vec<Standing> =
@@ -182,7 +186,7 @@ impl Matcher<'_> {
         Ok(of_each.collect())
     }
 
-    async fn refusal(&self, facts: &Facts) -> Result<NewRefusal, StoreError> {
+    async fn refusal(&self, facts: &Facts, refusal: Refusal) -> Result<NewRefusal, StoreError> {
         let key: Option<KeyArn> = match &facts.key {
             Some(KeyRef::Arn(arn)) => Some(arn.clone()),
             Some(KeyRef::Id(id)) => self.store.resolve_keys(&[*id]).await?.remove(id),
@@ -193,11 +197,7 @@ impl Matcher<'_> {
             principal: self.stranger.to_owned(),
             id_hash: facts.keys[0].0,
             digest: facts.digest,
-            refusal: Refusal::whole(
-                RefusalCode::DeadLetteredByBroker,
-                "the broker dead-lettered this message before Keyferry decided on it, or it was put there by hand; \
-                 its sender can send it again, and under policy = \"allow-all\" so can keyferry dead redrive",
-            ),
+            refusal,
             request_id: facts.request_id.clone(),
             operation: facts.operation,
             key,
@@ -207,6 +207,23 @@ impl Matcher<'_> {
             rule: None,
         })
     }
+}
+
+fn by_broker() -> Refusal {
+    Refusal::whole(
+        RefusalCode::DeadLetteredByBroker,
+        "the broker dead-lettered this message before Keyferry decided on it, or it was put there by hand; \
+         its sender can send it again, and under policy = \"allow-all\" so can keyferry dead redrive",
+    )
+}
+
+fn in_flood() -> Refusal {
+    Refusal::whole(
+        RefusalCode::RefusedInFlood,
+        "more messages were refused at that time than are remembered one by one, and this is likely one of them: the \
+         events and audit entries of that minute count them by code; its sender can send it again, and under \
+         policy = \"allow-all\" so can keyferry dead redrive",
+    )
 }
 
 fn known(

@@ -136,6 +136,12 @@ pub struct Letter {
 }
 
 impl Letter {
+    /// Whether a worker can have refused it, as far as the queue tells: RabbitMQ says why a letter died, and SQS from where
+    /// it moved one by itself.
+    pub fn was_refused(&self) -> bool {
+        self.reason.as_deref().is_none_or(|reason| reason == "rejected")
+    }
+
     /// As the parser takes it.
     pub fn envelope(&self) -> Envelope<'_> {
         Envelope {

@@ -90,6 +90,10 @@ words! {
         NotAllowed = "not_allowed",
         /// Too many jobs of the principal wait.
         BacklogFull = "backlog_full",
+        /// Too many jobs of the KMS key wait.
+        LineFull = "line_full",
+        /// Too many jobs of the account and Region wait.
+        LaneFull = "lane_full",
         /// Whoever sent a refused message again may not, or nobody may.
         RedriveNotAllowed = "redrive_not_allowed",
         /// A refused message that was sent again is not the one that was refused.
@@ -98,6 +102,8 @@ words! {
         Unstorable = "unstorable",
         /// The broker dead-lettered it before it was decided on, or somebody moved it there.
         DeadLetteredByBroker = "dead_lettered_by_broker",
+        /// A dead letter of which no refusal is remembered, from a time in which more messages were refused than are.
+        RefusedInFlood = "refused_in_flood",
     }
 }
 

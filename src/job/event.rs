@@ -44,6 +44,23 @@ pub struct JobSummary {
     pub traceparent: Option<String>,
 }
 
+/// Refusals of one sender with one code within a minute, beyond those that have events of their own.
+#[derive(Clone, Debug)]
+pub struct RefusalFold<'a> {
+    /// The fold's id, and its event's.
+    pub id: Uuid,
+    /// Who asked.
+    pub principal: &'a str,
+    /// The code of all of them.
+    pub code: &'a str,
+    /// When the first of them was refused.
+    pub from: OffsetDateTime,
+    /// And the last.
+    pub to: OffsetDateTime,
+    /// How many there are.
+    pub count: i64,
+}
+
 impl Event {
     /// The event of a job that ended.
     pub fn of_job(job: &JobSummary, outcome: &Result<JobResult, Failure>, at: OffsetDateTime) -> Self {
@@ -135,6 +152,32 @@ impl Event {
         let (account, region) = key.map_or(("unknown", "unknown"), |key| (key.account(), key.region()));
         Self { id, routing_key: format!("job.rejected.{operation}.{account}.{region}"), body: envelope.to_string() }
     }
+
+    /// The event of refusals that are told of together. They can be of any operation and key, so that it has none.
+    pub fn of_fold(fold: &RefusalFold<'_>, at: OffsetDateTime) -> Self {
+        let RefusalFold { id, principal, code, from, to, count } = fold;
+        let envelope = json!({
+            "specversion": "1.0",
+            "id": id,
+            "source": "keyferry",
+            "type": "io.keyferry.job.rejected",
+            "time": rfc3339(at),
+            "datacontenttype": "application/json",
+            "data": {
+                "job": { "id": Value::Null, "request_id": Value::Null, "principal": principal, "state": "rejected" },
+                "result": Value::Null,
+                "error": {
+                    "code": code,
+                    "field": Value::Null,
+                    "message": "more messages of this sender were refused with this code within the minute than are \
+                                told of one by one: see them with keyferry dead list",
+                    "aws_changed": false,
+                },
+                "folded": { "count": count, "from": rfc3339(*from), "to": rfc3339(*to), "code": code },
+            },
+        });
+        Self { id: *id, routing_key: "job.rejected.unknown.unknown.unknown".to_owned(), body: envelope.to_string() }
+    }
 }
 
 /// A failure as it stands in events and in the job's row.
@@ -214,5 +257,17 @@ mod tests {
             Event::of_refusal(Uuid::from_u128(1), "p", None, None, None, &refusal, datetime!(2026-01-01 0:00 UTC));
         assert_eq!(event.routing_key, "job.rejected.unknown.unknown.unknown");
         assert!(serde_json::from_str::<Value>(&event.body).unwrap().get("subject").is_none());
+    }
+
+    #[test]
+    fn folded_refusals_are_counted_in_their_event() {
+        let (from, to) = (datetime!(2026-01-01 0:00:01 UTC), datetime!(2026-01-01 0:00:59 UTC));
+        let fold = RefusalFold { id: Uuid::from_u128(1), principal: "p", code: "not_json", from, to, count: 7 };
+        let event = Event::of_fold(&fold, datetime!(2026-01-01 0:01 UTC));
+        let body: Value = serde_json::from_str(&event.body).unwrap();
+        assert_eq!((&body["id"], &body["type"]), (&json!(event.id), &json!("io.keyferry.job.rejected")));
+        let folded =
+            json!({"count": 7, "from": "2026-01-01T00:00:01Z", "to": "2026-01-01T00:00:59Z", "code": "not_json"});
+        assert_eq!((&body["data"]["folded"], &body["data"]["error"]["code"]), (&folded, &json!("not_json")));
     }
 }

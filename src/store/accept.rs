@@ -1,5 +1,6 @@
 //! Intake: jobs and refusals become durable, a slice at a time.
 
+use super::refuse::write_refusals;
 use super::{Store, StoreError, together};
 use crate::audit::{Fact, Kind};
 use crate::job::{Event, KeyArn, Operation, Refusal, RefusalCode, Request, ScarceCall};
@@ -94,7 +95,7 @@ pub enum MessageDigest {
 }
 
 impl MessageDigest {
-    fn bytes(&self) -> &[u8] {
+    pub(super) fn bytes(&self) -> &[u8] {
         let (Self::Request(bytes) | Self::Body(bytes)) = self;
         bytes
     }
@@ -184,10 +185,10 @@ impl Store {
         if !winners.is_empty() {
             insert_jobs(&transaction, &winners, standing.now).await?;
         }
-        let refused = insert_refusals(&transaction, &refusals, standing.now).await?;
+        let refused = write_refusals(&transaction, &refusals, standing.now).await?;
         transaction.commit().await?;
         self.written.entries(winners.iter().map(|_| Kind::Accepted));
-        self.written.refusals(refused);
+        self.written.refusals(&refused);
         Ok(verdicts)
     }
 }
@@ -270,7 +271,7 @@ async fn insert_jobs(transaction: &Transaction<'_>, jobs: &[&NewJob], now: Offse
         write_jobs(transaction, jobs, &keys, &places, now).boxed(),
         write_future(transaction, jobs, now).boxed(),
         insert_audit(transaction, entries).boxed(),
-        super::backlog::change(transaction, jobs.iter().map(|job| job.principal.as_str()), 1).boxed(),
+        super::backlog::change(transaction, jobs.iter().map(|job| (job.principal.as_str(), &job.key)), 1).boxed(),
     ])
     .await?;
     let urgent = jobs.iter().zip(&places).filter(|(job, _)| job.request.urgent);
@@ -537,88 +538,6 @@ fn id_conflict(job: &NewJob) -> NewRefusal {
         sender: job.sender.clone(),
         rule: None,
     }
-}
-
-/// Writes refusals that are new verdicts, each with its audit entry and event.
-async fn insert_refusals(
-    transaction: &Transaction<'_>,
-    refusals: &[NewRefusal],
-    now: OffsetDateTime,
-) -> Result<Vec<RefusalCode>, StoreError> {
-    const INSERT: &str = "
-        insert into refusal (id, principal, id_hash, digest, code, field, message, request_id, ingress, identity,
-                             identity_verified, policy, refused_at)
-        select *, $13 from unnest($1::uuid[], $2::text[], $3::bytea[], $4::bytea[], $5::text[], $6::text[], $7::text[],
-                             $8::text[], $9::text[], $10::text[], $11::boolean[], $12::text[])
-                      as new(id, principal, id_hash, digest, code)
-        order by 2, 3, 4, 5, 10, 11
-        on conflict do nothing returning id";
-    if refusals.is_empty() {
-        return Ok(Vec::new());
-    }
-    let ids: Vec<Uuid> = refusals.iter().map(|new| new.id).collect();
-    let principals: Vec<&str> = refusals.iter().map(|new| new.principal.as_str()).collect();
-    let hashes: Vec<&[u8]> = refusals.iter().map(|new| new.id_hash.as_slice()).collect();
-    let digests: Vec<&[u8]> = refusals.iter().map(|new| new.digest.bytes()).collect();
-    let codes: Vec<&str> = refusals.iter().map(|new| new.refusal.code.as_str()).collect();
-    let fields: Vec<Option<&str>> = refusals.iter().map(|new| new.refusal.field.as_deref()).collect();
-    let messages: Vec<&str> = refusals.iter().map(|new| new.refusal.message.as_str()).collect();
-    let request_ids: Vec<Option<&str>> = refusals.iter().map(|new| new.request_id.as_deref()).collect();
-    let ingresses: Vec<&str> = refusals.iter().map(|new| new.ingress).collect();
-    let insert = transaction.prepare_cached(INSERT).await?;
-    let identities: Vec<Option<&str>> = refusals.iter().map(|new| new.sender.identity.as_deref()).collect();
-    let verified: Vec<bool> = refusals.iter().map(|new| new.sender.is_verified).collect();
-    let policies: Vec<&str> = refusals.iter().map(|new| new.sender.policy.as_str()).collect();
-    let columns: [&(dyn ToSql + Sync); 13] = [
-        &ids,
-        &principals,
-        &hashes,
-        &digests,
-        &codes,
-        &fields,
-        &messages,
-        &request_ids,
-        &ingresses,
-        &identities,
-        &verified,
-        &policies,
-        &now,
-    ];
-    let rows = transaction.query(&insert, &columns).await?;
-    let new: HashSet<Uuid> = rows.iter().map(|row| row.get(0)).collect();
-    let new: Vec<&NewRefusal> = refusals.iter().filter(|refusal| new.contains(&refusal.id)).collect();
-    let entries = new.iter().map(|new| {
-        let fact = Fact::new(
-            Kind::Refused,
-            json!({
-                "principal": new.principal,
-                "identity": new.sender.identity,
-                "identity_verified": new.sender.is_verified,
-                "rule": new.rule,
-                "policy": new.sender.policy,
-                "ingress": new.ingress,
-                "request_id": new.request_id,
-                "key": new.key.as_ref().map(ToString::to_string),
-                "code": new.refusal.code.as_str(),
-                "field": new.refusal.field,
-            }),
-        );
-        (new.id, 1, fact.entry(new.id, 1, now))
-    });
-    insert_audit(transaction, entries.collect()).await?;
-    let events = new.iter().map(|new| {
-        Event::of_refusal(
-            new.id,
-            &new.principal,
-            new.request_id.as_deref(),
-            new.operation,
-            new.key.as_ref(),
-            &new.refusal,
-            now,
-        )
-    });
-    insert_events(transaction, &events.collect::<Vec<_>>()).await?;
-    Ok(new.iter().map(|new| new.refusal.code).collect())
 }
 
 /// Appends audit entries: subject, number, canonical bytes.

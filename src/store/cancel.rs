@@ -286,7 +286,8 @@ async fn end(
     }
     insert_audit(transaction, entries).await?;
     insert_events(transaction, &events).await?;
-    backlog::change(transaction, jobs.iter().map(|job| job.summary.principal.as_str()), -1).await?;
+    let ended = jobs.iter().map(|job| (job.summary.principal.as_str(), &job.summary.key));
+    backlog::change(transaction, ended, -1).await?;
     leave_lines(transaction, jobs, now).await
 }
 

@@ -30,9 +30,17 @@ pub struct RefusalRow {
     pub ingress: String,
     /// When it was first refused so.
     pub refused_at: OffsetDateTime,
+    /// The fold that it was told of with, if it was not told of by itself.
+    pub fold: Option<Uuid>,
 }
 
-const COLUMNS: &str = "refusal.id, principal, refusal.digest, code, field, message, request_id, ingress, refused_at";
+/// The refusals of letters; of each the last one stands.
+pub const REFUSALS_OF: &str = "
+    select id, principal, refused.digest, code, field, message, request_id, ingress, refused_at, fold_id, place
+    from unnest($1::bytea[], $2::bytea[], $3::text[]) with ordinality as asked(id_hash, digest, claim, place)
+    join refused on refused.id_hash = asked.id_hash and refused.digest = asked.digest
+    order by place, coalesce(identity = claim, false) and identity_verified, identity_verified and code <> all($4),
+             code <> all($4), refused_at, id";
 
 impl Store {
     /// The refusal of each message, in the slice's order. The same message may have been refused to several principals, and
@@ -42,23 +50,16 @@ impl Store {
         &self,
         letters: &[(LetterKey, Option<&str>)],
     ) -> Result<Vec<Option<RefusalRow>>, StoreError> {
-        let read = format!(
-            "select {COLUMNS}, place
-             from unnest($1::bytea[], $2::bytea[], $3::text[]) with ordinality as asked(id_hash, digest, claim, place)
-             join refusal on refusal.id_hash = asked.id_hash and refusal.digest = asked.digest
-             order by place, coalesce(identity = claim, false) and identity_verified,
-                      identity_verified and code <> all($4), code <> all($4), refused_at, refusal.id"
-        );
         let hashes: Vec<&[u8]> = letters.iter().map(|((hash, _), _)| hash.as_slice()).collect();
         let digests: Vec<&[u8]> = letters.iter().map(|((_, digest), _)| digest.as_slice()).collect();
         let claims: Vec<Option<&str>> = letters.iter().map(|(_, claim)| *claim).collect();
         let spent = RefusalCode::NOT_REDRIVEN.map(RefusalCode::as_str);
         self.retrying(|| async {
             let client = self.client().await?;
-            let statement = client.prepare_cached(&read).await?;
+            let statement = client.prepare_cached(REFUSALS_OF).await?;
             let mut found = vec![None; letters.len()];
             for row in client.query(&statement, &[&hashes, &digests, &claims, &spent.as_slice()]).await? {
-                let place = usize::try_from(row.get::<_, i64>(9)).unwrap_or_default();
+                let place = usize::try_from(row.get::<_, i64>(10)).unwrap_or_default();
                 // The last one stands.
                 if let Some(found) = place.checked_sub(1).and_then(|place| found.get_mut(place)) {
                     *found = Some(refusal_row(&row));
@@ -71,10 +72,12 @@ impl Store {
 
     /// A refusal by its id.
     pub async fn refusal(&self, id: Uuid) -> Result<Option<RefusalRow>, StoreError> {
-        let read = format!("select {COLUMNS} from refusal where id = $1");
+        const READ: &str = "
+            select id, principal, digest, code, field, message, request_id, ingress, refused_at, fold_id
+            from refused where id = $1";
         self.retrying(|| async {
             let client = self.client().await?;
-            let statement = client.prepare_cached(&read).await?;
+            let statement = client.prepare_cached(READ).await?;
             Ok(client.query_opt(&statement, &[&id]).await?.as_ref().map(refusal_row))
         })
         .await
@@ -92,5 +95,6 @@ fn refusal_row(row: &Row) -> RefusalRow {
         request_id: row.get(6),
         ingress: row.get(7),
         refused_at: row.get(8),
+        fold: row.get(9),
     }
 }

@@ -12,6 +12,7 @@ mod bisect;
 mod cancel;
 mod claim;
 mod dead;
+mod fold;
 mod hold;
 mod keys;
 mod kms_keys;
@@ -21,6 +22,7 @@ mod outbox;
 mod policy;
 mod prepare;
 mod read;
+mod refuse;
 mod republish;
 mod retry;
 mod schema;
@@ -34,6 +36,7 @@ pub use bisect::bisect;
 pub use cancel::{CANCEL_PAGE, Cancelled, Ending};
 pub use claim::{Claimed, ClaimedJob, JOIN_PAGE, KnownMaterial, Lease, Progress, Renewed, Scan};
 pub use dead::{LetterKey, RefusalRow};
+pub use fold::FOLDS_PAGE;
 pub use hold::{Held, Hold, Scope, Stop};
 pub use keys::{KeyDeletion, KeyListing, NewSourceKey, SourceKeyOrigin};
 pub use kms_keys::{KmsKeyFilter, KmsKeyView, LastJob, MaterialView};
@@ -42,6 +45,7 @@ pub use outbox::{OutboxRow, Queue};
 pub use policy::RefusalRecord;
 pub use prepare::{Chosen, DsmChoice, Intent, Prepared, Step};
 pub use read::{JobFilter, JobView};
+pub use refuse::{KEPT, TOLD_A_MINUTE};
 pub use republish::{EndedPage, REPUBLISH_PAGE, Republication, Republished, Told};
 pub use retry::{FailedChoice, FailedJob, NewRetry, RETRY_PAGE, Retried, Standing};
 pub use schema::{Migrated, SchemaError, migrate};
@@ -49,10 +53,13 @@ pub use settle::{Answered, Material, Parameters, Removed, RetryState, Settled, S
 
 /// Statements whose cost the suite bounds with `EXPLAIN`.
 pub mod statements {
-    pub use super::backlog::{FOLD, WAITING};
+    pub use super::backlog::{FOLD, LANES_WAITING, LINES_WAITING, WAITING};
     pub use super::claim::{CLAIM, READ};
+    pub use super::dead::REFUSALS_OF;
+    pub use super::fold::DUE_FOLDS;
     pub use super::lock::{AUDIT_COUNTS, LOCK};
     pub use super::observe::{EXPIRY, MOST_EVENTS, MOST_EXPIRING, OUTBOX, WORK};
+    pub use super::refuse::{KNOWN_REFUSALS, METERS};
     pub use super::session_options;
     pub use super::settle::{END_JOBS, RELEASE};
     pub use super::urgent::OVERTAKE;

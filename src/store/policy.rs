@@ -49,7 +49,7 @@ impl Store {
     /// Refusals by their ids.
     pub async fn refusals(&self, ids: &[Uuid]) -> Result<HashMap<Uuid, RefusalRecord>, StoreError> {
         const READ: &str = "
-            select id, id_hash, digest, code, identity, identity_verified from refusal where id = any($1)";
+            select id, id_hash, digest, code, identity, identity_verified from refused where id = any($1)";
         if ids.is_empty() {
             return Ok(HashMap::new());
         }

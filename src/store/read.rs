@@ -77,7 +77,7 @@ const TABLES: &str = "
     join line on line.id = job.line_id
     left join progress on progress.job_id = job.id
     left join urgent on urgent.line_id = job.line_id and urgent.seq = job.seq";
-const REFUSAL: &str = "select id, request_id, principal, refused_at, code, field, message, id_hash from refusal";
+const REFUSAL: &str = "select id, request_id, principal, refused_at, code, field, message, id_hash from refused";
 
 impl Store {
     /// Jobs, newest first; those of one key by their place in its line, last first. Nothing when the key is unknown.

@@ -387,7 +387,8 @@ async fn make(
         entries.extend((1..).zip(facts).map(|(n, fact)| (retry.id, n, fact.entry(retry.id, n, now))));
     }
     insert_audit(transaction, entries).await?;
-    backlog::change(transaction, making.iter().map(|(_, job)| job.principal.as_str()), 1).await?;
+    let made = making.iter().map(|(_, job)| (job.principal.as_str(), &job.key));
+    backlog::change(transaction, made, 1).await?;
     let urgent = making.iter().zip(&places).filter(|((_, job), _)| job.request.urgent);
     let urgent: Vec<(i64, i64)> = urgent.filter_map(|((_, job), place)| Some((job.place.line_id, (*place)?))).collect();
     urgent::join(transaction, &urgent, now).await

@@ -5,7 +5,7 @@ use super::claim::millis;
 use super::lock::{Held, lock};
 use super::{Ending, Lease, Store, StoreError, abandon, backlog, together, urgent};
 use crate::audit::{Fact, Kind};
-use crate::job::{Event, Failure, JobResult, JobSummary, ScarceCall, failure_json};
+use crate::job::{Event, Failure, JobResult, JobSummary, KeyArn, ScarceCall, failure_json};
 use crate::source::Fingerprint;
 use deadpool_postgres::Transaction;
 use futures_util::FutureExt as _;
@@ -257,7 +257,7 @@ impl Store {
             keep_progress(&transaction, &valid).boxed(),
             mark_removed(&transaction, &valid, now).boxed(),
             release(&transaction, &valid, now, signature_life).boxed(),
-            backlog::change(&transaction, ended_principals(&valid), -1).boxed(),
+            backlog::change(&transaction, ended_jobs(&valid), -1).boxed(),
         ])
         .await?;
         serve_urgent(&transaction, &valid, now).await?;
@@ -274,8 +274,9 @@ impl Store {
     }
 }
 
-fn ended_principals<'a>(ends: &'a [(&Settlement, &Held)]) -> impl Iterator<Item = &'a str> {
-    ends.iter().filter(|(end, _)| end.kind.is_end()).map(|(end, _)| end.job.principal.as_str())
+fn ended_jobs<'a>(ends: &'a [(&Settlement, &Held)]) -> impl Iterator<Item = (&'a str, &'a KeyArn)> {
+    let ended = ends.iter().filter(|(end, _)| end.kind.is_end());
+    ended.map(|(end, _)| (end.job.principal.as_str(), &end.job.key))
 }
 
 async fn write_audit(

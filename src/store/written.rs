@@ -3,6 +3,7 @@
 //! A commit whose answer was lost is not counted: these are numbers for a dashboard, the trail itself is what proves.
 
 use super::Store;
+use super::refuse::Refused;
 use crate::audit::Kind;
 use crate::job::RefusalCode;
 use crate::words::Words as _;
@@ -27,12 +28,12 @@ impl Tally {
         }
     }
 
-    /// Refusals that were not there before, each with its entry.
-    pub(super) fn refusals(&self, codes: impl IntoIterator<Item = RefusalCode>) {
-        for code in codes {
+    /// Refusals that were not there before. A folded one has no entry of its own.
+    pub(super) fn refusals(&self, refused: &Refused) {
+        for code in &refused.codes {
             self.refusals[code.place()].fetch_add(1, Ordering::Relaxed);
-            self.entries([Kind::Refused]);
         }
+        self.entries(std::iter::repeat_n(Kind::Refused, refused.told));
     }
 }
 

@@ -45,32 +45,59 @@ impl Part {
 
 /// Which of the parts that this process has work now.
 #[derive(Clone, Debug)]
-pub struct Health(Arc<[(Part, AtomicBool)]>);
+pub struct Health(Arc<[(Part, Condition)]>);
+
+#[derive(Debug, Default)]
+struct Condition {
+    works: AtomicBool,
+    /// It rests on purpose, which is a state and no fault.
+    is_paused: AtomicBool,
+}
 
 impl Health {
     /// For a process with these parts. None works yet.
     pub fn of(parts: &[Part]) -> Self {
-        Self(parts.iter().map(|part| (*part, AtomicBool::new(false))).collect())
+        Self(parts.iter().map(|part| (*part, Condition::default())).collect())
     }
 
     /// A part began or ceased to work.
     pub fn set(&self, part: Part, works: bool) {
-        for (_, state) in self.0.iter().filter(|(known, _)| *known == part) {
-            state.store(works, Ordering::Release);
+        for condition in self.conditions(part) {
+            condition.works.store(works, Ordering::Release);
         }
     }
 
     /// Tells it as metrics.
     fn note(&self, metrics: &Metrics) {
-        for (part, works) in self.0.iter() {
+        for (part, condition) in self.0.iter() {
             let up = metrics.parts_up.with_label_values(&[part.name()]);
-            up.set(i64::from(works.load(Ordering::Acquire)));
+            up.set(i64::from(condition.works.load(Ordering::Acquire)));
         }
     }
 
-    /// The names of the parts that do not work.
+    /// A part rests, or no longer.
+    pub fn pause(&self, part: Part, is_paused: bool) {
+        for condition in self.conditions(part) {
+            condition.is_paused.store(is_paused, Ordering::Release);
+        }
+    }
+
+    /// The names of the parts that do not work, and should.
     pub fn missing(&self) -> Vec<&'static str> {
-        self.0.iter().filter(|(_, works)| !works.load(Ordering::Acquire)).map(|(part, _)| part.name()).collect()
+        self.names(|condition| !condition.works.load(Ordering::Acquire) && !condition.is_paused.load(Ordering::Acquire))
+    }
+
+    /// The names of the parts that rest.
+    pub fn paused(&self) -> Vec<&'static str> {
+        self.names(|condition| condition.is_paused.load(Ordering::Acquire))
+    }
+
+    fn conditions(&self, part: Part) -> impl Iterator<Item = &Condition> {
+        self.0.iter().filter(move |(known, _)| *known == part).map(|(_, condition)| condition)
+    }
+
+    fn names(&self, is_meant: impl Fn(&Condition) -> bool) -> Vec<&'static str> {
+        self.0.iter().filter(|(_, condition)| is_meant(condition)).map(|(part, _)| part.name()).collect()
     }
 }
 
@@ -108,8 +135,31 @@ fn render(metrics: &Metrics, health: &Health) -> axum::response::Response {
 }
 
 fn ready(health: &Health) -> (StatusCode, String) {
-    match health.missing() {
-        missing if missing.is_empty() => (StatusCode::OK, "ready\n".into()),
-        missing => (StatusCode::SERVICE_UNAVAILABLE, format!("not ready: {}\n", missing.join(", "))),
+    let (missing, paused) = (health.missing(), health.paused());
+    let mut text = if missing.is_empty() { "ready".to_owned() } else { format!("not ready: {}", missing.join(", ")) };
+    if !paused.is_empty() {
+        text = format!("{text}; paused, since too many jobs wait: {}", paused.join(", "));
+    }
+    let status = if missing.is_empty() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    (status, format!("{text}\n"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_rests_is_named_and_not_missed() {
+        let health = Health::of(&[Part::Store, Part::RabbitMq, Part::Events]);
+        health.set(Part::Store, true);
+        health.pause(Part::RabbitMq, true);
+        let paused = "; paused, since too many jobs wait: rabbitmq ingress\n";
+        assert_eq!(ready(&health), (StatusCode::SERVICE_UNAVAILABLE, format!("not ready: events{paused}")));
+        health.set(Part::Events, true);
+        assert_eq!(ready(&health), (StatusCode::OK, format!("ready{paused}")));
+        health.pause(Part::RabbitMq, false);
+        assert_eq!(ready(&health), (StatusCode::SERVICE_UNAVAILABLE, "not ready: rabbitmq ingress\n".into()));
+        health.set(Part::RabbitMq, true);
+        assert_eq!(ready(&health), (StatusCode::OK, "ready\n".into()));
     }
 }

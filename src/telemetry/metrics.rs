@@ -53,6 +53,8 @@ pub struct Metrics {
     /// Messages of SQS that this process could do no more about and that come again, by reason: `not_deleted`,
     /// `not_dead_lettered`, `receipt_lost`.
     pub sqs_messages_left: IntCounterVec,
+    /// Whether no messages are taken because too many jobs wait, by transport.
+    pub ingress_paused: IntGaugeVec,
     /// Jobs under way.
     pub jobs_running: IntGauge,
     /// Messages refused, by code: once for each refusal, however often its message comes.
@@ -165,6 +167,7 @@ impl Metrics {
                 "Messages of SQS that could not be settled and come again.",
                 &["reason"],
             )?,
+            ingress_paused: ingress_paused(&registry)?,
             jobs_running: gauge(&registry, "keyferry_jobs_running", "Jobs under way in this process.")?,
             refusals: counters("keyferry_refusals_total", "Refusals put on record.", &["code"])?,
             audit_entries: counters(
@@ -269,6 +272,15 @@ impl Metrics {
     }
 }
 
+fn ingress_paused(registry: &Catalogue) -> Result<IntGaugeVec, prometheus::Error> {
+    let help = "Whether no messages are taken because too many jobs wait.";
+    let gauge = registry.gauges("keyferry_ingress_paused", help, &["transport"])?;
+    for transport in ["rabbitmq", "sqs"] {
+        gauge.with_label_values(&[transport]);
+    }
+    Ok(gauge)
+}
+
 fn policy_reloads(registry: &Catalogue) -> Result<IntCounterVec, prometheus::Error> {
     let help = "Times that the policy's file was read again.";
     let counter = registry.counters("keyferry_policy_reloads_total", help, &["result"])?;
@@ -292,6 +304,7 @@ mod tests {
         for line in [
             "keyferry_intake_messages_total{transport=\"sqs\",verdict=\"duplicate\"} 0",
             "keyferry_events_held_total 0",
+            "keyferry_ingress_paused{transport=\"sqs\"} 0",
             "keyferry_broker_sessions_total{role=\"ingress\",transport=\"rabbitmq\"} 0",
         ] {
             assert!(text.contains(line), "{line}\n{text}");

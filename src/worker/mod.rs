@@ -16,8 +16,8 @@ use crate::policy::{Current, Targets};
 use crate::retry::{Attempts, Class};
 use crate::source::{Dsm, Keyring};
 use crate::store::{
-    ClaimedJob, FOLD_PAGE, Hold, JOIN_PAGE, Prepared, Scan, Settled, Settlement, SettlementKind, Step, Store,
-    StoreError, bisect,
+    ClaimedJob, FOLD_PAGE, FOLDS_PAGE, Hold, JOIN_PAGE, Prepared, Scan, Settled, Settlement, SettlementKind, Step,
+    Store, StoreError, bisect,
 };
 use crate::telemetry::{Health, Metrics, Part};
 use attempt::Attempt;
@@ -45,8 +45,9 @@ const CLAIM_PACE: Duration = Duration::from_millis(10);
 const HOUSEKEEPING: Duration = Duration::from_secs(1);
 /// Pages of one kind of housekeeping before the others have their turn.
 const PAGES: usize = 4;
-/// So often the backlog's changes are folded from the first on, for those that were committed late.
-const WHOLE_BACKLOG_EVERY: Duration = Duration::from_secs(60);
+/// So often the backlog's changes are folded from the first on, for those that were committed late, and old refusals
+/// forgotten.
+const THOROUGH_EVERY: Duration = Duration::from_secs(60);
 
 /// What a worker works with.
 #[derive(Debug)]
@@ -388,25 +389,39 @@ async fn fold_backlog(context: &Context, after: &mut i64, stop: &CancellationTok
     Ok(true)
 }
 
-/// Lets waiting jobs join their lines and moves the lanes' lower bounds.
+/// Tells of folded refusals whose minute is over, and forgets old ones; says whether more may be left.
+async fn see_folds(context: &Context, forget: bool) -> Result<bool, StoreError> {
+    let told = context.store.tell_folds().await?;
+    if told > 0 {
+        crate::failpoint!("folds.after_commit");
+        context.events.notify_one();
+    }
+    let forgotten = if forget { context.store.forget_folded().await? } else { 0 };
+    Ok(told == FOLDS_PAGE || forgotten == FOLDS_PAGE)
+}
+
+/// Lets waiting jobs join their lines and moves the lanes' lower bounds, and looks after what folds.
 async fn keep_house(context: Arc<Context>, stop: CancellationToken) {
     let mut pause = HOUSEKEEPING;
     let mut holds = Vec::new();
-    let (mut folded, mut whole_backlog_at) = (0, Instant::now());
+    let (mut folded, mut thorough_at) = (0, Instant::now());
     loop {
         tokio::select! {
             () = stop.cancelled() => return,
             () = tokio::time::sleep(pause) => {}
         }
         pause = HOUSEKEEPING;
-        if Instant::now() >= whole_backlog_at {
-            (folded, whole_backlog_at) = (0, Instant::now() + WHOLE_BACKLOG_EVERY);
+        let is_thorough = Instant::now() >= thorough_at;
+        if is_thorough {
+            (folded, thorough_at) = (0, Instant::now() + THOROUGH_EVERY);
         }
         let woken = see_holds(&context, &mut holds, &stop).await;
         let woken = woken.inspect_err(|error| tracing::warn!(%error, "holds could not be looked at"));
         let folding = fold_backlog(&context, &mut folded, &stop).await;
         let folding = folding.inspect_err(|error| tracing::warn!(%error, "the backlog's changes could not be folded"));
-        if woken.unwrap_or(false) || folding.unwrap_or(false) {
+        let seeing = see_folds(&context, is_thorough).await;
+        let seeing = seeing.inspect_err(|error| tracing::warn!(%error, "folded refusals could not be told of"));
+        if [woken, folding, seeing].into_iter().any(|more| more.unwrap_or(false)) {
             pause = Duration::ZERO;
         }
         let kept = context.store.keep_house().await;

@@ -3,7 +3,7 @@
 use crate::support::broker::{Message, Received};
 use crate::support::checker::violations;
 use crate::support::fake::WORKER;
-use crate::support::snapshot::{Entry, Job, Line, Material, Refusal, Secret, Snapshot, SourceKey};
+use crate::support::snapshot::{Entry, Fold, Job, Line, Material, Refusal, Secret, Snapshot, SourceKey};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use time::OffsetDateTime;
@@ -83,6 +83,7 @@ fn sound() -> Snapshot {
             code: "invalid_arn".into(),
             field: None,
             message: "m".into(),
+            fold: None,
         }],
         audit: vec![
             entry(JOB, 1, "accepted", json!({"principal": "p", "identity": "rabbitmq:p", "policy": "allow-all"})),
@@ -148,6 +149,55 @@ fn lost_doubled_and_invented_messages_are_found() {
     spoilt("I1", |s| s.dead.push(b"four".to_vec()));
     spoilt("I1", |s| s.dead.clear());
     spoilt("I1", |s| s.dead.push(b"one".to_vec()));
+}
+
+/// The refusal of [`sound`], one that is folded, and one of which nothing but the count is left.
+fn folded() -> Snapshot {
+    const FOLD: Uuid = Uuid::from_u128(7);
+    let mut snapshot = sound();
+    for body in ["three", "four"] {
+        snapshot.published.push(Message { body: body.into(), ..Message::default() });
+        snapshot.dead.push(body.into());
+    }
+    let mut refusal = snapshot.refusals[0].clone();
+    (refusal.id, refusal.fold, refusal.request_id) = (Uuid::from_u128(8), Some(FOLD), Some("r8".into()));
+    snapshot.refusals.push(refusal);
+    snapshot.folds.push(Fold {
+        id: FOLD,
+        principal: "unidentified".into(),
+        identity: None,
+        code: "invalid_arn".into(),
+        count: 2,
+        forgotten: 1,
+    });
+    let folded = json!({"count": 2, "code": "invalid_arn"});
+    let details = json!({"principal": "unidentified", "identity": null, "policy": "allow-all", "folded": folded});
+    snapshot.audit.push(entry(FOLD, 1, "refused", details));
+    let mut event = event(FOLD, "rejected", "unknown", "");
+    let mut body = event.json();
+    (body["data"]["job"]["request_id"], body["data"]["folded"]) = (Value::Null, folded);
+    event.body = body.to_string().into_bytes();
+    snapshot.events.push(event);
+    snapshot
+}
+
+#[test]
+fn folds_that_are_miscounted_or_not_told_of_are_found() {
+    assert_eq!(violations(&folded()), [""; 0]);
+    let spoilt = |invariant: &str, spoil: fn(&mut Snapshot)| {
+        let mut snapshot = folded();
+        spoil(&mut snapshot);
+        let found = violations(&snapshot);
+        assert!(found.iter().any(|one| one.starts_with(invariant)), "{invariant} is not found in {found:?}");
+    };
+    spoilt("I1", |s| s.folds[0].forgotten = 0);
+    spoilt("I1", |s| s.folds[0].count = 3);
+    spoilt("I1", |s| drop(s.refusals.pop()));
+    spoilt("I3", |s| drop(s.events.pop()));
+    spoilt("I3", |s| s.refusals[1].fold = None);
+    spoilt("I3", |s| (s.folds[0].count, s.folds[0].forgotten) = (3, 2));
+    spoilt("I4", |s| drop(s.audit.pop()));
+    spoilt("I4", |s| s.folds[0].principal = "other".into());
 }
 
 #[test]

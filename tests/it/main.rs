@@ -17,6 +17,7 @@ mod dry_run;
 mod dsm_jobs;
 mod dsm_source;
 mod failed;
+mod floods;
 mod happy;
 mod kills;
 mod kms_keys;

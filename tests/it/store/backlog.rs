@@ -1,16 +1,24 @@
 //! The count of waiting jobs is exact, however jobs end and whoever folds.
 
 use super::given::{
-    LEASE, SIGNATURE_LIFE, accept, arn, claim, job, job_with, put_back, retry, settle, succeeded, value,
+    LEASE, REGION, SIGNATURE_LIFE, accept, arn, claim, job, job_with, put_back, retry, settle, succeeded, value,
 };
 use crate::support::db::TestDb;
 use keyferry::store::{Cancelled, Candidate, FOLD_PAGE, NewJob, RetryState, Store, statements};
 use serde_json::json;
+use std::collections::HashMap;
 use std::time::Duration;
 use time::format_description::well_known::Rfc3339;
 
+/// Of all keys here.
+const ACCOUNT: &str = "111122223333";
+
 async fn waiting(store: &Store, principal: &str) -> i64 {
     store.waiting(&[principal, "nobody"]).await.unwrap().get(principal).copied().unwrap_or(0)
+}
+
+async fn lanes(store: &Store) -> HashMap<(String, String), i64> {
+    store.lanes_waiting(&[(ACCOUNT, REGION), (ACCOUNT, "elsewhere")]).await.unwrap()
 }
 
 fn of(principal: &str, job: NewJob) -> NewJob {
@@ -34,6 +42,11 @@ async fn what_waits_is_counted_whatever_becomes_of_it() {
             assert_eq!(store.fold_backlog(0).await.unwrap().count, 3);
         }
         assert_eq!((waiting(&store, "a").await, waiting(&store, "b").await), (5, 4));
+        assert_eq!(lanes(&store).await, [((ACCOUNT.to_owned(), REGION.to_owned()), 9)].into());
+        // One has not joined its line yet, and nothing is known of a key that nobody has named.
+        let lines = store.lines_waiting(&[0, 9, 10].map(|n| arn(n).to_string())).await.unwrap();
+        assert_eq!(lines, [(arn(0).to_string(), 1), (arn(9).to_string(), 0)].into());
+        assert_eq!(store.backlog().await.unwrap(), if folded { 9 } else { 0 });
     }
     // Neither does an attempt that does not end its job, nor the end of one whose lease was taken over, nor an end that
     // is written again.
@@ -52,7 +65,7 @@ async fn what_waits_is_counted_whatever_becomes_of_it() {
         [Cancelled::Ended, Cancelled::EndedBefore { state: "failed".into(), code: Some("cancelled".into()) }]
     {
         assert_eq!(store.cancel(&[later.id], "op").await.unwrap(), [cancelled]);
-        assert!(store.waiting(&["a", "b"]).await.unwrap().is_empty());
+        assert!(store.waiting(&["a", "b"]).await.unwrap().is_empty() && lanes(&store).await.is_empty());
     }
     store.fold_backlog(0).await.unwrap();
     let rows = client.query("select principal, waiting from backlog order by 1", &[]).await.unwrap();
@@ -143,6 +156,8 @@ async fn the_count_is_exact_in_every_snapshot() {
         const BOTH: &str = "
             select (select coalesce(sum(waiting), 0) from backlog)::bigint
                      + (select coalesce(sum(change), 0) from backlog_change)::bigint,
+                   (select coalesce(sum(waiting), 0) from lane_backlog)::bigint
+                     + (select coalesce(sum(change), 0) from backlog_change where account is not null)::bigint,
                    (select count(*) from job where state = 'waiting')";
         for _ in 0..60 {
             let transaction = client
@@ -152,7 +167,8 @@ async fn the_count_is_exact_in_every_snapshot() {
                 .await
                 .unwrap();
             let row = transaction.query_one(BOTH, &[]).await.unwrap();
-            assert_eq!(row.get::<_, i64>(0), row.get::<_, i64>(1));
+            assert_eq!(row.get::<_, i64>(0), row.get::<_, i64>(2));
+            assert_eq!(row.get::<_, i64>(1), row.get::<_, i64>(2));
             transaction.commit().await.unwrap();
         }
     };

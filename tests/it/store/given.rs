@@ -258,7 +258,17 @@ pub async fn contents(client: &Client) -> String {
     let mut all = Vec::new();
     for table in ["line", "job", "progress", "future", "kms_key", "kms_material", "request", "refusal", "outbox"]
         .into_iter()
-        .chain(["audit_entry", "source_key", "urgent", "cancellation", "failed_choice", "backlog_change"])
+        .chain([
+            "audit_entry",
+            "source_key",
+            "urgent",
+            "cancellation",
+            "failed_choice",
+            "backlog_change",
+            "refusal_meter",
+            "refusal_fold",
+            "refusal_folded",
+        ])
     {
         let query = format!("select coalesce(string_agg(t::text, E'\\n' order by t::text), '') from {table} as t");
         all.push(format!("-- {table}\n{}", value::<String>(client, &query, &[]).await));

@@ -7,6 +7,7 @@ mod bisection;
 mod cancel;
 mod claim;
 mod connection;
+mod floods;
 mod given;
 mod hold;
 mod keys;

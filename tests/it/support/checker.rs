@@ -2,7 +2,7 @@
 
 use super::broker::Message;
 use super::fake::WORKER;
-use super::snapshot::{Job, Secret, Snapshot, SourceKey};
+use super::snapshot::{Fold, Job, Refusal, Secret, Snapshot, SourceKey};
 use base64::Engine as _;
 use base64::engine::general_purpose::{STANDARD, STANDARD_NO_PAD, URL_SAFE_NO_PAD};
 use serde_json::{Value, json};
@@ -55,7 +55,8 @@ fn every_message_has_one_end(snapshot: &Snapshot, found: &mut Vec<String>) {
     let different: BTreeSet<&Message> = snapshot.published.iter().collect();
     // A retry is no message's.
     let jobs: Vec<&Job> = snapshot.jobs.iter().filter(|job| job.retry_of.is_none()).collect();
-    let rows = jobs.len() + snapshot.refusals.len();
+    let refusals = snapshot.refusals.len() + snapshot.folds.iter().map(|fold| size(fold.forgotten)).sum::<usize>();
+    let rows = jobs.len() + refusals;
     if rows + snapshot.respelt != different.len() + snapshot.redriven {
         found.push(format!(
             "I1: {} different messages ({} of them respelt, {} redriven), but {} jobs and {} refusals",
@@ -63,8 +64,14 @@ fn every_message_has_one_end(snapshot: &Snapshot, found: &mut Vec<String>) {
             snapshot.respelt,
             snapshot.redriven,
             jobs.len(),
-            snapshot.refusals.len()
+            refusals
         ));
+    }
+    for fold in &snapshot.folds {
+        let rows = snapshot.refusals.iter().filter(|refusal| refusal.fold == Some(fold.id)).count();
+        if rows + size(fold.forgotten) != size(fold.count) {
+            found.push(format!("I1: {fold:?} has {rows} refusals"));
+        }
     }
     let mut ids = HashSet::new();
     for job in &snapshot.jobs {
@@ -91,11 +98,18 @@ fn every_message_has_one_end(snapshot: &Snapshot, found: &mut Vec<String>) {
         .filter(|message| dead.contains(message.body.as_slice()))
         .map(|message| message.body.as_slice())
         .collect();
-    if refused_bodies.len() > snapshot.refusals.len()
-        || (dead.is_empty() && snapshot.refusals.len() > snapshot.redriven)
-    {
-        found.push(format!("I1: {} refusals, {} different dead letters", snapshot.refusals.len(), dead.len()));
+    if refused_bodies.len() > refusals || (dead.is_empty() && refusals > snapshot.redriven) {
+        found.push(format!("I1: {refusals} refusals, {} different dead letters", dead.len()));
     }
+}
+
+fn size(count: i64) -> usize {
+    usize::try_from(count).unwrap_or_default()
+}
+
+/// Refusals that have an entry and an event of their own.
+fn told(snapshot: &Snapshot) -> impl Iterator<Item = &Refusal> {
+    snapshot.refusals.iter().filter(|refusal| refusal.fold.is_none())
 }
 
 /// I1: one job of a line after the other, in the order of their places; urgent ones in theirs. A cancelled or abandoned job
@@ -318,8 +332,10 @@ fn every_outcome_was_told(snapshot: &Snapshot, found: &mut Vec<String>) {
         told.entry(id).or_default().push(body);
     }
     let outcomes = snapshot.jobs.iter().map(|job| (job.id, job.state.clone(), Some(job.request_id.clone())));
-    let refused = snapshot.refusals.iter().map(|one| (one.id, "rejected".to_owned(), one.request_id.clone()));
-    for (id, state, request_id) in outcomes.chain(refused) {
+    let refused = self::told(snapshot).map(|one| (one.id, "rejected".to_owned(), one.request_id.clone()));
+    let folded = snapshot.folds.iter().map(|fold| (fold.id, "rejected".to_owned(), None));
+    let counts: BTreeMap<Uuid, &Fold> = snapshot.folds.iter().map(|fold| (fold.id, fold)).collect();
+    for (id, state, request_id) in outcomes.chain(refused).chain(folded) {
         let copies = told.remove(&id.to_string()).unwrap_or_default();
         let Some(first) = copies.first() else {
             found.push(format!("I3: no event tells that request {request_id:?} {state}"));
@@ -328,7 +344,8 @@ fn every_outcome_was_told(snapshot: &Snapshot, found: &mut Vec<String>) {
         if copies.iter().any(|copy| copy != first) {
             found.push(format!("I3: the copies of event {id} differ"));
         }
-        if first["type"] != format!("io.keyferry.job.{state}")
+        if !tells_how_many(&first["data"], counts.get(&id).copied())
+            || first["type"] != format!("io.keyferry.job.{state}")
             || first["data"]["job"]["state"] != state
             || first["data"]["job"]["request_id"] != serde_json::json!(request_id)
         {
@@ -336,6 +353,12 @@ fn every_outcome_was_told(snapshot: &Snapshot, found: &mut Vec<String>) {
         }
     }
     found.extend(told.keys().map(|id| format!("I3: the event {id} tells of nothing that is on record")));
+}
+
+/// Whether an event or an entry counts just the refusals of a fold; without a fold, none.
+fn tells_how_many(told: &Value, fold: Option<&Fold>) -> bool {
+    let folded = &told["folded"];
+    fold.map_or(folded.is_null(), |fold| folded["count"] == fold.count && folded["code"] == fold.code.as_str())
 }
 
 /// I4: entries are numbered without gaps, their bytes are canonical, and every change has its own.
@@ -390,11 +413,22 @@ fn the_audit_trail_is_whole(snapshot: &Snapshot, found: &mut Vec<String>) {
             found.push(format!("I4: request {}, {}: its trail is {kinds:?}", job.request_id, job.state));
         }
     }
-    for refusal in &snapshot.refusals {
+    for fold in &snapshot.folds {
+        let trail = trails.remove(&fold.id).unwrap_or_default();
+        let is_whole = trail.len() == 1
+            && trail[0]["kind"] == "refused"
+            && tells_how_many(&trail[0]["details"], Some(fold))
+            && tells_who(&trail[0], &fold.principal, fold.identity.as_ref());
+        if !is_whole {
+            found.push(format!("I4: {fold:?} has the trail {trail:?}"));
+        }
+    }
+    for refusal in told(snapshot) {
         let trail = trails.remove(&refusal.id).unwrap_or_default();
         let is_whole = trail.len() == 1
             && trail[0]["kind"] == "refused"
             && trail[0]["details"]["code"] == refusal.code
+            && tells_how_many(&trail[0]["details"], None)
             && trail[0]["details"]["identity_verified"] == refusal.identity_verified
             && tells_who(&trail[0], &refusal.principal, refusal.identity.as_ref());
         if !is_whole {
@@ -464,7 +498,7 @@ fn the_audit_trail_tells_who_asked(snapshot: &Snapshot, found: &mut Vec<String>)
             found.push(format!("I4: request {}: its trail does not tell by whom and by which policy", job.request_id));
         }
     }
-    for refusal in &snapshot.refusals {
+    for refusal in told(snapshot) {
         let entry = snapshot.audit.iter().find(|entry| entry.subject == refusal.id);
         let entry: Value = entry.and_then(|entry| serde_json::from_str(&entry.text).ok()).unwrap_or_default();
         if !tells_who(&entry, &refusal.principal, refusal.identity.as_ref())

@@ -59,6 +59,20 @@ pub struct Refusal {
     pub code: String,
     pub field: Option<String>,
     pub message: String,
+    /// The fold that tells of it; `None`: it is told of by itself.
+    pub fold: Option<Uuid>,
+}
+
+/// A fold's row.
+#[derive(Clone, Debug)]
+pub struct Fold {
+    pub id: Uuid,
+    pub principal: String,
+    pub identity: Option<String>,
+    pub code: String,
+    pub count: i64,
+    /// Those of them that have no row.
+    pub forgotten: i64,
 }
 
 /// An audit entry.
@@ -162,6 +176,7 @@ pub struct Snapshot {
     pub redriven: usize,
     pub jobs: Vec<Job>,
     pub refusals: Vec<Refusal>,
+    pub folds: Vec<Fold>,
     pub audit: Vec<Entry>,
     pub source_keys: Vec<SourceKey>,
     /// SHA-256 of the material of keys on KMIP servers, by connection and identifier.
@@ -189,19 +204,29 @@ impl Snapshot {
             let count: i64 = client.query_one(&format!("select count(*) from {table}"), &[]).await.unwrap().get(0);
             left.insert(table.to_owned(), count);
         }
-        // Of each principal, how far the count of its waiting jobs is off.
+        // Of each principal, and of each account and Region, how far the count of its waiting jobs is off.
         let off = "
             select coalesce(sum(abs(off)), 0)::bigint from (
                 select sum(waiting) as off from (
                     select principal, waiting from backlog union all select principal, change from backlog_change
                     union all select principal, -1 from job where state = 'waiting') as known
-                group by principal) as each";
+                group by principal
+                union all
+                select sum(waiting) from (
+                    select account, region, waiting from lane_backlog
+                    union all select account, region, change from backlog_change where account is not null
+                    union all select split_part(arn, ':', 5), split_part(arn, ':', 4), -1
+                    from job join kms_key on kms_key.id = job.kms_key_id where job.state = 'waiting') as known
+                group by account, region) as each";
         left.insert("the backlog's count".into(), client.query_one(off, &[]).await.unwrap().get(0));
+        let untold = "select count(*) from refusal_fold where told_at is null";
+        left.insert("folds".into(), client.query_one(untold, &[]).await.unwrap().get(0));
         let holds = client.query("select id from hold", &[]).await.unwrap();
         Self {
             holds: holds.iter().map(|row| row.get(0)).collect(),
             jobs: jobs(client).await,
             refusals: refusals(client).await,
+            folds: folds(client).await,
             audit: audit(client).await,
             source_keys: source_keys(client, store, kek).await,
             materials: materials(client).await,
@@ -249,10 +274,11 @@ pub async fn jobs(client: &Client) -> Vec<Job> {
         .collect()
 }
 
-/// All refusals, oldest first.
+/// All refusals that are remembered, oldest first.
 pub async fn refusals(client: &Client) -> Vec<Refusal> {
     let sql = "
-        select id, request_id, code, field, message, principal, identity, identity_verified from refusal order by id";
+        select id, request_id, code, field, message, principal, identity, identity_verified, fold_id
+        from refused order by id";
     let rows = client.query(sql, &[]).await.unwrap();
     rows.iter()
         .map(|row| Refusal {
@@ -264,6 +290,22 @@ pub async fn refusals(client: &Client) -> Vec<Refusal> {
             principal: row.get(5),
             identity: row.get(6),
             identity_verified: row.get(7),
+            fold: row.get(8),
+        })
+        .collect()
+}
+
+async fn folds(client: &Client) -> Vec<Fold> {
+    let sql = "select id, principal, identity, code, count, forgotten from refusal_fold order by id";
+    let rows = client.query(sql, &[]).await.unwrap();
+    rows.iter()
+        .map(|row| Fold {
+            id: row.get(0),
+            principal: row.get(1),
+            identity: row.get(2),
+            code: row.get(3),
+            count: row.get(4),
+            forgotten: row.get(5),
         })
         .collect()
 }

@@ -701,9 +701,15 @@ impl World {
     /// Waits until nothing waits, stops all workers in order, and judges everything.
     pub async fn finish(mut self) {
         let open = "select (select count(*) from outbox) + (select count(*) from line where due_at is not null)
-                    + (select count(*) from future) + (select count(*) from progress)";
+                    + (select count(*) from future) + (select count(*) from progress)
+                    + (select count(*) from refusal_fold where told_at is null)";
         for round in 0.. {
             assert!(round < 5, "messages come back with every stop");
+            eventually("all messages are decided", || async { (self.left().await == 0).then_some(()) }).await;
+            if self.count("select count(*) from refusal_fold where told_at is null").await > 0 {
+                // Their minute is over then.
+                self.db.advance(Duration::from_secs(60)).await;
+            }
             eventually("everything is drained", || async {
                 (self.left().await == 0 && self.count(open).await == 0).then_some(())
             })
@@ -719,7 +725,7 @@ impl World {
             }
             self.serve().await;
         }
-        let refused = self.count("select count(*) from refusal").await;
+        let refused = self.count("select count(*) from refused").await;
         self.dead_letters(usize::from(usize::try_from(refused).unwrap() > self.redriven)).await;
         let found = violations(&self.snapshot().await);
         assert!(found.is_empty(), "invariants are broken:\n{}", found.join("\n"));
