@@ -34,5 +34,7 @@ mod support;
 mod takeover;
 mod telemetry;
 mod tls;
+#[cfg(feature = "otlp")]
+mod traces;
 mod transports;
 mod wrapping;
