@@ -41,7 +41,7 @@
 //! | [`worker`] | drives a job | the above except `ingress`, `intake`, `outbox` |
 //! | [`topology`] | RabbitMQ's queues as data | - |
 //! | [`words`] | closed sets of words | - |
-//! | [`config`], [`telemetry`] | settings; logs, metrics, admin HTTP | `policy`; `config`, `words` |
+//! | [`config`], [`telemetry`] | settings; logs, metrics, traces, admin HTTP | `policy`; `config`, `tls`, `words` |
 //! | [`app`], [`cli`] | composition; commands | all |
 //!
 //! `aws_*`, `lapin` and `tokio_postgres` types stay in the rooms that talk to these systems.

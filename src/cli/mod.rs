@@ -167,12 +167,14 @@ async fn run(cli: Cli) -> Result<(), Failed> {
         Command::Serve(Serve { migrate }) => {
             // First of all: without a handler the signal ends the process.
             let hang_up = signal(SignalKind::hangup())?;
-            start_logs(&loaded.settings.log)
+            let logs = start_logs(&loaded.settings.log)
                 .map_err(|error| anyhow::anyhow!("the setting log.filter is wrong: {error}"))?;
             if migrate {
                 store::migrate(loaded.owner_url()?, &loaded.settings.database).await.context("migrating")?;
             }
-            app::serve(&loaded, stop_signal()?, hang_up).await?;
+            let served = app::serve(&loaded, stop_signal()?, hang_up).await;
+            logs.end().await;
+            served?;
         }
         Command::Migrate => {
             let migrated = store::migrate(loaded.owner_url()?, &loaded.settings.database).await?;

@@ -1,14 +1,83 @@
 //! The log: one line an event, human or JSON, on standard error.
+//!
+//! Fields have dotted names, `job.id`, `kms.key.arn`, `error.code`; times have their unit in the name. Nothing of a
+//! message's body and no key byte is ever a field.
 
 use crate::config::{Log, LogFormat};
+use std::io::IsTerminal as _;
+use tracing::Span;
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::fmt::layer;
+use tracing_subscriber::prelude::*;
+use tracing_subscriber::registry::LookupSpan;
+
+/// What has been started.
+#[derive(Debug)]
+pub struct Logs {
+    #[cfg(feature = "otlp")]
+    exporting: Option<super::otlp::Exporting>,
+}
+
+/// Why it cannot be.
+type Fault = Box<dyn std::error::Error + Send + Sync>;
 
 /// Starts logging for the process. The error says what is wrong with `log.filter`.
-pub fn start_logs(log: &Log) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+pub fn start_logs(log: &Log) -> Result<Logs, Fault> {
     let filter = EnvFilter::try_new(&log.filter)?;
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
-    match log.format {
-        LogFormat::Human => builder.with_target(false).try_init(),
-        LogFormat::Json => builder.json().flatten_event(true).try_init(),
+    #[cfg(feature = "otlp")]
+    {
+        let exporting = super::otlp::Exporting::start()?;
+        let spans = exporting.as_ref().map(|exporting| {
+            let ours = tracing_subscriber::filter::filter_fn(|about| {
+                about.is_span() && about.target().starts_with("keyferry")
+            });
+            tracing_opentelemetry::layer()
+                .with_tracer(exporting.tracer())
+                .with_location(false)
+                .with_threads(false)
+                .with_filter(ours)
+        });
+        // Each with its own filter: what is exported does not depend on what is logged.
+        tracing_subscriber::registry().with(spans).with(lines(log.format).with_filter(filter)).try_init()?;
+        Ok(Logs { exporting })
+    }
+    #[cfg(not(feature = "otlp"))]
+    {
+        tracing_subscriber::registry().with(filter).with(lines(log.format)).try_init()?;
+        Ok(Logs {})
+    }
+}
+
+impl Logs {
+    /// Nothing of it is lost at the end of the process.
+    #[cfg_attr(not(feature = "otlp"), expect(clippy::unused_async, reason = "what is exported has to be waited for"))]
+    pub async fn end(self) {
+        #[cfg(feature = "otlp")]
+        if let Some(exporting) = self.exporting {
+            exporting.end().await;
+        }
+    }
+}
+
+/// A span becomes a part of the trace that a message brought, where traces are exported.
+pub fn follow(span: &Span, traceparent: Option<&str>) {
+    #[cfg(feature = "otlp")]
+    if let Some(traceparent) = traceparent
+        && !span.is_disabled()
+    {
+        super::otlp::follow(span, traceparent);
+    }
+    #[cfg(not(feature = "otlp"))]
+    let _ = (span, traceparent);
+}
+
+fn lines<S>(format: LogFormat) -> Box<dyn tracing_subscriber::Layer<S> + Send + Sync>
+where
+    S: tracing::Subscriber + for<'span> LookupSpan<'span>,
+{
+    let lines = layer().with_writer(std::io::stderr);
+    match format {
+        LogFormat::Human => lines.with_target(false).with_ansi(std::io::stderr().is_terminal()).boxed(),
+        LogFormat::Json => lines.json().flatten_event(true).with_current_span(false).with_span_list(false).boxed(),
     }
 }

@@ -19,7 +19,7 @@ use crate::store::{
     ClaimedJob, FOLD_PAGE, FOLDS_PAGE, Hold, JOIN_PAGE, Prepared, Scan, Settled, Settlement, SettlementKind, Step,
     Store, StoreError, bisect,
 };
-use crate::telemetry::{Health, Metrics, Part};
+use crate::telemetry::{Health, Metrics, Part, follow};
 use attempt::Attempt;
 use batcher::Batcher;
 use futures_util::FutureExt as _;
@@ -237,6 +237,7 @@ impl Pool {
             let span = tracing::debug_span!(
                 "attempt", otel.kind = "consumer", job.id = %job.id, job.attempt = job.attempt, kms.key.arn = %job.key
             );
+            follow(&span, job.traceparent.as_deref());
             let fallback = attempt::Broken::of(&job);
             // A job that panics is this job's failure, not the worker's.
             let end = AssertUnwindSafe(attempt.run(job).instrument(span))

@@ -39,5 +39,7 @@ mod support;
 mod takeover;
 mod telemetry;
 mod tls;
+#[cfg(feature = "otlp")]
+mod traces;
 mod transports;
 mod wrapping;

@@ -7,7 +7,6 @@ use keyferry::audit::Kind;
 use keyferry::job::{FailureCode, RefusalCode};
 use serde_json::{Value, json};
 use std::time::Duration;
-use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 
 /// A word that stands in message bodies and may stand nowhere else.
@@ -20,14 +19,18 @@ async fn a_job_is_seen_in_every_series_that_it_passes() {
     let arn = world.fake.key().await;
     let page = world.workers[0].get("metrics").await.unwrap().1;
     let zero = |series: String| assert!(page.contains(&format!("{series} 0\n")), "{series} is not there at zero");
-    FailureCode::ALL.iter().for_each(|code| {
-        zero(format!("keyferry_jobs_finished_total{{code=\"{}\",outcome=\"failed\"}}", code.as_str()))
-    });
-    RefusalCode::ALL.iter().for_each(|code| zero(format!("keyferry_refusals_total{{code=\"{}\"}}", code.as_str())));
-    Kind::ALL.iter().for_each(|kind| zero(format!("keyferry_audit_entries_total{{kind=\"{}\"}}", kind.as_str())));
+    for code in FailureCode::ALL {
+        zero(format!("keyferry_jobs_finished_total{{code=\"{}\",outcome=\"failed\"}}", code.as_str()));
+    }
+    for code in RefusalCode::ALL {
+        zero(format!("keyferry_refusals_total{{code=\"{}\"}}", code.as_str()));
+    }
+    for kind in Kind::ALL {
+        zero(format!("keyferry_audit_entries_total{{kind=\"{}\"}}", kind.as_str()));
+    }
     zero("keyferry_aws_calls_total{operation=\"ImportKeyMaterial\",result=\"throttled\"}".into());
 
-    let valid_to = (OffsetDateTime::now_utc() + Duration::from_secs(3 * 86_400)).replace_nanosecond(0).unwrap();
+    let valid_to = (world.now().await + Duration::from_secs(3 * 86_400)).replace_nanosecond(0).unwrap();
     let fields = json!({
         "source_key_identifier": "payroll", "key_expiration": true, "valid_to": valid_to.format(&Rfc3339).unwrap()
     });

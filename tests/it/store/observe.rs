@@ -124,7 +124,7 @@ async fn what_is_put_on_record_is_counted_once_it_is_committed() {
     let db = TestDb::create().await;
     let (store, admin) = (db.store().await, db.client().await);
     let refused = Candidate::Refusal(refusal("r1", RefusalCode::NotAllowed));
-    store.accept(&[refused.clone()]).await.unwrap();
+    store.accept(std::slice::from_ref(&refused)).await.unwrap();
     store.accept(&[refused]).await.unwrap();
     accept(&store, &[job("one", &arn(1)), job("two", &arn(2))]).await;
     let jobs = claim(&store, 8).await;

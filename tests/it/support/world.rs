@@ -205,6 +205,8 @@ pub struct World {
     secrets: Vec<Secret>,
     dsm_keys: BTreeMap<String, String>,
     directory: TempDir,
+    /// Variables of all processes that start from now on.
+    pub environment: Vec<(&'static str, String)>,
 }
 
 impl World {
@@ -256,6 +258,7 @@ impl World {
             secrets: vec![Secret { name: "the key-encryption key".into(), bytes: bytes.to_vec() }],
             dsm_keys: BTreeMap::new(),
             directory,
+            environment: Vec::new(),
         };
         world.write("kek", &world.kek);
         world.write("keyferry.toml", &world.settings(tuning));
@@ -380,6 +383,7 @@ impl World {
             .env("AWS_CONFIG_FILE", "/dev/null")
             .env("AWS_SHARED_CREDENTIALS_FILE", "/dev/null")
             .env("AWS_EC2_METADATA_DISABLED", "true")
+            .envs(self.environment.iter().map(|(name, value)| (*name, value)))
             .current_dir(self.directory.path())
             .arg("--config")
             .arg(self.path("keyferry.toml"));
