@@ -148,18 +148,20 @@ impl Desk<'_> {
         if lines.iter().all(is_done) { Ok(()) } else { Err(Failed::Said) }
     }
 
-    /// In short transactions, and no further than the job that is the newest now: retries belong to the batch too.
+    /// In short transactions, and nothing that was accepted since this began: retries belong to the batch too, and those that
+    /// fail at once would be retried without end.
     async fn batch(&self, batch: String, code: Option<&str>, output: Output) -> Result<(), Failed> {
-        let Some(newest) = self.store.last_of_batch(&batch).await? else {
-            return Err(anyhow::anyhow!("no job is of the batch {batch}; see keyferry jobs list").into());
-        };
+        let start = self.store.now().await?;
         let counts = self.store.batch_counts(&batch).await?;
+        if counts.is_empty() {
+            return Err(anyhow::anyhow!("no job is of the batch {batch}; see keyferry jobs list").into());
+        }
         let is_meant = |(state, why): &(String, String)| state == "failed" && code.is_none_or(|code| code == why);
         let bar = progress_bar(counts.iter().filter(|(end, _)| is_meant(end)).map(|(_, count)| count).sum(), "jobs");
         let (mut retried, mut last) = (0, Uuid::nil());
         let mut left: BTreeMap<No, u64> = BTreeMap::new();
         loop {
-            let page = self.store.failed_of_batch(&batch, code, last, newest).await?;
+            let page = self.store.failed_of_batch(&batch, code, last, start).await?;
             let Some(end) = page.last() else { break };
             last = *end;
             for became in self.page(&page).await? {

@@ -136,33 +136,25 @@ impl Store {
         .await
     }
 
-    /// Failed jobs of a batch that were not retried, the oldest first, after `after` and up to `last`; with one code only
-    /// if one is given.
+    /// Failed jobs of a batch that were not retried and were accepted before `before`, in the order of their ids, after
+    /// `after`; with one code only if one is given.
     pub async fn failed_of_batch(
         &self,
         batch: &str,
         code: Option<&str>,
         after: Uuid,
-        last: Uuid,
+        before: OffsetDateTime,
     ) -> Result<Vec<Uuid>, StoreError> {
         const READ: &str = "
             select id from job
-            where batch = $1 and id > $2 and id <= $3 and state = 'failed' and ($4::text is null or error ->> 'code' = $4)
+            where batch = $1 and id > $2 and accepted_at < $3 and state = 'failed' and ($4::text is null or error ->> 'code' = $4)
               and not exists (select from job as retry where retry.retry_of = job.id)
             order by batch, id limit $5";
         let most = i64::try_from(RETRY_PAGE).unwrap_or(i64::MAX);
         let client = self.client().await?;
         let read = client.prepare_cached(READ).await?;
-        let rows = client.query(&read, &[&batch, &after, &last, &code, &most]).await?;
+        let rows = client.query(&read, &[&batch, &after, &before, &code, &most]).await?;
         Ok(rows.iter().map(|row| row.get(0)).collect())
-    }
-
-    /// The newest job of a batch, if there is one.
-    pub async fn last_of_batch(&self, batch: &str) -> Result<Option<Uuid>, StoreError> {
-        const READ: &str = "select id from job where batch = $1 order by batch desc, id desc limit 1";
-        let client = self.client().await?;
-        let read = client.prepare_cached(READ).await?;
-        Ok(client.query_opt(&read, &[&batch]).await?.map(|row| row.get(0)))
     }
 
     /// Makes up to [`RETRY_PAGE`] retries in one transaction; what became of each, in their order. Each has the time that

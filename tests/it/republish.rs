@@ -47,14 +47,14 @@ async fn lived_in() -> World {
 #[tokio::test]
 async fn every_event_is_published_again_byte_for_byte() {
     let mut world = lived_in().await;
-    let first = by_id(&world.events().await);
+    let first = by_id(world.events().await);
     assert_eq!((first.len(), first.values().map(Vec::len).sum::<usize>()), (7, 7));
     let dry = world.run(&["events", "republish", "--since", "1h", "--dry-run", "--json"]).await;
     assert!(dry.json()["events"] == 7 && dry.json()["republication"].is_null(), "{dry:?}");
     let ran = world.run(&["events", "republish", "--since", "1h", "--json"]).await;
     assert!(ran.code == Some(0) && ran.json()["events"] == 7, "{ran:?}");
     world.until("all are told", "select count(*) from outbox", 0).await;
-    let both = by_id(&world.events().await);
+    let both = by_id(world.events().await);
     assert_eq!(both.len(), 7);
     for (id, copies) in &both {
         assert_eq!(copies.len(), 2, "{id}");
