@@ -110,7 +110,7 @@ struct Redrive {
 
 /// A point in time, or one that lies so far back.
 #[derive(Clone, Copy, Debug)]
-enum Since {
+pub(super) enum Since {
     Time(OffsetDateTime),
     Age(Duration),
 }
@@ -222,7 +222,7 @@ impl Filter {
 }
 
 impl Since {
-    fn at(self, now: OffsetDateTime) -> OffsetDateTime {
+    pub(super) fn at(self, now: OffsetDateTime) -> OffsetDateTime {
         match self {
             Self::Time(time) => time,
             Self::Age(age) => now - age,
@@ -565,7 +565,7 @@ fn codes() -> PossibleValuesParser {
     PossibleValuesParser::new(RefusalCode::ALL.iter().map(|code| code.as_str()))
 }
 
-fn since(text: &str) -> Result<Since, String> {
+pub(super) fn since(text: &str) -> Result<Since, String> {
     OffsetDateTime::parse(text, &Rfc3339)
         .map(Since::Time)
         .or_else(|_| duration(text).map(Since::Age))

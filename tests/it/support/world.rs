@@ -109,6 +109,11 @@ pub struct Worker {
 }
 
 impl Worker {
+    /// Where its admin port is.
+    pub fn address(&self) -> &str {
+        &self.address
+    }
+
     /// The body and status of `/readyz`.
     pub async fn ready(&self) -> Option<(u16, String)> {
         self.get("readyz").await
