@@ -5,6 +5,9 @@
 
 mod address;
 mod attempt;
+mod refusal;
+
+pub use refusal::Refusal;
 
 use crate::config::{ConfigError, RabbitMq};
 use crate::tls::{self, Fault, FileError, Files, OwnFiles};

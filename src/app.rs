@@ -73,9 +73,22 @@ pub async fn open_store(loaded: &Loaded) -> Result<Store, StartError> {
     Ok(store)
 }
 
+/// The key-encryption key of the settings.
+pub fn open_kek(loaded: &Loaded) -> Result<Kek, ConfigError> {
+    Kek::parse(loaded.kek()?.expose_secret()).map_err(|error| match &loaded.settings.keys.kek_file {
+        Some(path) => {
+            ConfigError::Unusable { name: "keys.kek_file".into(), path: path.clone(), reason: error.to_string() }
+        }
+        None => ConfigError::Invalid {
+            name: "keys.kek".into(),
+            expected: "32 bytes as base64 or 64 hex digits; make them with: openssl rand -base64 32",
+        },
+    })
+}
+
 /// The keys of the local tier; refuses a key-encryption key that did not seal this store.
 pub async fn open_keyring(loaded: &Loaded, store: &Store) -> Result<Keyring, StartError> {
-    let kek = Kek::parse(loaded.kek()?.expose_secret())?;
+    let kek = open_kek(loaded)?;
     let first = Keyring::new_fingerprint_key(&kek)?;
     let stored = store.fingerprint_key(&first).await?;
     Ok(Keyring::open(kek, &stored)?)

@@ -3,14 +3,18 @@
 mod dsm;
 mod identity;
 mod intake;
+mod place;
 mod policy;
 mod sqs;
+mod template;
 
 pub use dsm::{DsmConnection, DsmProtocol};
 pub use identity::{Identity, IdentityProof, Senders};
 pub use intake::Intake;
+pub use place::place;
 pub use policy::PolicySource;
 pub use sqs::{Sqs, Transport};
+pub use template::{Filled, template};
 
 use crate::policy::{Policy, Proof};
 use figment::Figment;
@@ -269,6 +273,11 @@ impl Loaded {
         Ok(loaded)
     }
 
+    /// The settings file. It need not be there: then the environment says it all.
+    pub fn file(&self) -> &Path {
+        &self.file
+    }
+
     /// `database.url`.
     pub fn database_url(&self) -> Result<&str, ConfigError> {
         self.need("database.url", self.settings.database.url.as_ref())
@@ -435,8 +444,7 @@ impl Loaded {
     }
 
     fn missing(&self, name: &'static str) -> ConfigError {
-        let variable = format!("KEYFERRY_{}", name.to_uppercase().replace('.', "__"));
-        ConfigError::Missing { name, file: self.file.clone(), variable }
+        ConfigError::Missing { name, file: self.file.clone(), variable: place::variable(name) }
     }
 
     fn check(&self) -> Result<(), ConfigError> {

@@ -110,6 +110,12 @@ impl Management {
         Ok(impersonators(&users, &rights))
     }
 
+    /// The tags of a user.
+    pub async fn user_tags(&self, user: &str) -> Result<Vec<String>, TopologyError> {
+        let found = self.send(self.client.get(self.url(&["api", "users", user])?)).await?;
+        Ok(tags(&found))
+    }
+
     /// Queues with the names of the policies in force. Without statistics, which come only seconds after a change.
     async fn queues(&self) -> Result<Value, TopologyError> {
         let mut url = self.url(&["api", "queues", &self.vhost])?;
@@ -208,11 +214,7 @@ fn missing_names(settings: &Names<'_>, wanted: &Value, present: &Value) -> Vec<D
 fn impersonators(users: &Value, rights: &Value) -> Vec<Difference> {
     let all = |list: &'_ Value| list.as_array().cloned().unwrap_or_default();
     let with_rights: Vec<Value> = all(rights).iter().map(|right| right["user"].clone()).collect();
-    let is_impersonator = |user: &Value| match &user["tags"] {
-        Value::Array(tags) => tags.iter().any(|tag| tag == "impersonator"),
-        // As older brokers write it.
-        tags => tags.as_str().unwrap_or_default().split(',').any(|tag| tag.trim() == "impersonator"),
-    };
+    let is_impersonator = |user: &Value| tags(user).iter().any(|tag| tag == "impersonator");
     let found = all(users).into_iter().filter(|user| is_impersonator(user) && with_rights.contains(&user["name"]));
     found
         .map(|user| Difference {
@@ -221,6 +223,15 @@ fn impersonators(users: &Value, rights: &Value) -> Vec<Difference> {
             problem: "has the tag impersonator, and can send in any other user's name: take the tag away".into(),
         })
         .collect()
+}
+
+fn tags(user: &Value) -> Vec<String> {
+    let text = |tag: &Value| tag.as_str().unwrap_or_default().trim().to_owned();
+    match &user["tags"] {
+        Value::Array(tags) => tags.iter().map(text).collect(),
+        // As older brokers write it.
+        tags => tags.as_str().unwrap_or_default().split(',').map(|tag| tag.trim().to_owned()).collect(),
+    }
 }
 
 fn has(definitions: &Value, list: &str, name: &str) -> bool {

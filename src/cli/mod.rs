@@ -4,10 +4,15 @@
 //! command line or a setting is wrong, 3 a job that was waited for did not succeed, 4 waiting took too long.
 
 mod abandon;
+mod audit;
 mod cancel;
 mod dead;
+mod doctor;
 mod events;
+mod generated;
+mod health;
 mod hold;
+mod init;
 mod jobs;
 mod keys;
 mod kms_keys;
@@ -21,14 +26,14 @@ mod submit;
 mod topology;
 
 use crate::app::{self, StartError};
-use crate::config::{ConfigError, Loaded, Transport};
+use crate::config::{ConfigError, DEFAULT_FILE, Loaded, Transport, place};
 use crate::source::MaterialFault;
-use crate::store;
+use crate::store::{self, SchemaError, StoreError};
 use crate::telemetry::{Metrics, start_logs};
 use anyhow::Context as _;
 use clap::{Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 use output::Output;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
@@ -40,8 +45,10 @@ use tokio_util::sync::CancellationToken;
     name = "keyferry",
     version,
     after_help = "First steps:\n  \
+        keyferry init               write settings, of which a few places are to be filled in\n  \
         keyferry migrate            bring the database up to date (as its owner)\n  \
         keyferry topology apply     make queues and exchanges\n  \
+        keyferry doctor             see what is wrong, and what to type\n  \
         keyferry keys create ...    make a source key\n  \
         keyferry serve              run the worker\n  \
         keyferry submit ... --wait  ask for an import and follow it\n\n\
@@ -101,6 +108,19 @@ enum Command {
     /// The settings.
     #[command(subcommand)]
     Config(Config),
+    /// The trail of what was done.
+    #[command(subcommand)]
+    Audit(audit::Audit),
+    /// Ask the worker on this host whether it is ready, as a container's health check does.
+    Health(health::Health),
+    /// Look whether everything is there that a worker needs, and say what to type where it is not.
+    Doctor(doctor::Doctor),
+    /// Write the first settings, a policy to begin with, and a key-encryption key.
+    Init(init::Init),
+    /// Print completions for a shell.
+    Completions(generated::Completions),
+    /// Print or write man pages.
+    Man(generated::Man),
 }
 
 #[derive(Debug, Args)]
@@ -161,18 +181,37 @@ pub fn main() -> ExitCode {
 }
 
 async fn run(cli: Cli) -> Result<(), Failed> {
-    let loaded = Loaded::read(cli.config.as_deref())?;
-    let output = Output { json: cli.json };
-    match cli.command {
+    let (output, loaded) = (Output { json: cli.json }, Loaded::read(cli.config.as_deref()));
+    let file = cli.config.unwrap_or_else(|| DEFAULT_FILE.into());
+    // Those that need no settings, or look at what is wrong with them.
+    let command = match cli.command {
+        Command::Init(init) => return init.run(output),
+        Command::Completions(completions) => return completions.run(),
+        Command::Man(man) => return man.run(output),
+        Command::Doctor(doctor) => return Box::pin(doctor.run(loaded, output)).await,
+        command => command,
+    };
+    let url = if matches!(command, Command::Migrate) { "database.owner_url" } else { "database.url" };
+    let done = match loaded {
+        Ok(loaded) => with_settings(command, &loaded, output).await,
+        Err(error) => Err(error.into()),
+    };
+    done.map_err(|failed| failed.in_place(&file, url))
+}
+
+async fn with_settings(command: Command, loaded: &Loaded, output: Output) -> Result<(), Failed> {
+    match command {
         Command::Serve(Serve { migrate }) => {
             // First of all: without a handler the signal ends the process.
             let hang_up = signal(SignalKind::hangup())?;
-            let logs = start_logs(&loaded.settings.log)
-                .map_err(|error| anyhow::anyhow!("the setting log.filter is wrong: {error}"))?;
+            let logs = start_logs(&loaded.settings.log).map_err(|_| ConfigError::Invalid {
+                name: "log.filter".into(),
+                expected: "a filter such as info or info,keyferry=debug",
+            })?;
             if migrate {
                 store::migrate(loaded.owner_url()?, &loaded.settings.database).await.context("migrating")?;
             }
-            let served = app::serve(&loaded, stop_signal()?, hang_up).await;
+            let served = app::serve(loaded, stop_signal()?, hang_up).await;
             logs.end().await;
             served?;
         }
@@ -183,18 +222,22 @@ async fn run(cli: Cli) -> Result<(), Failed> {
                 applied => format!("applied {}; the schema is at version {}", applied.join(", "), migrated.version),
             });
         }
-        Command::Submit(submit) => submit.run(&loaded, output).await?,
-        Command::Jobs(jobs) => jobs.run(&loaded, output).await?,
-        Command::Dead(dead) => Box::pin(dead.run(&loaded, output)).await?,
-        Command::Events(events) => events.run(&loaded, output).await?,
-        Command::Hold(hold) => hold.run(&loaded, output).await?,
-        Command::Release(release) => release.run(&loaded, output).await?,
-        Command::Keys(keys) => keys.run(&loaded, output).await?,
-        Command::KmsKeys(keys) => keys.run(&loaded, output).await?,
-        Command::Source(source) => source.run(&loaded, output).await?,
-        Command::Policy(policy) => policy.run(&loaded, output)?,
-        Command::Topology(topology) => topology.run(&loaded, output).await?,
-        Command::Config(config) => config.run(&loaded, output)?,
+        Command::Submit(submit) => submit.run(loaded, output).await?,
+        Command::Jobs(jobs) => jobs.run(loaded, output).await?,
+        Command::Dead(dead) => Box::pin(dead.run(loaded, output)).await?,
+        Command::Events(events) => events.run(loaded, output).await?,
+        Command::Hold(hold) => hold.run(loaded, output).await?,
+        Command::Release(release) => release.run(loaded, output).await?,
+        Command::Keys(keys) => keys.run(loaded, output).await?,
+        Command::KmsKeys(keys) => keys.run(loaded, output).await?,
+        Command::Source(source) => source.run(loaded, output).await?,
+        Command::Policy(policy) => policy.run(loaded, output)?,
+        Command::Topology(topology) => topology.run(loaded, output).await?,
+        Command::Config(config) => config.run(loaded, output)?,
+        Command::Audit(audit) => audit.run(loaded, output).await?,
+        Command::Health(health) => health.run(loaded, output).await?,
+        // Done already.
+        Command::Doctor(_) | Command::Init(_) | Command::Completions(_) | Command::Man(_) => {}
     }
     Ok(())
 }
@@ -218,8 +261,7 @@ impl Config {
                     app::open_broker(loaded)?;
                 }
                 warn_of_kek_file(loaded);
-                let kek = loaded.kek()?;
-                crate::source::Kek::parse(secrecy::ExposeSecret::expose_secret(&kek))?;
+                app::open_kek(loaded)?;
                 app::open_dsm(loaded, &Metrics::new()?)?;
                 warn_of_open_files(loaded);
                 let warnings: Vec<&String> = policy.warnings().iter().chain(&unproved).collect();
@@ -305,7 +347,45 @@ fn code(error: &anyhow::Error) -> &'static str {
 }
 
 fn is_setting(error: &anyhow::Error) -> bool {
-    error.downcast_ref::<ConfigError>().is_some() || matches!(error.downcast_ref(), Some(StartError::Config(_)))
+    setting(error).is_some() || matches!(store_error(error), Some(StoreError::Setting { .. }))
+}
+
+fn setting(error: &anyhow::Error) -> Option<&ConfigError> {
+    error.downcast_ref::<ConfigError>().or_else(|| match error.downcast_ref() {
+        Some(StartError::Config(error)) => Some(error),
+        _ => None,
+    })
+}
+
+fn store_error(error: &anyhow::Error) -> Option<&StoreError> {
+    let start = error.downcast_ref();
+    if let Some(StartError::Store(error) | StartError::Schema(SchemaError::Store(error))) = start {
+        return Some(error);
+    }
+    match error.downcast_ref() {
+        Some(SchemaError::Store(error)) => Some(error),
+        _ => error.downcast_ref(),
+    }
+}
+
+impl Failed {
+    /// Says where a setting is to be mended, for errors that know no more than its name, or only what it led to. `url` is
+    /// the setting by which the command reaches Postgres.
+    fn in_place(self, file: &Path, url: &str) -> Self {
+        let Self::Error(error) = self else { return self };
+        let context = match (setting(&error), store_error(&error)) {
+            (Some(ConfigError::Invalid { name, .. }), _) => Some(format!("in {}", place(file, name))),
+            (Some(ConfigError::Unusable { name, .. }), _) => Some(format!("in {}", place(file, name))),
+            (Some(ConfigError::File { name, .. }), _) => Some(format!("in {}", place(file, name))),
+            (_, Some(StoreError::Setting { setting, .. })) => Some(format!("in {}", place(file, setting))),
+            (_, Some(StoreError::Unavailable(_))) => Some(format!("by {url} in {}", place(file, url))),
+            _ => None,
+        };
+        Self::Error(match context {
+            Some(context) => error.context(context),
+            None => error,
+        })
+    }
 }
 
 impl<E: Into<anyhow::Error>> From<E> for Failed {

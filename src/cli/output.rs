@@ -60,6 +60,11 @@ pub(super) fn duration(text: &str) -> Result<Duration, String> {
 
 const EXPECTED: &str = "expected a number of seconds, or one with s, m, h or d, such as 90, 5m, 2h or 30d";
 
+/// Others' words, without what a terminal would take for a command.
+pub(super) fn printable(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
+}
+
 /// A reader that has gone away, as `head` does, is no error.
 fn print(text: &str) {
     let mut out = std::io::stdout().lock();

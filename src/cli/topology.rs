@@ -42,18 +42,9 @@ impl Topology {
     }
 
     async fn rabbitmq(&self, loaded: &Loaded) -> anyhow::Result<Vec<Difference>> {
-        let rabbitmq = &loaded.settings.rabbitmq;
-        let broker = open_broker(loaded)?;
-        let (tls, _) = amqp::identity(rabbitmq)?.current();
-        let management = Management::new(loaded.rabbitmq_api_url()?, broker.vhost(), &tls)?;
-        let names = Names {
-            queue: &rabbitmq.queue,
-            dead_letter_queue: &rabbitmq.dead_letter_queue,
-            exchange: &rabbitmq.exchange,
-        };
-        let own = own_names(&names)?;
         if matches!(self, Self::Apply) {
-            management.apply().await?;
+            let own = own_names(&names(loaded))?;
+            management(loaded)?.apply().await?;
             if !own.is_empty() {
                 eprintln!(
                     "keyferry: only the default topology is made; yours to make, with their bindings and policies: {}",
@@ -61,38 +52,61 @@ impl Topology {
                 );
             }
         }
-        let mut found = management.check(&names).await?;
-        // Only where a policy goes by RabbitMQ's word.
-        let is_word_taken = match loaded.settings.policy {
-            Some(_) if loaded.settings.requests_from.contains(&Transport::RabbitMq) => {
-                loaded.proof(Transport::RabbitMq, &loaded.policy()?)? == Proof::Broker
-            }
-            _ => false,
-        };
-        if is_word_taken {
-            found.extend(management.impersonators().await?);
-        }
-        Ok(found)
+        rabbitmq_differences(loaded).await
     }
 
     async fn sqs(&self, loaded: &Loaded) -> anyhow::Result<Vec<Difference>> {
-        let settings = &loaded.settings;
-        let client = Sqs::connect(settings.sqs.region.as_deref(), &Metrics::new()?).await;
-        let requests = if settings.requests_from.contains(&Transport::Sqs) {
-            let (requests, dead_letters) = loaded.sqs_requests_urls()?;
-            Some((client.queue(requests), client.queue(dead_letters)))
-        } else {
-            None
-        };
-        let events = match settings.events_to {
-            Transport::Sqs => Some(client.queue(loaded.sqs_events_url()?)),
-            Transport::RabbitMq => None,
-        };
-        let queues = Queues { requests, events, visibility: settings.sqs.visibility() };
+        let queues = sqs_queues(loaded).await?;
         if matches!(self, Self::Apply) {
             queues.apply().await?;
         }
         let found = queues.check().await?.into_iter();
         Ok(found.map(|(name, finding)| Difference { kind: "queue", name, problem: finding.to_string() }).collect())
     }
+}
+
+/// What differs at RabbitMQ, users included whose rights undo what a policy goes by.
+pub(super) async fn rabbitmq_differences(loaded: &Loaded) -> anyhow::Result<Vec<Difference>> {
+    let management = management(loaded)?;
+    let mut found = management.check(&names(loaded)).await?;
+    // Only where a policy goes by RabbitMQ's word.
+    let is_word_taken = match loaded.settings.policy {
+        Some(_) if loaded.settings.requests_from.contains(&Transport::RabbitMq) => {
+            loaded.proof(Transport::RabbitMq, &loaded.policy()?)? == Proof::Broker
+        }
+        _ => false,
+    };
+    if is_word_taken {
+        found.extend(management.impersonators().await?);
+    }
+    Ok(found)
+}
+
+/// RabbitMQ's management API, of the broker's virtual host.
+pub(super) fn management(loaded: &Loaded) -> anyhow::Result<Management> {
+    let broker = open_broker(loaded)?;
+    let (tls, _) = amqp::identity(&loaded.settings.rabbitmq)?.current();
+    Ok(Management::new(loaded.rabbitmq_api_url()?, broker.vhost(), &tls)?)
+}
+
+fn names(loaded: &Loaded) -> Names<'_> {
+    let rabbitmq = &loaded.settings.rabbitmq;
+    Names { queue: &rabbitmq.queue, dead_letter_queue: &rabbitmq.dead_letter_queue, exchange: &rabbitmq.exchange }
+}
+
+/// The queues of SQS that the settings name. Asks nobody whether they are there.
+pub(super) async fn sqs_queues(loaded: &Loaded) -> anyhow::Result<Queues> {
+    let settings = &loaded.settings;
+    let client = Sqs::connect(settings.sqs.region.as_deref(), &Metrics::new()?).await;
+    let requests = if settings.requests_from.contains(&Transport::Sqs) {
+        let (requests, dead_letters) = loaded.sqs_requests_urls()?;
+        Some((client.queue(requests), client.queue(dead_letters)))
+    } else {
+        None
+    };
+    let events = match settings.events_to {
+        Transport::Sqs => Some(client.queue(loaded.sqs_events_url()?)),
+        Transport::RabbitMq => None,
+    };
+    Ok(Queues { requests, events, visibility: settings.sqs.visibility() })
 }

@@ -7,11 +7,13 @@ mod call_error;
 mod description;
 mod guard;
 mod held;
+mod look;
 
 pub use call_error::{CallError, ErrorKind};
 pub use description::{KeyDescription, RegionRole};
 pub use guard::LeaseGuard;
 pub use held::{HeldMaterial, MaterialState};
+pub use look::Look;
 
 use crate::job::{Expiry, ImportParameters, KeyArn, Wrapping};
 use crate::telemetry::{AwsCalls, Metrics};

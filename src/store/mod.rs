@@ -17,6 +17,7 @@ mod hold;
 mod keys;
 mod kms_keys;
 mod lock;
+mod look;
 mod observe;
 mod outbox;
 mod policy;
@@ -25,8 +26,10 @@ mod read;
 mod refuse;
 mod republish;
 mod retry;
+mod rights;
 mod schema;
 mod settle;
+mod trail;
 mod urgent;
 mod written;
 
@@ -40,6 +43,7 @@ pub use fold::FOLDS_PAGE;
 pub use hold::{Held, Hold, Scope, Stop};
 pub use keys::{KeyDeletion, KeyListing, NewSourceKey, SourceKeyOrigin};
 pub use kms_keys::{KmsKeyFilter, KmsKeyView, LastJob, MaterialView};
+pub use look::{Look, ReachError, Server};
 pub use observe::{Bounds, PoolUse, Unpublished, Work};
 pub use outbox::{OutboxRow, Queue};
 pub use policy::RefusalRecord;
@@ -48,8 +52,10 @@ pub use read::{JobFilter, JobView};
 pub use refuse::{KEPT, TOLD_A_MINUTE};
 pub use republish::{EndedPage, REPUBLISH_PAGE, Republication, Republished, Told};
 pub use retry::{FailedChoice, FailedJob, NewRetry, RETRY_PAGE, Retried, Standing};
+pub use rights::RightsFound;
 pub use schema::{Migrated, SchemaError, migrate};
 pub use settle::{Answered, Material, Parameters, Removed, RetryState, Settled, Settlement, SettlementKind};
+pub use trail::{Position, TrailRow};
 
 /// Statements whose cost the suite bounds with `EXPLAIN`.
 pub mod statements {
@@ -62,6 +68,7 @@ pub mod statements {
     pub use super::refuse::{KNOWN_REFUSALS, METERS};
     pub use super::session_options;
     pub use super::settle::{END_JOBS, RELEASE};
+    pub use super::trail::TRAIL;
     pub use super::urgent::OVERTAKE;
 }
 
@@ -88,7 +95,15 @@ pub enum StoreError {
     /// Two transactions met. Tried again here before anybody sees it.
     #[error("a transaction gave way: {0}")]
     Conflict(String),
-    /// The database URL or the authority's file is of no use.
+    /// A setting by which the database is reached.
+    #[error("the setting {setting} is wrong: {reason}")]
+    Setting {
+        /// Its dotted name.
+        setting: &'static str,
+        /// What is wrong with it, and nothing of its value.
+        reason: String,
+    },
+    /// Something else that time does not mend.
     #[error("{0}")]
     Settings(String),
 }
@@ -105,7 +120,7 @@ pub struct Store {
 impl Store {
     /// Prepares the pool. Connects nowhere yet.
     pub fn new(url: &str, settings: &Database) -> Result<Self, StoreError> {
-        let (mut config, tls) = connection(url, settings)?;
+        let (mut config, tls) = connection(url, settings, "database.url")?;
         config.options(session_options(settings));
         let manager = Manager::from_config(config, tls, ManagerConfig { recycling_method: RecyclingMethod::Fast });
         let wait = Some(Duration::from_millis(settings.connect_timeout_ms));
@@ -175,7 +190,7 @@ pub fn session_options(settings: &Database) -> String {
 async fn together(statements: Vec<BoxFuture<'_, Result<(), StoreError>>>) -> Result<(), StoreError> {
     let errors = join_all(statements).await.into_iter().filter_map(Result::err);
     let cause = errors.min_by_key(|error| match error {
-        StoreError::Data(_) | StoreError::Settings(_) => 0,
+        StoreError::Data(_) | StoreError::Setting { .. } | StoreError::Settings(_) => 0,
         StoreError::Conflict(_) => 1,
         // The spoilt transaction (25P02) is among these.
         StoreError::Unavailable(_) => 2,
@@ -184,14 +199,16 @@ async fn together(statements: Vec<BoxFuture<'_, Result<(), StoreError>>>) -> Res
 }
 
 /// Reads a URL and makes the TLS connector. `sslmode` decides whether TLS is used; the server's
-/// certificate is always verified when it is.
-fn connection(url: &str, settings: &Database) -> Result<(tokio_postgres::Config, MakeRustlsConnect), StoreError> {
+/// certificate is always verified when it is. `setting` is the URL's name.
+fn connection(
+    url: &str,
+    settings: &Database,
+    setting: &'static str,
+) -> Result<(tokio_postgres::Config, MakeRustlsConnect), StoreError> {
     let mut config: tokio_postgres::Config = url.parse().map_err(|_| {
         // The parser's own words could repeat a password.
-        StoreError::Settings(
-            "the database URL is not understood: expected postgres://user:password@host:port/database?sslmode=require"
-                .into(),
-        )
+        let reason = "expected postgres://user:password@host:port/database?sslmode=require".to_owned();
+        StoreError::Setting { setting, reason }
     })?;
     config
         .application_name("keyferry")
@@ -201,7 +218,7 @@ fn connection(url: &str, settings: &Database) -> Result<(tokio_postgres::Config,
         .keepalives_interval(Duration::from_secs(5))
         .tcp_user_timeout(Duration::from_millis(settings.statement_timeout_ms * 2));
     let tls = client_config(settings.ca_file.as_deref())
-        .map_err(|error| StoreError::Settings(format!("the setting database.ca_file is wrong: {error}")))?;
+        .map_err(|reason| StoreError::Setting { setting: "database.ca_file", reason })?;
     Ok((config, MakeRustlsConnect::new(tls)))
 }
 

@@ -58,7 +58,7 @@ pub enum SchemaError {
 
 /// Brings the schema up to date, as the owner, under an advisory lock. Safe to run twice and at once.
 pub async fn migrate(owner_url: &str, settings: &Database) -> Result<Migrated, SchemaError> {
-    let (config, tls) = connection(owner_url, settings)?;
+    let (config, tls) = connection(owner_url, settings, "database.owner_url")?;
     let (mut client, connection) = config.connect(tls).await.map_err(StoreError::from)?;
     let driver = tokio::spawn(connection);
     let outcome = migrate_on(&mut client).await;
@@ -108,6 +108,15 @@ impl Store {
         }
         Ok(())
     }
+}
+
+/// The text of each migration, in their order.
+pub(super) fn migration_texts() -> impl Iterator<Item = String> {
+    let runner = migrations::runner();
+    let mut found: Vec<_> =
+        runner.get_migrations().iter().map(|one| (one.version(), one.sql().map(str::to_owned))).collect();
+    found.sort_unstable();
+    found.into_iter().filter_map(|(_, text)| text)
 }
 
 fn newest() -> i32 {

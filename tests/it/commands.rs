@@ -266,7 +266,7 @@ async fn what_a_worker_cannot_start_with_is_named() {
     let refused = world.run_with(&["serve"], &wrong, "").await;
     ended(&refused, 1, "not the one that this database was sealed under");
     assert!(!format!("{refused:?}").contains(&other));
-    ended(&world.run_with(&["serve"], &[("KEYFERRY_KEYS__KEK", "short")], "").await, 1, "32 bytes");
+    ended(&world.run_with(&["serve"], &[("KEYFERRY_KEYS__KEK", "short")], "").await, 2, "32 bytes");
     world.write("keyferry.toml", &settings.replace(&world.path("kek").display().to_string(), "/no/such/file"));
     ended(&world.run(&["serve"]).await, 2, "/no/such/file");
     world.write("keyferry.toml", &settings.replace("lease_ms = 30000", "lease_ms = 1"));

@@ -55,7 +55,7 @@ async fn connections_are_encrypted_and_the_servers_certificate_is_verified() {
     unavailable(Store::new(&db.worker_url(), &system).unwrap().now().await);
     let missing = Database { ca_file: Some(directory.path().join("nothing.pem")), ..db.settings() };
     let error = Store::new(&db.worker_url(), &missing).unwrap_err();
-    assert!(matches!(error, StoreError::Settings(_)) && error.to_string().contains("nothing.pem"), "{error}");
+    assert!(matches!(error, StoreError::Setting { .. }) && error.to_string().contains("nothing.pem"), "{error}");
 }
 
 #[tokio::test]
@@ -79,7 +79,7 @@ async fn a_password_is_never_in_an_error() {
         format!("keyferry_worker:{PASSWORD}@127.0.0.1"),
     ] {
         let error = Store::new(&broken, &db.settings()).unwrap_err();
-        assert!(matches!(error, StoreError::Settings(_)));
+        assert!(matches!(error, StoreError::Setting { .. }));
         assert!(!format!("{error} {error:?}").contains(PASSWORD), "{error:?}");
     }
 }

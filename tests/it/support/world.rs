@@ -109,6 +109,11 @@ pub struct Worker {
 }
 
 impl Worker {
+    /// Where its admin port is.
+    pub fn address(&self) -> &str {
+        &self.address
+    }
+
     /// The body and status of `/readyz`.
     pub async fn ready(&self) -> Option<(u16, String)> {
         self.get("readyz").await
@@ -118,11 +123,6 @@ impl Worker {
     pub async fn get(&self, page: &str) -> Option<(u16, String)> {
         let answer = http().get(format!("http://{}/{page}", self.address)).send().await.ok()?;
         Some((answer.status().as_u16(), answer.text().await.ok()?))
-    }
-
-    /// Where the admin port is.
-    pub fn address(&self) -> &str {
-        &self.address
     }
 
     /// A metric's value; series as in the exposition, labels included.
