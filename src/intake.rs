@@ -113,13 +113,14 @@ impl<I: Ingress> Intake<I> {
     /// counted as another delivery.
     async fn open(&self) -> Result<I::Session, SessionFault<I>> {
         let mut outage = Attempts::new(Class::Reconnect);
-        while let Err(error) = self.store.now().await {
-            self.health.set(Part::Store, false);
+        let mut waiting = None;
+        while let Err(error) = self.store.check_writable().await {
+            waiting.get_or_insert_with(|| self.health.wait(Part::Store));
             let delay = outage.next_delay();
             tracing::error!(%error, retry.delay_ms = delay.as_millis(), "not consuming: the store is away");
             tokio::time::sleep(delay).await;
         }
-        self.health.set(Part::Store, true);
+        drop(waiting);
         self.ingress.open().await
     }
 
@@ -159,6 +160,7 @@ impl<I: Ingress> Intake<I> {
                 // What is not settled comes again, as a duplicate.
                 () = too_long => return Ok(()),
             }
+            crate::failpoint!("intake.after_settle");
         }
     }
 

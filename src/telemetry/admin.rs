@@ -7,7 +7,7 @@ use axum::http::StatusCode;
 use axum::routing::get;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
@@ -37,24 +37,71 @@ impl Part {
 
 /// Which of the parts that this process has work now.
 #[derive(Clone, Debug)]
-pub struct Health(Arc<[(Part, AtomicBool)]>);
+pub struct Health(Arc<[(Part, Condition)]>);
+
+#[derive(Debug, Default)]
+struct Condition {
+    works: AtomicBool,
+    is_blocked: AtomicBool,
+    waiting: AtomicUsize,
+}
+
+/// Somebody waits for a part, which is not ready as long as this lives.
+#[derive(Debug)]
+pub struct Wait {
+    health: Health,
+    part: Part,
+}
 
 impl Health {
     /// For a process with these parts. None works yet.
     pub fn of(parts: &[Part]) -> Self {
-        Self(parts.iter().map(|part| (*part, AtomicBool::new(false))).collect())
+        Self(parts.iter().map(|part| (*part, Condition::default())).collect())
     }
 
     /// A part began or ceased to work.
     pub fn set(&self, part: Part, works: bool) {
-        for (_, state) in self.0.iter().filter(|(known, _)| *known == part) {
-            state.store(works, Ordering::Release);
-        }
+        self.states(part).for_each(|state| state.works.store(works, Ordering::Release));
     }
 
-    /// The names of the parts that do not work.
-    pub fn missing(&self) -> Vec<&'static str> {
-        self.0.iter().filter(|(_, works)| !works.load(Ordering::Acquire)).map(|(part, _)| part.name()).collect()
+    /// The other side of a part asks to wait, or no longer does.
+    pub fn set_blocked(&self, part: Part, is_blocked: bool) {
+        self.states(part).for_each(|state| state.is_blocked.store(is_blocked, Ordering::Release));
+    }
+
+    /// Somebody waits for a part. A part that others find in order is not for whoever cannot go on without it.
+    #[must_use]
+    pub fn wait(&self, part: Part) -> Wait {
+        for state in self.states(part) {
+            state.waiting.fetch_add(1, Ordering::AcqRel);
+        }
+        Wait { health: self.clone(), part }
+    }
+
+    /// What does not work, and why if that is known.
+    pub fn missing(&self) -> Vec<String> {
+        self.0.iter().filter_map(|(part, state)| state.missing(*part)).collect()
+    }
+
+    fn states(&self, part: Part) -> impl Iterator<Item = &Condition> {
+        self.0.iter().filter(move |(known, _)| *known == part).map(|(_, state)| state)
+    }
+}
+
+impl Condition {
+    fn missing(&self, part: Part) -> Option<String> {
+        if !self.works.load(Ordering::Acquire) || self.waiting.load(Ordering::Acquire) > 0 {
+            return Some(part.name().into());
+        }
+        self.is_blocked.load(Ordering::Acquire).then(|| format!("{} (blocked by the broker)", part.name()))
+    }
+}
+
+impl Drop for Wait {
+    fn drop(&mut self) {
+        for state in self.health.states(self.part) {
+            state.waiting.fetch_sub(1, Ordering::AcqRel);
+        }
     }
 }
 
@@ -87,5 +134,31 @@ fn ready(health: &Health) -> (StatusCode, String) {
     match health.missing() {
         missing if missing.is_empty() => (StatusCode::OK, "ready\n".into()),
         missing => (StatusCode::SERVICE_UNAVAILABLE, format!("not ready: {}\n", missing.join(", "))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_part_is_ready_when_it_works_and_nobody_waits_for_it() {
+        let health = Health::of(&[Part::Store, Part::Events]);
+        assert_eq!(health.missing(), ["store", "events"]);
+        health.set(Part::Store, true);
+        health.set(Part::Events, true);
+        assert!(health.missing().is_empty());
+        let (first, second) = (health.wait(Part::Store), health.wait(Part::Store));
+        // Another finds it in order.
+        health.set(Part::Store, true);
+        drop(first);
+        assert_eq!(health.missing(), ["store"]);
+        drop(second);
+        health.set_blocked(Part::Events, true);
+        assert_eq!(health.missing(), ["events (blocked by the broker)"]);
+        // One that this process has not is nothing to wait for.
+        drop(health.wait(Part::Sqs));
+        health.set_blocked(Part::Events, false);
+        assert!(health.missing().is_empty());
     }
 }

@@ -28,6 +28,10 @@ pub struct Metrics {
     pub broker_sessions: IntCounterVec,
     /// Those of them that ended by a fault, by the same.
     pub broker_sessions_broken: IntCounterVec,
+    /// Whether RabbitMQ takes no messages on a session's connection, for want of memory or disk, by transport and role.
+    pub broker_blocked: IntGaugeVec,
+    /// Transactions that Postgres did not carry out, by what ailed it: see the store's kinds.
+    pub store_faults: IntCounterVec,
     /// Messages of SQS that this process could do no more about and that come again, by reason: `not_deleted`,
     /// `not_dead_lettered`, `receipt_lost`.
     pub sqs_messages_left: IntCounterVec,
@@ -106,6 +110,8 @@ impl Metrics {
                 "Sessions with a broker that ended by a fault.",
                 &["transport", "role"],
             )?,
+            broker_blocked: broker_blocked(&registry)?,
+            store_faults: store_faults(&registry)?,
             sqs_messages_left: counters(
                 "keyferry_sqs_messages_left_total",
                 "Messages of SQS that could not be settled and come again.",
@@ -160,6 +166,24 @@ impl Metrics {
     }
 }
 
+fn broker_blocked(registry: &Registry) -> Result<IntGaugeVec, prometheus::Error> {
+    let help = Opts::new("keyferry_broker_blocked", "Whether the broker takes no messages for want of memory or disk.");
+    let gauge = IntGaugeVec::new(help, &["transport", "role"])?;
+    registry.register(Box::new(gauge.clone()))?;
+    // It blocks none but those who publish.
+    gauge.with_label_values(&["rabbitmq", "events"]);
+    Ok(gauge)
+}
+
+/// The store knows the kinds.
+fn store_faults(registry: &Registry) -> Result<IntCounterVec, prometheus::Error> {
+    let help =
+        Opts::new("keyferry_store_faults_total", "Transactions that Postgres did not carry out, by what ailed it.");
+    let counter = IntCounterVec::new(help, &["kind"])?;
+    registry.register(Box::new(counter.clone()))?;
+    Ok(counter)
+}
+
 fn policy_reloads(registry: &Registry) -> Result<IntCounterVec, prometheus::Error> {
     let help = Opts::new("keyferry_policy_reloads_total", "Times that the policy's file was read again.");
     let counter = IntCounterVec::new(help, &["result"])?;
@@ -195,6 +219,7 @@ mod tests {
         for line in [
             "keyferry_intake_messages_total{transport=\"sqs\",verdict=\"duplicate\"} 0",
             "keyferry_events_held_total 0",
+            "keyferry_broker_blocked{role=\"events\",transport=\"rabbitmq\"} 0",
             "keyferry_broker_sessions_total{role=\"ingress\",transport=\"rabbitmq\"} 0",
         ] {
             assert!(text.contains(line), "{line}\n{text}");

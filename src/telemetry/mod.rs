@@ -4,6 +4,6 @@ mod admin;
 mod logs;
 mod metrics;
 
-pub use admin::{Health, Part, serve_admin};
+pub use admin::{Health, Part, Wait, serve_admin};
 pub use logs::start_logs;
 pub use metrics::Metrics;
