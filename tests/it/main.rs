@@ -15,6 +15,7 @@ mod dry_run;
 mod dsm_jobs;
 mod dsm_source;
 mod failed;
+mod faults;
 mod happy;
 mod kills;
 mod materials;
