@@ -151,6 +151,7 @@ impl<I: Ingress> Intake<I> {
                 })
                 .collect();
             self.announce(&verdicts);
+            crate::failpoint!("intake.before_settle");
             let too_long = async {
                 stop.cancelled().await;
                 tokio::time::sleep(LAST_SETTLING).await;
@@ -188,14 +189,12 @@ impl<I: Ingress> Intake<I> {
         let ids: Vec<Uuid> = batch.iter().map(|_| Uuid::now_v7()).collect();
         let mut policy = self.policy.get();
         let mut told = tell(batch, &policy, &self.proof);
+        let mut waiting = None;
         loop {
             match self.decide_once(batch, &ids, &policy, &told).await {
-                Ok(verdicts) => {
-                    self.health.set(Part::Store, true);
-                    return verdicts;
-                }
+                Ok(verdicts) => return verdicts,
                 Err(error) => {
-                    self.health.set(Part::Store, false);
+                    waiting.get_or_insert_with(|| self.health.wait(Part::Store));
                     let delay = outage.next_delay();
                     tracing::error!(%error, messages = batch.len(), retry.delay_ms = delay.as_millis(), "intake waits for the store");
                     tokio::time::sleep(delay).await;

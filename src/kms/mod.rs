@@ -7,6 +7,8 @@ mod call_error;
 mod description;
 mod guard;
 mod held;
+#[cfg(feature = "failpoints")]
+mod unread;
 
 pub use call_error::{CallError, ErrorKind};
 pub use description::{KeyDescription, RegionRole};
@@ -75,7 +77,10 @@ pub struct Deleted {
 macro_rules! send {
     ($kms:expr, $operation:expr, $request:expr, $guard:expr) => {{
         let (gate, departure) = $kms.gate($guard);
-        let answer = $request.customize().interceptor(gate).send().await;
+        let request = $request.customize().interceptor(gate);
+        #[cfg(feature = "failpoints")]
+        let request = request.interceptor(unread::Unread($operation));
+        let answer = request.send().await;
         answer.map_err(|error| CallError::of($operation, &error, &departure))
     }};
 }
