@@ -130,6 +130,7 @@ pub async fn serve(loaded: &Loaded, stop: CancellationToken, hang_up: Signal) ->
     let store = open_store(loaded).await?;
     let keyring = Arc::new(open_keyring(loaded, &store).await?);
     let metrics = Metrics::new()?;
+    let store = store.counted_by(&metrics);
     let dsm = Arc::new(open_dsm(loaded, &metrics)?);
     let (reload, policy) = Reload::start(loaded.policy_source()?, policy, store.clone(), metrics.clone()).await?;
     let ingresses = settings.requests_from.iter().map(|transport| part(*transport));

@@ -161,13 +161,14 @@ impl<I: Ingress> Intake<I> {
     /// counted as another delivery.
     async fn open(&self) -> Result<I::Session, SessionFault<I>> {
         let mut outage = Attempts::new(Class::Reconnect);
-        while let Err(error) = self.store.now().await {
-            self.health.set(Part::Store, false);
+        let mut waiting = None;
+        while let Err(error) = self.store.check_writable().await {
+            waiting.get_or_insert_with(|| self.health.wait(Part::Store));
             let delay = outage.next_delay();
             tracing::error!(%error, retry.delay_ms = delay.as_millis(), "not consuming: the store is away");
             tokio::time::sleep(delay).await;
         }
-        self.health.set(Part::Store, true);
+        drop(waiting);
         self.ingress.open().await
     }
 
@@ -200,6 +201,7 @@ impl<I: Ingress> Intake<I> {
                 })
                 .collect();
             self.announce(&verdicts);
+            crate::failpoint!("intake.before_settle");
             let too_long = async {
                 stop.cancelled().await;
                 tokio::time::sleep(LAST_SETTLING).await;
@@ -209,6 +211,7 @@ impl<I: Ingress> Intake<I> {
                 // What is not settled comes again, as a duplicate.
                 () = too_long => return Ok(End::Stopped),
             }
+            crate::failpoint!("intake.after_settle");
         }
     }
 
@@ -236,14 +239,12 @@ impl<I: Ingress> Intake<I> {
         let ids: Vec<Uuid> = batch.iter().map(|_| Uuid::now_v7()).collect();
         let mut policy = self.policy.get();
         let mut told = tell(batch, &policy, &self.proof);
+        let mut waiting = None;
         loop {
             match self.decide_once(batch, &ids, &policy, &told).await {
-                Ok(verdicts) => {
-                    self.health.set(Part::Store, true);
-                    return verdicts;
-                }
+                Ok(verdicts) => return verdicts,
                 Err(error) => {
-                    self.health.set(Part::Store, false);
+                    waiting.get_or_insert_with(|| self.health.wait(Part::Store));
                     let delay = outage.next_delay();
                     tracing::error!(%error, messages = batch.len(), retry.delay_ms = delay.as_millis(), "intake waits for the store");
                     tokio::time::sleep(delay).await;

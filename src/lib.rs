@@ -34,7 +34,7 @@
 //! | [`amqp`] | connections to RabbitMQ | `config`, `tls` |
 //! | [`sqs`] | performs calls and batches of SQS truthfully | `retry`, `telemetry` |
 //! | [`ingress`] | broker deliveries in, settlements out | `job`, `amqp`, `sqs`, `retry`, `telemetry` |
-//! | [`store`] | every SQL statement and transaction | `job`, `audit`, `source`'s sealed types, `config`, `tls` |
+//! | [`store`] | every SQL statement and transaction | `job`, `audit`, `source`'s sealed types, `config`, `telemetry`, `tls` |
 //! | [`intake`] | parse, authorise, accept or refuse, settle | `ingress`, `job`, `policy`, `retry`, `source`, `store` |
 //! | [`dead`] | dead letters: shown, matched to their refusals, sent again | `amqp`, `sqs`, `ingress`, `job`, `policy`, `retry`, `source`, `store` |
 //! | [`outbox`] | committed events to the broker until confirmed | `amqp`, `sqs`, `retry`, `store` |

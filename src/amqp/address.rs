@@ -11,6 +11,10 @@ const GUEST: &str = "guest";
 /// without a word.
 const PARAMETERS: [&str; 4] = ["auth_mechanism", "channel_max", "frame_max", "heartbeat"];
 
+/// Seconds between two signs of life where the URL names no other number, and RabbitMQ no smaller one: its own is 60. What
+/// gives no sign for twice as long is gone.
+const HEARTBEAT: u16 = 20;
+
 /// How the client says who it is (SASL).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Mechanism {
@@ -71,6 +75,7 @@ impl Address {
         if uri.vhost.is_empty() {
             "/".clone_into(&mut uri.vhost);
         }
+        uri.query.heartbeat.get_or_insert(HEARTBEAT);
         Ok(Self {
             uri,
             mechanism,
@@ -145,6 +150,7 @@ mod tests {
             let address = Address::parse(url).unwrap();
             assert_eq!((address.uri().authority.port, address.vhost()), (port, vhost), "{url}");
             assert!(!address.has_user() && !address.has_password());
+            assert_eq!(address.uri().query.heartbeat, Some(HEARTBEAT), "the broker's own is 60");
             assert_eq!((address.user(), address.password().expose_secret()), ("guest", "guest"));
         }
     }

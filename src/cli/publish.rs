@@ -30,7 +30,7 @@ pub(super) struct Link {
 
 enum Carrier {
     RabbitMq(Box<Amqp>),
-    Sqs(Queue),
+    Sqs(Box<Queue>),
 }
 
 /// A connection that publishes with confirmations.
@@ -61,7 +61,7 @@ impl Link {
             // A publisher needs no right but to send.
             Transport::Sqs => {
                 let client = Sqs::connect(settings.sqs.region.as_deref(), &Metrics::new()?).await;
-                Carrier::Sqs(client.queue(loaded.sqs_requests_url()?))
+                Carrier::Sqs(Box::new(client.queue(loaded.sqs_requests_url()?)))
             }
         };
         Ok(Self { carrier, sender })

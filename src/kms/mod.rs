@@ -8,6 +8,8 @@ mod description;
 mod guard;
 mod held;
 mod look;
+#[cfg(feature = "failpoints")]
+mod unread;
 
 pub use call_error::{CallError, ErrorKind};
 pub use description::{KeyDescription, RegionRole};
@@ -95,8 +97,11 @@ words! {
 macro_rules! send {
     ($kms:expr, $operation:expr, $request:expr, $guard:expr) => {{
         let (gate, departure) = $kms.gate($guard);
+        let request = $request.customize().interceptor(gate);
+        #[cfg(feature = "failpoints")]
+        let request = request.interceptor(unread::Unread($operation.as_str()));
         let begun = Instant::now();
-        let answer = $request.customize().interceptor(gate).send().await;
+        let answer = request.send().await;
         if departure.happened() {
             $kms.calls.took($operation, begun);
         }

@@ -9,6 +9,7 @@ use crate::retry::{self, Attempts, Class};
 use crate::store::{OutboxRow, Queue, Store, StoreError};
 use crate::telemetry::{Health, Metrics, Part};
 use std::fmt;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use time::OffsetDateTime;
@@ -23,6 +24,8 @@ const HELD_WINDOW: i64 = 20;
 const LEASE: Duration = Duration::from_secs(30);
 /// How often an idle relay looks for events of processes that died, and for held ones.
 const POLL: Duration = Duration::from_secs(1);
+/// How often it is looked whether the broker blocks what is under way.
+const LOOK: Duration = Duration::from_millis(250);
 /// Covers transactions that stamped an event and have not yet committed.
 const MARGIN: time::Duration = time::Duration::seconds(15);
 /// Every so many looks one ignores the lower bound.
@@ -52,6 +55,11 @@ pub trait Publisher: Send + Sync {
 
     /// Whether the session still stands; an idle one learns of its end no other way.
     fn check(&self) -> Result<(), Self::Error>;
+
+    /// Whether the broker takes no messages for now and asks to wait, however long it takes.
+    fn is_blocked(&self) -> bool {
+        false
+    }
 
     /// Ends the session; nothing is under way.
     fn close(self) -> impl Future<Output = ()> + Send;
@@ -97,6 +105,7 @@ impl<D: Destination> Relay<D> {
                     self.health.set(Part::Events, true);
                     let ended = self.publish(&publisher, &drain, &mut cursor, &mut failures).await;
                     self.health.set(Part::Events, false);
+                    self.tell_blocked(false);
                     match ended {
                         Ok(()) => {
                             publisher.close().await;
@@ -124,12 +133,15 @@ impl<D: Destination> Relay<D> {
         failures: &mut Attempts,
     ) -> Result<(), PublisherFault<D>> {
         let mut outage = Attempts::new(Class::Reconnect);
+        let mut waiting = None;
         loop {
+            self.tell_blocked(publisher.is_blocked());
             // Asked before the look: what is committed during a look may not be in it.
             let is_last = drain.is_cancelled();
             let rows = match self.take(cursor).await {
                 Ok(rows) => rows,
                 Err(error) => {
+                    waiting.get_or_insert_with(|| self.health.wait(Part::Store));
                     let delay = outage.next_delay();
                     tracing::error!(%error, retry.delay_ms = delay.as_millis(), "the outbox cannot be read");
                     tokio::time::sleep(delay).await;
@@ -137,6 +149,7 @@ impl<D: Destination> Relay<D> {
                 }
             };
             outage.reset();
+            waiting = None;
             if rows.is_empty() {
                 if is_last {
                     return Ok(());
@@ -150,12 +163,40 @@ impl<D: Destination> Relay<D> {
             }
             // What a broken session leaves unconfirmed is this relay's for the rest of the lease.
             cursor.unconfirmed.clone_from(&rows);
-            let outcomes = publisher.publish(&rows).await?;
+            let outcomes = self.watched(publisher, publisher.publish(&rows)).await?;
             failures.reset();
             crate::failpoint!("outbox.after_publish");
             self.record(&rows, &outcomes).await;
             cursor.judge_held(&rows, &outcomes);
             cursor.unconfirmed = late(rows, &outcomes);
+        }
+    }
+
+    /// Waits for what is under way, and tells meanwhile whether the broker blocks it.
+    async fn watched<T>(&self, publisher: &D::Publisher, publishing: impl Future<Output = T>) -> T {
+        let mut publishing = pin!(publishing);
+        loop {
+            tokio::select! {
+                published = &mut publishing => return published,
+                () = tokio::time::sleep(LOOK) => self.tell_blocked(publisher.is_blocked()),
+            }
+        }
+    }
+
+    fn tell_blocked(&self, is_blocked: bool) {
+        let gauge = self.metrics.broker_blocked.with_label_values(&[D::TRANSPORT, "events"]);
+        if gauge.get() == i64::from(is_blocked) {
+            return;
+        }
+        gauge.set(i64::from(is_blocked));
+        self.health.set_blocked(Part::Events, is_blocked);
+        if is_blocked {
+            tracing::warn!(
+                destination = D::TRANSPORT,
+                "the broker takes no messages, for want of memory or disk: events wait"
+            );
+        } else {
+            tracing::info!(destination = D::TRANSPORT, "the broker no longer blocks events");
         }
     }
 

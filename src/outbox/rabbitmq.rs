@@ -1,14 +1,15 @@
 //! A publishing session with `RabbitMQ`: confirms on, mandatory, persistent, on a connection of its own, so that
 //! flow control on publishers never stalls acknowledgements.
 
-use super::{Destination, Publication, traceparent};
+use super::{Destination, LOOK, Publication, traceparent};
 use crate::amqp::{Broker, SessionError, check, within};
 use crate::store::OutboxRow;
 use futures_util::future::try_join_all;
 use lapin::options::{BasicPublishOptions, ConfirmSelectOptions, ExchangeDeclareOptions};
 use lapin::types::{AMQPValue, FieldTable};
 use lapin::{BasicProperties, Channel, Confirmation, Connection, ExchangeKind};
-use std::time::Duration;
+use std::pin::pin;
+use std::time::{Duration, Instant};
 
 /// `delivery_mode` of a message that survives the broker's restart (AMQP 0-9-1).
 const PERSISTENT: u8 = 2;
@@ -79,16 +80,37 @@ impl super::Publisher for Publisher {
             let confirmed = try_join_all(confirmations).await?;
             Ok(confirmed.iter().map(outcome).collect())
         };
-        within(self.timeout, publishing).await
+        self.unless_silent(publishing).await
     }
 
     fn check(&self) -> Result<(), SessionError> {
         check(&self.channel)
     }
 
+    fn is_blocked(&self) -> bool {
+        self.connection.status().blocked()
+    }
+
     async fn close(self) {
         // The broker forgets an unclosed connection as well.
         drop(tokio::time::timeout(self.timeout, self.connection.close(200, "stopping".into())).await);
+    }
+}
+
+impl Publisher {
+    /// Gives up on a broker that is silent. One that has said that it is short of memory or disk is waited for: to publish
+    /// on another connection would only give it the same again.
+    async fn unless_silent<T>(&self, work: impl Future<Output = Result<T, SessionError>>) -> Result<T, SessionError> {
+        let mut work = pin!(work);
+        let mut silent_since = Instant::now();
+        loop {
+            match tokio::time::timeout(LOOK, &mut work).await {
+                Ok(outcome) => return outcome,
+                Err(_) if self.connection.status().blocked() => silent_since = Instant::now(),
+                Err(_) if silent_since.elapsed() >= self.timeout => return Err(SessionError::Timeout(self.timeout)),
+                Err(_) => {}
+            }
+        }
     }
 }
 

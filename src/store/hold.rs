@@ -196,10 +196,13 @@ impl Store {
 
     /// Holds in force, the oldest first.
     pub async fn holds(&self) -> Result<Vec<Hold>, StoreError> {
-        let client = self.client().await?;
         let list = format!("select {COLUMNS} from hold where released_at is null order by held_at, id");
-        let list = client.prepare_cached(&list).await?;
-        Ok(client.query(&list, &[]).await?.iter().map(hold_of).collect())
+        self.retrying(|| async {
+            let client = self.client().await?;
+            let list = client.prepare_cached(&list).await?;
+            Ok(client.query(&list, &[]).await?.iter().map(hold_of).collect())
+        })
+        .await
     }
 
     /// Whether an operator has stopped a job since its last step. Asked between two mutating calls of an attempt.

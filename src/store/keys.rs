@@ -1,7 +1,7 @@
 //! Source keys of the local tier, and the fingerprint key.
 
 use super::accept::insert_audit;
-use super::{Store, StoreError};
+use super::{Fault, FaultKind, Store, StoreError};
 use crate::audit::{Fact, Kind};
 use crate::job::KeyKind;
 use crate::source::{Fingerprint, SealedFingerprintKey, SealedKey};
@@ -79,7 +79,8 @@ impl Store {
             client.execute(INSERT, &[&first.version, &first.sealed_key, &first.kek_id]).await?;
             row = client.query_opt(READ, &[]).await?;
         }
-        let row = row.ok_or_else(|| StoreError::Unavailable("the fingerprint key vanished".into()))?;
+        let row =
+            row.ok_or_else(|| StoreError::Unavailable(Fault::new(FaultKind::Other, "the fingerprint key vanished")))?;
         Ok(SealedFingerprintKey { version: row.get(0), sealed_key: row.get(1), kek_id: row.get(2) })
     }
 

@@ -1,7 +1,8 @@
 //! What can be told of the database before a worker relies on it. Changes nothing.
 
+use super::fault::chain;
 use super::rights::{GRANTS, Right, RightsFound, needed};
-use super::{StoreError, chain, connection, session_options};
+use super::{StoreError, connection, session_options};
 use crate::config::Database;
 use crate::source::SealedFingerprintKey;
 use std::time::Duration;

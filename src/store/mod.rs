@@ -12,6 +12,7 @@ mod bisect;
 mod cancel;
 mod claim;
 mod dead;
+mod fault;
 mod fold;
 mod hold;
 mod keys;
@@ -39,6 +40,7 @@ pub use bisect::bisect;
 pub use cancel::{CANCEL_PAGE, Cancelled, Ending};
 pub use claim::{Claimed, ClaimedJob, JOIN_PAGE, KnownMaterial, Lease, Progress, Renewed, Scan};
 pub use dead::{LetterKey, RefusalRow};
+pub use fault::{Fault, FaultKind};
 pub use fold::FOLDS_PAGE;
 pub use hold::{Held, Hold, Scope, Stop};
 pub use keys::{KeyDeletion, KeyListing, NewSourceKey, SourceKeyOrigin};
@@ -73,13 +75,14 @@ pub mod statements {
 }
 
 use crate::config::Database;
+use crate::telemetry::Metrics;
 use crate::tls::client_config;
-use deadpool_postgres::{Manager, ManagerConfig, Object, Pool, PoolError, RecyclingMethod, Runtime};
+use deadpool_postgres::{Hook, HookError, Manager, ManagerConfig, Object, Pool, RecyclingMethod, Runtime};
 use futures_util::future::{BoxFuture, join_all};
-use std::sync::Arc;
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 use time::OffsetDateTime;
-use tokio_postgres::error::SqlState;
+use tokio_postgres::config::TargetSessionAttrs;
 use tokio_postgres_rustls::MakeRustlsConnect;
 use written::Tally;
 
@@ -88,7 +91,7 @@ use written::Tally;
 pub enum StoreError {
     /// Postgres is away, full, or slow. Try again later.
     #[error("Postgres is not available: {0}")]
-    Unavailable(String),
+    Unavailable(Fault),
     /// A row breaks a rule of the database: the row's fault, found by bisection.
     #[error("Postgres refuses a row: {0}")]
     Data(String),
@@ -115,6 +118,11 @@ pub struct Store {
     /// How long a verb may take: a server that is frozen answers no time-out of its own.
     patience: Duration,
     written: Arc<Tally>,
+    /// Connections that are no younger are of no more use, although they look whole: their answers are still awaited, or
+    /// they lead to a server that takes no writes any more.
+    spoilt_at: Arc<Mutex<Option<Instant>>>,
+    /// Where faults are counted, if anywhere.
+    metrics: Option<Metrics>,
 }
 
 impl Store {
@@ -124,7 +132,13 @@ impl Store {
         config.options(session_options(settings));
         let manager = Manager::from_config(config, tls, ManagerConfig { recycling_method: RecyclingMethod::Fast });
         let wait = Some(Duration::from_millis(settings.connect_timeout_ms));
+        let spoilt_at = Arc::<Mutex<Option<Instant>>>::default();
+        let spoilt = Arc::clone(&spoilt_at);
         let pool = Pool::builder(manager)
+            .pre_recycle(Hook::sync_fn(move |_, connection| match *lock(&spoilt) {
+                Some(at) if connection.created <= at => Err(HookError::message("made before the last fault")),
+                _ => Ok(()),
+            }))
             .max_size(settings.connections)
             .wait_timeout(wait)
             .create_timeout(wait)
@@ -133,7 +147,16 @@ impl Store {
             .build()
             .map_err(|error| StoreError::Settings(error.to_string()))?;
         let patience = Duration::from_millis(2 * settings.statement_timeout_ms + settings.connect_timeout_ms);
-        Ok(Self { pool, patience, written: Arc::new(Tally::new()) })
+        Ok(Self { pool, patience, written: Arc::new(Tally::new()), spoilt_at, metrics: None })
+    }
+
+    /// The same store, whose faults are counted.
+    #[must_use]
+    pub fn counted_by(self, metrics: &Metrics) -> Self {
+        for kind in FaultKind::ALL {
+            metrics.store_faults.with_label_values(&[kind.as_str()]);
+        }
+        Self { metrics: Some(metrics.clone()), ..self }
     }
 
     /// The one clock.
@@ -146,29 +169,61 @@ impl Store {
         .await
     }
 
+    /// Whether it takes writes now. A standby, and a server that was told to, answers and takes none.
+    pub async fn check_writable(&self) -> Result<(), StoreError> {
+        self.retrying(|| async {
+            let client = self.client().await?;
+            let statement = client.prepare_cached("select current_setting('transaction_read_only') = 'on'").await?;
+            if client.query_one(&statement, &[]).await?.try_get(0)? {
+                return Err(StoreError::Unavailable(Fault::new(FaultKind::ReadOnly, "it takes no writes (25006)")));
+            }
+            Ok(())
+        })
+        .await
+    }
+
     async fn client(&self) -> Result<Object, StoreError> {
         Ok(self.pool.get().await?)
     }
 
-    /// Runs a transaction within its time, and again while it gives way to another.
+    /// Runs a transaction within its time, and again while it gives way to another. One that met a server that takes no
+    /// writes any more is run once more, on a fresh connection: another server may have taken over its address.
     async fn retrying<T, F, Fut>(&self, transaction: F) -> Result<T, StoreError>
     where
         F: Fn() -> Fut,
         Fut: Future<Output = Result<T, StoreError>>,
     {
         const MOST: u32 = 8;
-        let mut made = 1;
+        let (mut made, mut is_renewed) = (1, false);
         loop {
             let outcome = tokio::time::timeout(self.patience, transaction()).await.unwrap_or_else(|_| {
-                Err(StoreError::Unavailable(format!("no answer within {} ms", self.patience.as_millis())))
+                let reason = format!("no answer within {} ms", self.patience.as_millis());
+                // Whoever has this connection next would wait for the same answer.
+                *lock(&self.spoilt_at) = Some(Instant::now());
+                Err(StoreError::Unavailable(Fault::new(FaultKind::Timeout, reason)))
             });
+            let fault = outcome.as_ref().err().and_then(StoreError::fault);
+            if let (Some(kind), Some(metrics)) = (fault, &self.metrics) {
+                metrics.store_faults.with_label_values(&[kind.as_str()]).inc();
+            }
+            if fault == Some(FaultKind::ReadOnly) {
+                *lock(&self.spoilt_at) = Some(Instant::now());
+            }
             match outcome {
-                Err(StoreError::Conflict(reason)) if made == MOST => return Err(StoreError::Unavailable(reason)),
+                Err(StoreError::Conflict(reason)) if made == MOST => {
+                    return Err(StoreError::Unavailable(Fault::new(FaultKind::Conflict, reason)));
+                }
                 Err(StoreError::Conflict(_)) => made += 1,
+                Err(_) if fault == Some(FaultKind::ReadOnly) && !is_renewed => is_renewed = true,
                 outcome => return outcome,
             }
         }
     }
+}
+
+/// Held for an assignment or a look.
+fn lock(spoilt_at: &Mutex<Option<Instant>>) -> std::sync::MutexGuard<'_, Option<Instant>> {
+    spoilt_at.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// What each session of the store sets.
@@ -217,42 +272,27 @@ fn connection(
         .keepalives_idle(Duration::from_secs(15))
         .keepalives_interval(Duration::from_secs(5))
         .tcp_user_timeout(Duration::from_millis(settings.statement_timeout_ms * 2));
+    // Of several servers, only the one that takes writes is of use.
+    if config.get_hosts().len() > 1 && config.get_target_session_attrs() == TargetSessionAttrs::Any {
+        config.target_session_attrs(TargetSessionAttrs::ReadWrite);
+    }
     let tls = client_config(settings.ca_file.as_deref())
         .map_err(|reason| StoreError::Setting { setting: "database.ca_file", reason })?;
     Ok((config, MakeRustlsConnect::new(tls)))
 }
 
-impl From<tokio_postgres::Error> for StoreError {
-    fn from(error: tokio_postgres::Error) -> Self {
-        let Some(database) = error.as_db_error() else { return Self::Unavailable(chain(&error)) };
-        // A detail can quote a row's values; the message does not.
-        let message = format!("{} ({})", database.message(), database.code().code());
-        match *database.code() {
-            SqlState::T_R_SERIALIZATION_FAILURE | SqlState::T_R_DEADLOCK_DETECTED => Self::Conflict(message),
-            // Another transaction wrote the same entry: our count of entries was old.
-            SqlState::UNIQUE_VIOLATION if database.constraint() == Some("audit_entry_pkey") => Self::Conflict(message),
-            // Classes 22 data exception, 23 integrity constraint, 54 program limit: the row's fault.
-            ref code if ["22", "23", "54"].contains(&&code.code()[..2]) => Self::Data(message),
-            _ => Self::Unavailable(message),
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_several_servers_the_one_that_takes_writes_is_meant() {
+        for (url, wanted) in [
+            ("postgres://u:p@one/db", TargetSessionAttrs::Any),
+            ("postgres://u:p@one:1,two:2/db", TargetSessionAttrs::ReadWrite),
+        ] {
+            let (config, _) = connection(url, &Database::default(), "database.url").unwrap();
+            assert_eq!(config.get_target_session_attrs(), wanted, "{url}");
         }
     }
-}
-
-impl From<PoolError> for StoreError {
-    fn from(error: PoolError) -> Self {
-        match error {
-            PoolError::Backend(error) => error.into(),
-            other => Self::Unavailable(other.to_string()),
-        }
-    }
-}
-
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(inner) = cause {
-        text = format!("{text}: {inner}");
-        cause = inner.source();
-    }
-    text
 }

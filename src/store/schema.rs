@@ -80,7 +80,7 @@ async fn migrate_on(client: &mut Client) -> Result<Migrated, SchemaError> {
         .set_abort_missing(true)
         .run_async(client)
         .await
-        .map_err(|error| SchemaError::Failed(super::chain(&error)))?;
+        .map_err(|error| SchemaError::Failed(super::fault::chain(&error)))?;
     client.execute("select pg_advisory_unlock($1)", &[&ADVISORY_LOCK]).await.map_err(StoreError::from)?;
     let applied =
         report.applied_migrations().iter().map(|migration| format!("V{}__{}", migration.version(), migration.name()));

@@ -15,7 +15,7 @@ use axum::routing::get;
 use listener::Few;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
@@ -52,6 +52,15 @@ struct Condition {
     works: AtomicBool,
     /// It rests on purpose, which is a state and no fault.
     is_paused: AtomicBool,
+    is_blocked: AtomicBool,
+    waiting: AtomicUsize,
+}
+
+/// Somebody waits for a part, which is not ready as long as this lives.
+#[derive(Debug)]
+pub struct Wait {
+    health: Health,
+    part: Part,
 }
 
 impl Health {
@@ -62,42 +71,67 @@ impl Health {
 
     /// A part began or ceased to work.
     pub fn set(&self, part: Part, works: bool) {
-        for condition in self.conditions(part) {
-            condition.works.store(works, Ordering::Release);
-        }
+        self.conditions(part).for_each(|condition| condition.works.store(works, Ordering::Release));
     }
 
     /// Tells it as metrics.
     fn note(&self, metrics: &Metrics) {
         for (part, condition) in self.0.iter() {
             let up = metrics.parts_up.with_label_values(&[part.name()]);
-            up.set(i64::from(condition.works.load(Ordering::Acquire)));
+            up.set(i64::from(condition.missing(*part).is_none()));
         }
     }
 
     /// A part rests, or no longer.
     pub fn pause(&self, part: Part, is_paused: bool) {
-        for condition in self.conditions(part) {
-            condition.is_paused.store(is_paused, Ordering::Release);
-        }
+        self.conditions(part).for_each(|condition| condition.is_paused.store(is_paused, Ordering::Release));
     }
 
-    /// The names of the parts that do not work, and should.
-    pub fn missing(&self) -> Vec<&'static str> {
-        self.names(|condition| !condition.works.load(Ordering::Acquire) && !condition.is_paused.load(Ordering::Acquire))
+    /// The other side of a part asks to wait, or no longer does.
+    pub fn set_blocked(&self, part: Part, is_blocked: bool) {
+        self.conditions(part).for_each(|condition| condition.is_blocked.store(is_blocked, Ordering::Release));
+    }
+
+    /// Somebody waits for a part. A part that others find in order is not for whoever cannot go on without it.
+    #[must_use]
+    pub fn wait(&self, part: Part) -> Wait {
+        for condition in self.conditions(part) {
+            condition.waiting.fetch_add(1, Ordering::AcqRel);
+        }
+        Wait { health: self.clone(), part }
+    }
+
+    /// What does not work and should, and why if that is known.
+    pub fn missing(&self) -> Vec<String> {
+        self.0.iter().filter_map(|(part, condition)| condition.missing(*part)).collect()
     }
 
     /// The names of the parts that rest.
     pub fn paused(&self) -> Vec<&'static str> {
-        self.names(|condition| condition.is_paused.load(Ordering::Acquire))
+        let resting = self.0.iter().filter(|(_, condition)| condition.is_paused.load(Ordering::Acquire));
+        resting.map(|(part, _)| part.name()).collect()
     }
 
     fn conditions(&self, part: Part) -> impl Iterator<Item = &Condition> {
         self.0.iter().filter(move |(known, _)| *known == part).map(|(_, condition)| condition)
     }
+}
 
-    fn names(&self, is_meant: impl Fn(&Condition) -> bool) -> Vec<&'static str> {
-        self.0.iter().filter(|(_, condition)| is_meant(condition)).map(|(part, _)| part.name()).collect()
+impl Condition {
+    fn missing(&self, part: Part) -> Option<String> {
+        let is_away = !self.works.load(Ordering::Acquire) && !self.is_paused.load(Ordering::Acquire);
+        if is_away || self.waiting.load(Ordering::Acquire) > 0 {
+            return Some(part.name().into());
+        }
+        self.is_blocked.load(Ordering::Acquire).then(|| format!("{} (blocked by the broker)", part.name()))
+    }
+}
+
+impl Drop for Wait {
+    fn drop(&mut self) {
+        for condition in self.health.conditions(self.part) {
+            condition.waiting.fetch_sub(1, Ordering::AcqRel);
+        }
     }
 }
 
@@ -161,5 +195,26 @@ mod tests {
         assert_eq!(ready(&health), (StatusCode::SERVICE_UNAVAILABLE, "not ready: rabbitmq ingress\n".into()));
         health.set(Part::RabbitMq, true);
         assert_eq!(ready(&health), (StatusCode::OK, "ready\n".into()));
+    }
+
+    #[test]
+    fn a_part_is_ready_when_it_works_and_nobody_waits_for_it() {
+        let health = Health::of(&[Part::Store, Part::Events]);
+        assert_eq!(health.missing(), ["store", "events"]);
+        health.set(Part::Store, true);
+        health.set(Part::Events, true);
+        assert!(health.missing().is_empty());
+        let (first, second) = (health.wait(Part::Store), health.wait(Part::Store));
+        // Another finds it in order.
+        health.set(Part::Store, true);
+        drop(first);
+        assert_eq!(health.missing(), ["store"]);
+        drop(second);
+        health.set_blocked(Part::Events, true);
+        assert_eq!(health.missing(), ["events (blocked by the broker)"]);
+        // One that this process has not is nothing to wait for.
+        drop(health.wait(Part::Sqs));
+        health.set_blocked(Part::Events, false);
+        assert!(health.missing().is_empty());
     }
 }

@@ -50,6 +50,10 @@ pub struct Metrics {
     pub broker_sessions: IntCounterVec,
     /// Those of them that ended by a fault, by the same.
     pub broker_sessions_broken: IntCounterVec,
+    /// Whether RabbitMQ takes no messages on a session's connection, for want of memory or disk, by transport and role.
+    pub broker_blocked: IntGaugeVec,
+    /// Transactions that Postgres did not carry out, by what ailed it: see the store's kinds.
+    pub store_faults: IntCounterVec,
     /// Messages of SQS that this process could do no more about and that come again, by reason: `not_deleted`,
     /// `not_dead_lettered`, `receipt_lost`.
     pub sqs_messages_left: IntCounterVec,
@@ -163,6 +167,8 @@ impl Metrics {
                 "Sessions with a broker that ended by a fault.",
                 &["transport", "role"],
             )?,
+            broker_blocked: broker_blocked(&registry)?,
+            store_faults: store_faults(&registry)?,
             sqs_messages_left: counters(
                 "keyferry_sqs_messages_left_total",
                 "Messages of SQS that could not be settled and come again.",
@@ -273,6 +279,20 @@ impl Metrics {
     }
 }
 
+fn broker_blocked(registry: &Catalogue) -> Result<IntGaugeVec, prometheus::Error> {
+    let help = "Whether the broker takes no messages for want of memory or disk.";
+    let gauge = registry.gauges("keyferry_broker_blocked", help, &["transport", "role"])?;
+    // It blocks none but those who publish.
+    gauge.with_label_values(&["rabbitmq", "events"]);
+    Ok(gauge)
+}
+
+/// The store knows the kinds.
+fn store_faults(registry: &Catalogue) -> Result<IntCounterVec, prometheus::Error> {
+    let help = "Transactions that Postgres did not carry out, by what ailed it.";
+    registry.counters("keyferry_store_faults_total", help, &["kind"])
+}
+
 fn ingress_paused(registry: &Catalogue) -> Result<IntGaugeVec, prometheus::Error> {
     let help = "Whether no messages are taken because too many jobs wait.";
     let gauge = registry.gauges("keyferry_ingress_paused", help, &["transport"])?;
@@ -306,6 +326,7 @@ mod tests {
             "keyferry_intake_messages_total{transport=\"sqs\",verdict=\"duplicate\"} 0",
             "keyferry_events_held_total 0",
             "keyferry_ingress_paused{transport=\"sqs\"} 0",
+            "keyferry_broker_blocked{role=\"events\",transport=\"rabbitmq\"} 0",
             "keyferry_broker_sessions_total{role=\"ingress\",transport=\"rabbitmq\"} 0",
         ] {
             assert!(text.contains(line), "{line}\n{text}");

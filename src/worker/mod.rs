@@ -16,8 +16,8 @@ use crate::policy::{Current, Targets};
 use crate::retry::{Attempts, Class};
 use crate::source::{Dsm, Keyring};
 use crate::store::{
-    ClaimedJob, FOLD_PAGE, FOLDS_PAGE, Hold, JOIN_PAGE, Prepared, Scan, Settled, Settlement, SettlementKind, Step,
-    Store, StoreError, bisect,
+    ClaimedJob, FOLD_PAGE, FOLDS_PAGE, Fault, FaultKind, Hold, JOIN_PAGE, Prepared, Scan, Settled, Settlement,
+    SettlementKind, Step, Store, StoreError, bisect,
 };
 use crate::telemetry::{Health, Metrics, Part, follow};
 use attempt::Attempt;
@@ -153,6 +153,7 @@ struct Pool {
 impl Pool {
     async fn claim_until(&self, stop: &CancellationToken) {
         let mut outage = Attempts::new(Class::Reconnect);
+        let mut waiting = None;
         let mut whole_index_at = Instant::now();
         loop {
             let first = tokio::select! {
@@ -178,6 +179,7 @@ impl Pool {
             let pause = match claimed {
                 Ok(claimed) => {
                     outage.reset();
+                    waiting = None;
                     let found = !claimed.jobs.is_empty() || claimed.put_aside > 0;
                     for (job, permit) in claimed.jobs.into_iter().zip(permits) {
                         self.start(job, permit, asked_at);
@@ -188,6 +190,7 @@ impl Pool {
                     Duration::from_millis(settings.poll_ms)
                 }
                 Err(error) => {
+                    waiting.get_or_insert_with(|| self.context.health.wait(Part::Store));
                     let delay = outage.next_delay();
                     tracing::error!(%error, retry.delay_ms = delay.as_millis(), "claiming failed");
                     delay
@@ -287,8 +290,11 @@ async fn prepare(store: &Store, steps: Vec<Step>) -> Vec<Result<Prepared, StoreE
     match bisect(&rows, |range| store.prepare(&rows[range])).await {
         Ok(outcomes) => outcomes,
         Err(error) => {
-            let reason = error.to_string();
-            steps.iter().map(|_| Err(StoreError::Unavailable(reason.clone()))).collect()
+            let fault = match error {
+                StoreError::Unavailable(fault) => fault,
+                other => Fault { kind: FaultKind::Other, reason: other.to_string() },
+            };
+            steps.iter().map(|_| Err(StoreError::Unavailable(fault.clone()))).collect()
         }
     }
 }
@@ -297,12 +303,14 @@ async fn prepare(store: &Store, steps: Vec<Step>) -> Vec<Result<Prepared, StoreE
 async fn settle(context: &Context, mut ends: Vec<Settlement>) -> Vec<bool> {
     let signature_life = context.settings.signature_life();
     let mut outage = Attempts::new(Class::Reconnect);
+    let mut waiting = None;
     loop {
         crate::failpoint!("worker.before_settle");
         let rows: Vec<&Settlement> = ends.iter().collect();
         let outcomes = match bisect(&rows, |range| context.store.settle(&rows[range], signature_life)).await {
             Ok(outcomes) => outcomes,
             Err(error) => {
+                waiting.get_or_insert_with(|| context.health.wait(Part::Store));
                 let delay = outage.next_delay();
                 tracing::error!(%error, retry.delay_ms = delay.as_millis(), "settling failed");
                 tokio::time::sleep(delay).await;
@@ -416,9 +424,11 @@ async fn keep_house(context: Arc<Context>, stop: CancellationToken) {
         if is_thorough {
             (folded, thorough_at) = (0, Instant::now() + THOROUGH_EVERY);
         }
-        let woken = see_holds(&context, &mut holds, &stop).await;
+        // Said at once: what comes next may wait as long for the same.
+        let away = |_: &StoreError| context.health.set(Part::Store, false);
+        let woken = see_holds(&context, &mut holds, &stop).await.inspect_err(away);
         let woken = woken.inspect_err(|error| tracing::warn!(%error, "holds could not be looked at"));
-        let folding = fold_backlog(&context, &mut folded, &stop).await;
+        let folding = fold_backlog(&context, &mut folded, &stop).await.inspect_err(away);
         let folding = folding.inspect_err(|error| tracing::warn!(%error, "the backlog's changes could not be folded"));
         let seeing = see_folds(&context, is_thorough).await;
         let seeing = seeing.inspect_err(|error| tracing::warn!(%error, "folded refusals could not be told of"));

@@ -19,7 +19,7 @@ const EDGES: &[(&str, &[&str])] = &[
     ("retry", &[]),
     ("source", &["config", "job", "retry", "telemetry", "tls"]),
     ("sqs", &["retry", "telemetry"]),
-    ("store", &["audit", "config", "job", "source", "tls", "words"]),
+    ("store", &["audit", "config", "job", "source", "telemetry", "tls", "words"]),
     ("telemetry", &["config", "tls", "words"]),
     ("tls", &[]),
     ("topology", &["tls"]),

@@ -269,3 +269,36 @@ async fn parameters_that_stay_refused_while_in_doubt_are_asked_for_slowly() {
     case.world.fake.clear_faults().await;
     case.succeeds().await;
 }
+
+/// What happened is told apart by its count, and each costs one call more, not many.
+#[tokio::test]
+async fn each_way_to_go_wrong_has_a_count_of_its_own() {
+    let tuning = Tuning { aws_timeout_ms: 5_000, ..Tuning::default() };
+    let Case { mut world, .. } = case(tuning).await;
+    let ways = [
+        ("throttled", json!({"kind": "throttle"})),
+        ("server_fault", error("KMSInternalException")),
+        ("unanswered", json!({"kind": "hang"})),
+        ("unanswered", json!({"kind": "lose_answer"})),
+        ("unanswered", json!({"kind": "late", "ms": 1})),
+    ];
+    let arns = world.fake.seed(json!({"count": ways.len()})).await;
+    for (number, (arn, (_, fault))) in arns.iter().zip(&ways).enumerate() {
+        world.fake.fault(IMPORT, arn, Some(1), fault.clone()).await;
+        world.publish(request(&format!("r{number}"), arn, json!({"source_key_identifier": "payroll"}))).await;
+    }
+    for (number, (arn, (_, fault))) in arns.iter().zip(&ways).enumerate() {
+        world.succeeded(&format!("r{number}")).await;
+        // One that was not answered; one that finds the token used up, where it took effect; and the one that succeeds.
+        let sent = world.fake.journal(&format!("key={arn}&operation={IMPORT}&late=false")).await;
+        assert!((2..=3).contains(&sent.len()), "{fault}: {sent:#?}");
+    }
+    for (result, count) in [("throttled", 1.0), ("server_fault", 1.0), ("unanswered", 3.0), ("ok", 5.0)] {
+        // None that was not ordered goes wrong, but on a machine that takes longer than the time-out for an answer.
+        let most = if result == "unanswered" { 5.0 } else { count };
+        let series = format!("keyferry_aws_calls_total{{operation=\"{IMPORT}\",result=\"{result}\"}}");
+        let seen = world.workers[0].metric(&series).await;
+        assert!((count - 0.5..most + 0.5).contains(&seen), "{result}: {seen}");
+    }
+    world.finish().await;
+}

@@ -18,6 +18,7 @@ mod dry_run;
 mod dsm_jobs;
 mod dsm_source;
 mod failed;
+mod faults;
 mod first_day;
 mod floods;
 mod happy;

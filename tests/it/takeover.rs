@@ -142,3 +142,67 @@ async fn a_worker_that_slept_before_its_import_does_not_send_it() {
     assert_eq!(world.fake.journal(&format!("key={arn}&operation=ImportKeyMaterial")).await.len(), 1);
     world.finish().await;
 }
+
+/// It slept on what it knew, the delete behind its job was done meanwhile, and it wakes up with an import in its hands.
+#[tokio::test]
+async fn a_worker_that_slept_past_its_lease_does_not_undo_the_delete_that_followed() {
+    let mut world = World::new(Tuning::hasty()).await;
+    world.symmetric_key("payroll").await;
+    let arn = world.fake.key().await;
+    let sleeper = world.serve().await;
+    world.fake.fault("GetParametersForImport", &arn, Some(1), json!({"kind": "hold"})).await;
+    world.publish(request("r1", &arn, json!({"source_key_identifier": "payroll"}))).await;
+    world.fake.held(1, "GetParametersForImport", &arn).await;
+    world.publish(request("r2", &arn, json!({"operation": "delete"}))).await;
+    world.until("the delete waits behind it", "select count(*) from job where state = 'waiting'", 2).await;
+    world.workers[sleeper].signal(Signal::STOP);
+    world.fake.release(&arn).await;
+    world.serve().await;
+    world.succeeded("r1").await;
+    world.succeeded("r2").await;
+    world.workers[sleeper].signal(Signal::CONT);
+    crate::support::eventually("the sleeper gives up", || async {
+        let lost = world.workers[sleeper].metric("keyferry_leases_lost_total").await;
+        (lost >= 1.0 && world.workers[sleeper].metric("keyferry_jobs_running").await < 0.5).then_some(())
+    })
+    .await;
+    assert_eq!(world.fake.journal(&format!("key={arn}&operation=ImportKeyMaterial")).await.len(), 1);
+    let shown = world.fake.show(&arn).await;
+    assert!(shown["materials"].as_array().unwrap().iter().all(|held| held["imported"] == false), "{shown:#}");
+    world.finish().await;
+}
+
+/// Its import is under way while it sleeps, and takes effect late; a job with another expiry waits until that is over.
+#[tokio::test]
+async fn the_late_import_of_a_sleeper_does_not_undo_the_expiry_that_followed() {
+    let mut world = World::new(Tuning { signature_life_ms: 600_000, ..Tuning::hasty() }).await;
+    let bytes = world.symmetric_key("payroll").await;
+    let arn = world.fake.key().await;
+    let valid_to = (world.now().await + time::Duration::days(9)).format(&Rfc3339).unwrap();
+    // Were an import token good for one import only, the late effect could not happen.
+    world.fake.options(json!({"single_use_tokens": false})).await;
+    world.fake.fault("ImportKeyMaterial", &arn, Some(1), json!({"kind": "hold"})).await;
+    let sleeper = world.serve().await;
+    world.publish(request("r1", &arn, json!({"source_key_identifier": "payroll"}))).await;
+    world.fake.held(1, "ImportKeyMaterial", &arn).await;
+    let more = json!({"source_key_identifier": "payroll", "key_expiration": true, "valid_to": valid_to});
+    world.publish(request("r2", &arn, more)).await;
+    world.until("the other waits behind it", "select count(*) from job where state = 'waiting'", 2).await;
+    world.workers[sleeper].signal(Signal::STOP);
+    world.serve().await;
+    world.succeeded("r1").await;
+    world.until("the line is closed", CLOSED, 1).await;
+    world.fake.release(&arn).await;
+    world.fake.wait(2, &format!("key={arn}&effect=imported")).await;
+    world.workers[sleeper].signal(Signal::CONT);
+    crate::support::eventually("the sleeper learns that its lease is another's", || async {
+        (world.workers[sleeper].metric("keyferry_leases_lost_total").await >= 1.0).then_some(())
+    })
+    .await;
+    assert_eq!(world.job("r2").await.unwrap().state, "waiting");
+    world.db.advance(std::time::Duration::from_secs(600)).await;
+    world.succeeded("r2").await;
+    assert_eq!(world.fake.show(&arn).await["expiration_model"], "KEY_MATERIAL_EXPIRES");
+    assert!(decrypts(&world.fake, &arn, &bytes).await);
+    world.finish().await;
+}

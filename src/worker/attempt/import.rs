@@ -56,6 +56,7 @@ impl Run {
             return self.would_import(asked, kind, &before, role, wrapping).await;
         }
         let (parameters, are_new) = self.parameters(wrapping).await?;
+        crate::failpoint!("worker.after_parameters");
         let (key, generated) = if let Some(key) = source {
             (key, None)
         } else {
@@ -66,6 +67,7 @@ impl Run {
         self.source_key = Some(key.clone());
         self.commit_import(asked, &key, generated, &parameters, are_new).await?;
         let wrapped = self.wrap(key, &parameters).await?;
+        crate::failpoint!("worker.after_wrap");
         self.send_import(asked, kind, &before, role, &parameters, wrapped).await?;
         crate::failpoint!("worker.after_import");
         let _timing = self.attempt.context.meters.time(Stage::Verify);

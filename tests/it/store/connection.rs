@@ -14,7 +14,7 @@ const PASSWORD: &str = "sw0rdfish";
 
 fn unavailable<T: std::fmt::Debug>(outcome: Result<T, StoreError>) -> String {
     match outcome {
-        Err(StoreError::Unavailable(reason)) => reason,
+        Err(StoreError::Unavailable(fault)) => fault.reason,
         other => panic!("expected Unavailable, got {other:?}"),
     }
 }

@@ -138,17 +138,25 @@ impl Received {
 /// A virtual host, deleted when it is dropped.
 pub struct Vhost {
     name: String,
+    /// The broker's URL without a virtual host.
+    amqp: String,
     api: Url,
     http: reqwest::Client,
     link: OnceLock<(Connection, Channel)>,
 }
 
 impl Vhost {
-    /// An empty one.
+    /// An empty one on the broker of the run.
     pub async fn create() -> Self {
+        Self::create_on(&variable("KEYFERRY_TEST_AMQP"), &variable("KEYFERRY_TEST_RABBITMQ_API")).await
+    }
+
+    /// An empty one on any broker, by its AMQP URL without a virtual host and that of its management API.
+    pub async fn create_on(amqp: &str, api: &str) -> Self {
         let vhost = Self {
             name: format!("kf-test-{}", Uuid::new_v4().simple()),
-            api: variable("KEYFERRY_TEST_RABBITMQ_API").parse().unwrap(),
+            amqp: amqp.to_owned(),
+            api: api.parse().unwrap(),
             http: http(),
             link: OnceLock::new(),
         };
@@ -161,7 +169,12 @@ impl Vhost {
 
     /// The AMQP URL of this virtual host.
     pub fn url(&self) -> String {
-        format!("{}/{}", variable("KEYFERRY_TEST_AMQP"), self.name)
+        format!("{}/{}", self.amqp, self.name)
+    }
+
+    /// The management API of its broker.
+    pub fn api_url(&self) -> &str {
+        self.api.as_str()
     }
 
     /// The default topology.
@@ -180,6 +193,17 @@ impl Vhost {
         channel.queue_declare(PROBE.into(), durable, FieldTable::default()).await.unwrap();
         self.link.set((connection, channel)).unwrap_or_else(|_| panic!("opened twice"));
         self.bind("#").await;
+    }
+
+    /// Connects anew: the broker has closed all connections.
+    pub async fn reopen(&mut self) {
+        self.link = OnceLock::new();
+        self.open().await;
+    }
+
+    /// Whether the broker says that it is short of memory.
+    pub async fn is_short_of_memory(&self) -> bool {
+        self.api(Method::GET, &["nodes"], None).await[0]["mem_alarm"] == true
     }
 
     /// The tests' own channel.

@@ -6,6 +6,8 @@ pub mod checker;
 pub mod db;
 pub mod fake;
 pub mod kmip;
+pub mod link;
+pub mod private_broker;
 pub mod process;
 pub mod proof;
 pub mod snapshot;
@@ -14,6 +16,7 @@ pub mod sqs_proxy;
 pub mod world;
 
 use std::path::PathBuf;
+use std::sync::LazyLock;
 use std::time::{Duration, Instant};
 
 /// Long enough for a loaded machine; a test that gets here has failed.
@@ -61,9 +64,10 @@ pub fn fake_kms() -> PathBuf {
 
 /// An HTTP client for the control interfaces of this machine.
 pub fn http() -> reqwest::Client {
-    let tls = keyferry::tls::client_config(None).unwrap();
+    // The system's authorities are many, and read once.
+    static TLS: LazyLock<rustls::ClientConfig> = LazyLock::new(|| keyferry::tls::client_config(None).unwrap());
     reqwest::Client::builder()
-        .tls_backend_preconfigured(tls)
+        .tls_backend_preconfigured(TLS.clone())
         .no_proxy()
         .timeout(Duration::from_secs(60))
         .build()

@@ -4,6 +4,7 @@ use super::broker::{DEAD, JOBS, Message, Received, User, Vhost};
 use super::checker::violations;
 use super::db::{TestDb, connect};
 use super::fake::{ACCOUNT, Fake, REGION, SECRET, WORKER};
+use super::private_broker::PrivateBroker;
 use super::process::Process;
 use super::snapshot::{Job, Refusal, Secret, Snapshot, jobs, refusals};
 use super::sqs::{Queues, Role, SQS_REGION};
@@ -235,8 +236,21 @@ impl World {
 
     /// A world whose brokers have nothing.
     pub async fn bare(tuning: Tuning, carriage: Carriage) -> Self {
+        Self::at(tuning, carriage, Vhost::create().await).await
+    }
+
+    /// A world with topology and schema, and no worker yet, at a broker of its own.
+    pub async fn beside(tuning: Tuning, broker: &PrivateBroker) -> Self {
+        let vhost = Vhost::create_on(&broker.amqp, &broker.api).await;
+        let world = Self::at(tuning, Carriage::RABBITMQ, vhost).await;
+        world.vhost.apply_topology().await;
+        world.vhost.open().await;
+        world
+    }
+
+    async fn at(tuning: Tuning, carriage: Carriage, vhost: Vhost) -> Self {
         let directory = tempfile::tempdir().unwrap();
-        let (db, vhost) = tokio::join!(TestDb::create(), Vhost::create());
+        let db = TestDb::create().await;
         let fake = Fake::start(directory.path()).await;
         let mut bytes = [0; 32];
         getrandom::fill(&mut bytes).unwrap();
@@ -276,8 +290,7 @@ impl World {
     fn settings(&self, tuning: Tuning) -> String {
         let Tuning { concurrency, lease_ms, aws_timeout_ms, signature_life_ms, grace_ms, visibility_s, pollers } =
             tuning;
-        let rabbitmq =
-            format!("[rabbitmq]\nurl = {:?}\napi_url = {:?}", self.vhost.url(), variable("KEYFERRY_TEST_RABBITMQ_API"));
+        let rabbitmq = format!("[rabbitmq]\nurl = {:?}\napi_url = {:?}", self.vhost.url(), self.vhost.api_url());
         let sqs = format!(
             "[sqs]\nregion = {SQS_REGION:?}\nrequests_queue_url = {:?}\ndead_letter_queue_url = {:?}\n\
              events_queue_url = {:?}\nwait_s = 1\nvisibility_timeout_s = {visibility_s}\npollers = {pollers}",
@@ -345,6 +358,15 @@ impl World {
         self.write("keyferry.toml", &format!("{own}\n{more}"));
     }
 
+    /// Replaces a text in the settings of processes that start from now on.
+    pub fn respell(&self, from: &str, to: &str) {
+        for name in ["settings.toml", "keyferry.toml"] {
+            let own = std::fs::read_to_string(self.path(name)).unwrap();
+            assert!(own.contains(from), "the settings do not say {from}");
+            self.write(name, &own.replace(from, to));
+        }
+    }
+
     /// Puts a policy file into the place of `allow-all`, for processes that start from now on, with more lines for the
     /// transports' sections.
     pub fn with_policy(&self, policy: &str, senders: &str) {
@@ -383,6 +405,8 @@ impl World {
             .env("AWS_CONFIG_FILE", "/dev/null")
             .env("AWS_SHARED_CREDENTIALS_FILE", "/dev/null")
             .env("AWS_EC2_METADATA_DISABLED", "true")
+            // Instead of the system's authorities, of which there are more than a hundred to be read at each start.
+            .env("SSL_CERT_FILE", variable("KEYFERRY_TEST_POSTGRES_CA"))
             .envs(self.environment.iter().map(|(name, value)| (*name, value)))
             .current_dir(self.directory.path())
             .arg("--config")
@@ -704,6 +728,11 @@ impl World {
 
     /// Waits until nothing waits, stops all workers in order, and judges everything.
     pub async fn finish(mut self) {
+        self.judge().await;
+    }
+
+    /// The same where the world goes on.
+    pub async fn judge(&mut self) {
         let open = "select (select count(*) from outbox) + (select count(*) from line where due_at is not null)
                     + (select count(*) from future) + (select count(*) from progress)
                     + (select count(*) from refusal_fold where told_at is null)";
