@@ -20,11 +20,13 @@ create table failed_choice (
     -- Which materials a delete meant, and those of them that AWS said it deleted.
     delete_ids text[],
     deleted_ids text[] not null,
+    -- AWS answered all that the job asked of it; so the only material of a key without material ids is gone.
+    is_answered boolean not null,
     check (num_nulls(dsm_connection, dsm_key_id, dsm_fingerprint, dsm_fingerprint_version) in (0, 4)),
     check (num_nonnulls(source_key_id, dsm_key_id, delete_ids) = 1)
 );
 grant select, insert on failed_choice to keyferry_worker;
-grant select (job_id, source_key_id, dsm_connection, dsm_key_id, dsm_key_name, delete_ids, deleted_ids)
+grant select (job_id, source_key_id, dsm_connection, dsm_key_id, dsm_key_name, delete_ids, deleted_ids, is_answered)
     on failed_choice to keyferry_reader;
 
 -- The job is to end whatever is in doubt: nobody expects any more to learn what AWS did.

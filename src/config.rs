@@ -199,6 +199,18 @@ pub enum ConfigError {
     /// figment's own words name the setting and its file or variable.
     #[error("{0}")]
     Unreadable(Box<figment::Error>),
+    /// The settings file is no TOML. The line itself is not told: it may hold a password.
+    #[error("{}:{line}:{column}: {problem}", file.display())]
+    Syntax {
+        /// The file.
+        file: PathBuf,
+        /// From one.
+        line: usize,
+        /// In characters, from one.
+        column: usize,
+        /// In the parser's words, which quote nothing.
+        problem: String,
+    },
     /// A named file does not exist.
     #[error("the settings file {} does not exist; name another with --config", .0.display())]
     NoFile(PathBuf),
@@ -266,6 +278,7 @@ impl Loaded {
             .split("__");
         // Only the file that nobody named may be missing: then the environment says it all.
         let text = if path.exists() { Toml::file_exact(&path) } else { Toml::string("") };
+        parses(&path)?;
         let figment = Figment::from(Serialized::defaults(Defaults::default())).merge(text).merge(environment);
         let settings = figment.extract().map_err(|error| ConfigError::Unreadable(Box::new(error)))?;
         let loaded = Self { settings, file: path };
@@ -609,6 +622,16 @@ fn redacted<S: Serializer>(secret: &Option<SecretString>, serializer: S) -> Resu
     secret.as_ref().map(|_| "(set)").serialize(serializer)
 }
 
+/// Whether the file is TOML, if it can be read at all: what cannot is for figment to tell.
+fn parses(file: &Path) -> Result<(), ConfigError> {
+    let Ok(text) = std::fs::read_to_string(file) else { return Ok(()) };
+    let Err(error) = toml::from_str::<toml::Table>(&text) else { return Ok(()) };
+    let before = text.get(..error.span().unwrap_or_default().start).unwrap_or_default();
+    let line = before.matches('\n').count() + 1;
+    let column = before.rsplit('\n').next().unwrap_or_default().chars().count() + 1;
+    Err(ConfigError::Syntax { file: file.to_owned(), line, column, problem: error.message().to_owned() })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -670,6 +693,17 @@ mod tests {
             assert_eq!(loaded.settings.worker.concurrency, 7);
             assert_eq!(loaded.targets().unwrap()[0].account, "111122223333");
             assert!(matches!(Loaded::read(Some(Path::new("other.toml"))), Err(ConfigError::NoFile(_))));
+            Ok(())
+        });
+    }
+
+    #[test]
+    #[expect(clippy::result_large_err, reason = "figment's jail wants figment's error")]
+    fn a_line_that_is_no_toml_is_named_and_not_quoted() {
+        figment::Jail::expect_with(|jail| {
+            jail.create_file("broken.toml", "[database]\nurl = \"postgres://u:hush@h/d\nx = 1\n")?;
+            let error = Loaded::read(Some(Path::new("broken.toml"))).err().map(|error| error.to_string()).unwrap();
+            assert!(error.starts_with("broken.toml:2:") && !error.contains("hush"), "{error}");
             Ok(())
         });
     }

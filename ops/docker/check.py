@@ -53,8 +53,11 @@ def services(file, stages):
     volumes = file["volumes"]
     for name, service in file["services"].items():
         build = service.get("build")
-        say(build or re.search(r":v?\d", service["image"]), f"{name}: its image has no version")
+        ours = [other["image"] for other in file["services"].values() if other.get("build")]
+        say(service["image"] in ours or re.search(r":v?\d", service["image"]), f"{name}: its image has no version")
         if build:
+            built = [other for other in file["services"].values() if other.get("build") and other["image"] == service["image"]]
+            say(len(built) == 1, f"{name}: its image is built twice")
             say(build["target"] in stages, f"{name}: {DOCKERFILE} has no stage {build['target']}")
         for mount in service.get("volumes", []):
             source = mount.split(":")[0]

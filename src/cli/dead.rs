@@ -226,7 +226,10 @@ impl Since {
     pub(super) fn at(self, now: OffsetDateTime) -> OffsetDateTime {
         match self {
             Self::Time(time) => time,
-            Self::Age(age) => now - age,
+            // Before all that could be meant.
+            Self::Age(age) => {
+                now.checked_sub(age.try_into().unwrap_or(time::Duration::MAX)).unwrap_or(OffsetDateTime::UNIX_EPOCH)
+            }
         }
     }
 }

@@ -62,12 +62,14 @@ async fn look(address: SocketAddr, live: bool, timeout: Duration) -> Report {
         }
         Ok(Ok(answer)) => answer,
     };
+    // What rests is told after it: a state, and no fault.
+    let head = |body: &str| body.split("; ").next().unwrap_or_default().to_owned();
     match answer {
-        Some((200, body)) if body == if live { "ok" } else { "ready" } => {
+        Some((200, body)) if head(&body) == if live { "ok" } else { "ready" } => {
             Report { healthy: true, code: "ok", message: body, missing: Vec::new() }
         }
         Some((503, body)) if !live && body.starts_with("not ready: ") => {
-            let missing = body.trim_start_matches("not ready: ").split(", ").map(str::to_owned).collect();
+            let missing = head(&body).trim_start_matches("not ready: ").split(", ").map(str::to_owned).collect();
             Report { missing, ..unhealthy("not_ready", body) }
         }
         _ => unhealthy("not_a_worker", format!("what listens on {address} is no Keyferry worker; see admin.listen")),

@@ -163,7 +163,12 @@ pub(super) struct Followed {
     /// How many ended in which state, with which code.
     ended: BTreeMap<(String, String), u64>,
     missing: u64,
+    /// What the first of those say that did not succeed.
+    reasons: Vec<String>,
 }
+
+/// So many reasons are told one by one.
+const MOST_REASONS: usize = 10;
 
 /// Waits for requests or jobs to end, with a progress bar on a terminal.
 pub(super) async fn follow(
@@ -188,6 +193,7 @@ pub(super) async fn follow(
                 match by_id.remove(id) {
                     Some(view) => {
                         bar.inc(1);
+                        followed.reasons.extend(reason(id, &view).filter(|_| followed.reasons.len() < MOST_REASONS));
                         *followed.ended.entry((view.state.clone(), error_code(&view))).or_default() += 1;
                     }
                     None => left.push(id.clone()),
@@ -215,7 +221,7 @@ async fn follow_batch(store: &Store, batch: &str, timeout: Duration) -> Result<F
         let mut counts = store.batch_counts(batch).await?;
         let all: u64 = counts.values().sum();
         let missing = counts.remove(&("waiting".to_owned(), String::new())).unwrap_or(0);
-        let followed = Followed { ended: counts, missing };
+        let followed = Followed { ended: counts, missing, reasons: Vec::new() };
         bar.set_length(all);
         bar.set_position(all - missing);
         bar.set_message(format!("{} failed", followed.count("failed")));
@@ -236,6 +242,12 @@ impl Followed {
     }
 }
 
+/// Why it did not succeed, in one line.
+fn reason(id: &str, view: &JobView) -> Option<String> {
+    let error = view.error.as_ref().filter(|_| view.state != "succeeded")?;
+    Some(format!("{id}: {}", error["message"].as_str()?))
+}
+
 /// Summarises and gives the exit code.
 pub(super) fn finish(output: Output, followed: &Followed) -> Result<(), Failed> {
     let mut rows: Vec<serde_json::Value> = followed
@@ -250,6 +262,9 @@ pub(super) fn finish(output: Output, followed: &Followed) -> Result<(), Failed> 
     output.table(&rows, ["STATE", "CODE", "COUNT"], |row| {
         [text(&row["state"]), text(&row["code"]), row["count"].to_string()]
     });
+    if !output.json {
+        followed.reasons.iter().for_each(|reason| eprintln!("{reason}"));
+    }
     if followed.missing > 0 {
         Err(Failed::Timeout)
     } else if followed.ended.keys().all(|(state, _)| state == "succeeded") {

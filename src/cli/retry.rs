@@ -175,7 +175,7 @@ impl Desk<'_> {
             crate::failpoint!("retry.after_page");
         }
         bar.finish_and_clear();
-        let is_whole = left.is_empty();
+        let is_whole = left.keys().all(|(why, _)| *why == "retry_open");
         let left = left.into_iter().map(|((became, message), count)| Left { became, message, count }).collect();
         output.value(&OfBatch { batch, retried, left }, |done| {
             let would = if self.is_dry { "would be retried" } else { "are retried" };

@@ -9,8 +9,13 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 /// Where the structs are written.
-const SOURCES: [&str; 4] =
-    [include_str!("../config.rs"), include_str!("dsm.rs"), include_str!("identity.rs"), include_str!("sqs.rs")];
+const SOURCES: [&str; 5] = [
+    include_str!("../config.rs"),
+    include_str!("dsm.rs"),
+    include_str!("identity.rs"),
+    include_str!("intake.rs"),
+    include_str!("sqs.rs"),
+];
 
 /// The name of a connection in the example of a table `[dsm.NAME]`.
 const NAME: &str = "prod";

@@ -105,11 +105,11 @@ impl Look {
             from pg_class c
                 join pg_attribute a on a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped
                 cross join unnest(array['SELECT', 'INSERT', 'UPDATE']) as p (privilege)
-            where c.relnamespace = 'public'::regnamespace and c.relkind in ('r', 'p')
+            where c.relnamespace = 'public'::regnamespace and c.relkind in ('r', 'p', 'v')
             union all
             select c.relname::text, null, lower(p.privilege), has_table_privilege(c.oid, p.privilege)
             from pg_class c cross join unnest(array['DELETE', 'TRUNCATE', 'REFERENCES', 'TRIGGER']) as p (privilege)
-            where c.relnamespace = 'public'::regnamespace and c.relkind in ('r', 'p')";
+            where c.relnamespace = 'public'::regnamespace and c.relkind in ('r', 'p', 'v')";
         let rows = self.client.query(READ, &[]).await?;
         let held: Vec<Right> = rows
             .iter()

@@ -12,6 +12,7 @@ mod bisect;
 mod cancel;
 mod claim;
 mod dead;
+mod deletions;
 mod fault;
 mod fold;
 mod hold;

@@ -86,11 +86,10 @@ impl Store {
         })
     }
 
-    /// Whether fewer than `most` events wait in the outbox that the broker has not refused.
+    /// Whether fewer than `most` events are in the outbox, those included that the broker would not take.
     pub async fn outbox_has_room(&self, most: i64) -> Result<bool, StoreError> {
         const COUNT: &str = "
-            select count(*) < $1 from (
-                select from outbox where held_because is null order by due_at limit $1) as waiting";
+            select count(*) < $1 from (select from outbox limit $1) as waiting";
         self.retrying(|| async {
             let client = self.client().await?;
             let count = client.prepare_cached(COUNT).await?;

@@ -207,9 +207,9 @@ impl Store {
 pub(super) async fn keep_choices(transaction: &Transaction<'_>, failed: &[Uuid]) -> Result<(), StoreError> {
     const KEEP: &str = "
         insert into failed_choice (job_id, source_key_id, dsm_connection, dsm_key_id, dsm_key_name, dsm_fingerprint,
-                                   dsm_fingerprint_version, delete_ids, deleted_ids)
+                                   dsm_fingerprint_version, delete_ids, deleted_ids, is_answered)
         select job_id, source_key_id, dsm_connection, dsm_key_id, dsm_key_name, dsm_fingerprint,
-               dsm_fingerprint_version, delete_ids, deleted_ids
+               dsm_fingerprint_version, delete_ids, deleted_ids, imported
         from progress
         where job_id = any($1) and num_nonnulls(source_key_id, dsm_key_id, delete_ids) > 0
         order by job_id";
@@ -227,7 +227,8 @@ const READ: &str = "
            job.accepted_at, job.deadline, exists (select from job as retry where retry.retry_of = job.id),
            source.id, source.name, source.deleted_at is not null,
            choice.dsm_connection, choice.dsm_key_id, choice.dsm_key_name, choice.dsm_fingerprint,
-           choice.dsm_fingerprint_version, choice.delete_ids, choice.deleted_ids
+           choice.dsm_fingerprint_version, choice.delete_ids, choice.deleted_ids,
+           choice.is_answered
     from job
     join line on line.id = job.line_id
     join kms_key on kms_key.id = job.kms_key_id
@@ -284,7 +285,8 @@ fn failed_choice(row: &Row) -> Option<FailedChoice> {
     let (meant, deleted): (Vec<String>, Vec<String>) = (row.get::<_, Option<_>>(21)?, row.get(22));
     // The one in force stays first.
     let left: Vec<String> = meant.iter().filter(|id| !deleted.contains(id)).cloned().collect();
-    Some(FailedChoice::Delete { is_done: left.is_empty() && !meant.is_empty(), left })
+    let is_done = if meant.is_empty() { row.get(23) } else { left.is_empty() };
+    Some(FailedChoice::Delete { is_done, left })
 }
 
 fn local_source(standing: &Standing) -> Option<Uuid> {

@@ -2,6 +2,7 @@
 
 use super::accept::{insert_audit, insert_events};
 use super::claim::millis;
+use super::deletions::Deletions;
 use super::lock::{Held, lock};
 use super::{Ending, Lease, Store, StoreError, abandon, backlog, together, urgent};
 use crate::audit::{Fact, Kind};
@@ -370,6 +371,8 @@ struct Ended {
     attempts: Vec<i32>,
     events: Vec<Event>,
     materials: MaterialRows,
+    /// Of those that failed: their retries must know.
+    deletions: Deletions,
 }
 
 impl Ended {
@@ -385,6 +388,7 @@ impl Ended {
             attempts: Vec::new(),
             events: Vec::new(),
             materials: MaterialRows::default(),
+            deletions: Deletions::default(),
         };
         for (end, held) in ends {
             let SettlementKind::Ended { outcome, source_key_id, material } = &end.kind else { continue };
@@ -396,6 +400,9 @@ impl Ended {
             ended.sources.push(*source_key_id);
             ended.attempts.push(held.attempt);
             ended.events.push(Event::of_job(&end.job, outcome, now));
+            if outcome.is_err() {
+                ended.deletions.add(end);
+            }
             if let Some(material) = material {
                 ended.materials.push(end.key_id, end.job.id, material);
             }
@@ -414,6 +421,7 @@ impl Ended {
 
     async fn empty_progress(&self, transaction: &Transaction<'_>) -> Result<(), StoreError> {
         if !self.ids.is_empty() {
+            self.deletions.note(transaction).await?;
             let failed = self.ids.iter().zip(&self.states).filter(|(_, state)| **state == "failed");
             super::retry::keep_choices(transaction, &failed.map(|(id, _)| *id).collect::<Vec<_>>()).await?;
             let empty = transaction.prepare_cached("delete from progress where job_id = any($1)").await?;
@@ -550,11 +558,6 @@ async fn keep_progress(transaction: &Transaction<'_>, ends: &[(&Settlement, &Hel
                             parameters_valid_to = null
         where job_id = any($1)";
     const RESET: &str = "update progress set refreshes = 0 where job_id = any($1)";
-    // What was deleted stays deleted for this job, whoever brings it back meanwhile.
-    const DELETED: &str = "
-        update progress set deleted_ids = deleted_ids || string_to_array(deleted.ids, ',')
-        from unnest($1::uuid[], $2::text[]) as deleted(job_id, ids)
-        where progress.job_id = deleted.job_id";
     // Nothing of what is known changes.
     const COUNT: &str = "
         insert into progress (job_id, audit_n) select * from unnest($1::uuid[], $2::integer[])
@@ -593,17 +596,10 @@ async fn keep_progress(transaction: &Transaction<'_>, ends: &[(&Settlement, &Hel
     let chosen = |wanted: &[bool]| -> Vec<Uuid> {
         jobs.iter().zip(wanted).filter(|(_, wanted)| **wanted).map(|(job, _)| *job).collect()
     };
-    let (deleted, ids): (Vec<Uuid>, Vec<String>) = retries
-        .iter()
-        .filter_map(|(end, ..)| match &end.removed {
-            Removed::Materials(ids) => Some((end.job.id, ids.join(","))),
-            Removed::Nothing | Removed::Only => None,
-        })
-        .unzip();
-    if !deleted.is_empty() {
-        let note = transaction.prepare_cached(DELETED).await?;
-        transaction.execute(&note, &[&deleted, &ids]).await?;
-    }
+    // What was deleted stays deleted for this job, whoever brings it back meanwhile.
+    let mut deletions = Deletions::default();
+    retries.iter().for_each(|(end, ..)| deletions.add(end));
+    deletions.note(transaction).await?;
     for (statement, which) in [(DISCARD, chosen(&refresh)), (RESET, chosen(&reset))] {
         if !which.is_empty() {
             let statement = transaction.prepare_cached(statement).await?;

@@ -432,11 +432,12 @@ async fn keep_house(context: Arc<Context>, stop: CancellationToken) {
         let folding = folding.inspect_err(|error| tracing::warn!(%error, "the backlog's changes could not be folded"));
         let seeing = see_folds(&context, is_thorough).await;
         let seeing = seeing.inspect_err(|error| tracing::warn!(%error, "folded refusals could not be told of"));
+        let is_whole = [&woken, &folding, &seeing].into_iter().all(Result::is_ok);
         if [woken, folding, seeing].into_iter().any(|more| more.unwrap_or(false)) {
             pause = Duration::ZERO;
         }
         let kept = context.store.keep_house().await;
-        context.health.set(Part::Store, kept.is_ok());
+        context.health.set(Part::Store, is_whole && kept.is_ok());
         match kept {
             Ok(0) => {}
             Ok(joined) => {

@@ -88,7 +88,9 @@ async fn a_file_of_requests_is_followed_to_its_end() {
     world.note_published([submitted(&request("slow", &arns[2], json!({})))]);
     world.fake.release(&arns[2]).await;
     ended(&world.run(&["jobs", "wait", "slow", "ok"]).await, 0, "succeeded");
-    ended(&world.run(&["jobs", "wait", "fails"]).await, 3, "source_key_unknown");
+    let ran = world.run(&["jobs", "wait", "fails"]).await;
+    ended(&ran, 3, "source_key_unknown");
+    ended(&ran, 3, "fails: ");
     ended(&world.run(&["submit", "--file", "no-such-file"]).await, 1, "no-such-file");
     ended(&world.run(&["submit"]).await, 2, "--key");
     world.finish().await;

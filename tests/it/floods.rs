@@ -219,6 +219,9 @@ async fn too_many_waiting_jobs_pause_intake_until_few_are_left(carriage: Carriag
     // It rests, and nothing is wrong.
     let (status, text) = world.workers[0].ready().await.unwrap();
     assert!(status == 200 && text.starts_with("ready; paused") && text.contains("ingress"), "{text}");
+    let admin = world.workers[0].address().to_owned();
+    let asked = world.run_with(&["health"], &[("KEYFERRY_ADMIN__LISTEN", &admin)], "").await;
+    assert_eq!(asked.code, Some(0), "{asked:?}");
     // Messages stay where they are, also with a worker that starts only now, and such a one stops at once.
     for (number, arn) in arns.iter().enumerate().skip(5) {
         world.publish(request(&format!("r{number}"), arn, named.clone())).await;

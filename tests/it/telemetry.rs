@@ -40,8 +40,9 @@ async fn a_job_is_seen_in_every_series_that_it_passes() {
     world.refused(1).await;
 
     let worker = &world.workers[0];
+    // The last of them all.
     eventually("the end is counted", || async {
-        let series = "keyferry_jobs_finished_total{code=\"\",outcome=\"succeeded\"}";
+        let series = "keyferry_job_seconds_count{outcome=\"succeeded\"}";
         (worker.metric(series).await > 0.5).then_some(())
     })
     .await;

@@ -99,7 +99,9 @@ pub(super) fn of(check: &str, error: &ConfigError) -> Finding {
     let (code, advice) = match error {
         ConfigError::Missing { .. } => ("setting_missing", "keyferry init writes a file with every setting"),
         ConfigError::NoFile(_) => ("settings_no_file", "keyferry init writes one"),
-        ConfigError::Unreadable(_) => ("settings_unreadable", "mend the line; keyferry config check reads it again"),
+        ConfigError::Unreadable(_) | ConfigError::Syntax { .. } => {
+            ("settings_unreadable", "mend the line; keyferry config check reads it again")
+        }
         ConfigError::Invalid { .. } => ("setting_wrong", "mend it; keyferry config check reads it again"),
         ConfigError::File { .. } => {
             ("file_unreadable", "name the right file, or let the worker's user read it; ls -l FILE")

@@ -3,7 +3,7 @@
 use super::given::{REGION, refusal, value};
 use crate::support::db::TestDb;
 use keyferry::job::RefusalCode;
-use keyferry::store::{Candidate, OutboxRow, Store};
+use keyferry::store::{Candidate, NewRefusal, OutboxRow, Store};
 use std::collections::HashSet;
 use std::time::Duration;
 
@@ -11,8 +11,12 @@ const LEASE: Duration = Duration::from_secs(30);
 
 /// So many refusals, each with its event.
 async fn make_events(store: &Store, name: &str, count: usize) {
-    let refused: Vec<Candidate> =
-        (0..count).map(|n| Candidate::Refusal(refusal(&format!("{name}-{n}"), RefusalCode::NotAllowed))).collect();
+    // Each by another principal: those of one would be told of together.
+    let refused = (0..count).map(|n| {
+        let id = format!("{name}-{n}");
+        Candidate::Refusal(NewRefusal { principal: id.clone(), ..refusal(&id, RefusalCode::NotAllowed) })
+    });
+    let refused: Vec<Candidate> = refused.collect();
     for slice in refused.chunks(200) {
         store.accept(slice).await.unwrap();
     }

@@ -233,6 +233,30 @@ async fn a_deletes_retry_means_what_is_left() {
 }
 
 #[tokio::test]
+async fn what_its_last_attempt_deleted_is_not_deleted_again_by_a_retry() {
+    let case = case().await;
+    for (line, (meant, removed, wanted)) in (1..).zip([
+        (
+            vec!["a".to_owned(), "b".into()],
+            Removed::Materials(vec!["a".into()]),
+            FailedChoice::Delete { left: vec!["b".into()], is_done: false },
+        ),
+        (vec![], Removed::Only, FailedChoice::Delete { left: vec![], is_done: true }),
+        (vec![], Removed::Nothing, FailedChoice::Delete { left: vec![], is_done: false }),
+    ]) {
+        accept(&case.store, &[job_with(&format!("d{line}"), &arn(line), json!({"operation": "delete"}))]).await;
+        let job = claim_one(&case.store).await;
+        let intent = Intent::Delete { material_ids: meant };
+        let step = Step { lease: job.lease, job_id: job.id, intent, effect: "delete".into(), facts: Vec::new() };
+        assert_eq!(case.store.prepare(&[&step]).await.unwrap(), [Prepared::Ready]);
+        let mut end = failed(&job, "denied");
+        end.removed = removed;
+        assert!(settle(&case.store, &end).await);
+        assert_eq!(case.failed_job(job.id).await.choice, Some(wanted));
+    }
+}
+
+#[tokio::test]
 async fn a_job_that_was_to_join_later_joins_later_again() {
     let case = case().await;
     let ahead = (case.store.now().await.unwrap() + time::Duration::hours(1)).replace_nanosecond(0).unwrap();
