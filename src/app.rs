@@ -12,7 +12,7 @@ use crate::kms::Kms;
 use crate::outbox::rabbitmq::Exchange;
 use crate::outbox::sqs::Events;
 use crate::outbox::{Destination, Relay};
-use crate::policy::{Current, Proof, Targets};
+use crate::policy::{Current, Policy, Proof, Targets};
 use crate::source::{Dsm, Kek, KekError, Keyring};
 use crate::sqs::Sqs;
 use crate::store::{SchemaError, Store, StoreError};
@@ -116,14 +116,7 @@ pub async fn serve(loaded: &Loaded, stop: CancellationToken, hang_up: Signal) ->
     let settings = &loaded.settings;
     // Everything that can be wrong is found before the first message is taken.
     let policy = loaded.policy()?;
-    let mut proofs = HashMap::new();
-    for transport in &settings.requests_from {
-        let proof = loaded.proof(*transport, &policy)?;
-        if let Some(warning) = policy.unproved(transport.as_str(), &proof) {
-            tracing::warn!("policy: {warning}");
-        }
-        proofs.insert(transport.as_str(), proof);
-    }
+    let proofs = proofs(loaded, &policy)?;
     let targets = targets(loaded)?;
     loaded.transports()?;
     let broker = if loaded.uses(Transport::RabbitMq) { Some(open_broker(loaded)?) } else { None };
@@ -342,6 +335,19 @@ fn spawn_relay<D: Destination + 'static>(
     };
     let drain = drain.clone();
     relays.spawn(async move { relay.run(drain).await });
+}
+
+/// By which each transport's senders are known. Principals that it cannot prove are warned of.
+fn proofs(loaded: &Loaded, policy: &Policy) -> Result<HashMap<&'static str, Proof>, ConfigError> {
+    let mut proofs = HashMap::new();
+    for transport in &loaded.settings.requests_from {
+        let proof = loaded.proof(*transport, policy)?;
+        if let Some(warning) = policy.unproved(transport.as_str(), &proof) {
+            tracing::warn!("policy: {warning}");
+        }
+        proofs.insert(transport.as_str(), proof);
+    }
+    Ok(proofs)
 }
 
 fn limits(settings: &IntakeSettings) -> Limits {

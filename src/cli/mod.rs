@@ -193,7 +193,7 @@ async fn run(cli: Cli) -> Result<(), Failed> {
     };
     let url = if matches!(command, Command::Migrate) { "database.owner_url" } else { "database.url" };
     let done = match loaded {
-        Ok(loaded) => with_settings(command, &loaded, output).await,
+        Ok(loaded) => Box::pin(with_settings(command, &loaded, output)).await,
         Err(error) => Err(error.into()),
     };
     done.map_err(|failed| failed.in_place(&file, url))

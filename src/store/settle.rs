@@ -598,7 +598,9 @@ async fn keep_progress(transaction: &Transaction<'_>, ends: &[(&Settlement, &Hel
     };
     // What was deleted stays deleted for this job, whoever brings it back meanwhile.
     let mut deletions = Deletions::default();
-    retries.iter().for_each(|(end, ..)| deletions.add(end));
+    for (end, ..) in &retries {
+        deletions.add(end);
+    }
     deletions.note(transaction).await?;
     for (statement, which) in [(DISCARD, chosen(&refresh)), (RESET, chosen(&reset))] {
         if !which.is_empty() {
