@@ -23,6 +23,10 @@ words! {
         ImportIntended = "import_intended",
         /// AWS said that it took the material.
         MaterialImported = "material_imported",
+        /// The rotation to the material that waits is about to be asked for.
+        RotationIntended = "rotation_intended",
+        /// AWS said that it rotates.
+        KeyRotated = "key_rotated",
         /// Deletions are about to be sent.
         DeletionIntended = "deletion_intended",
         /// AWS said that it deleted a material, or, for as long as it was asked, that there was none.

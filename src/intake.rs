@@ -8,7 +8,7 @@ pub use crowd::Limits;
 pub use fuse::{Fuse, Marks, Watch};
 
 use crate::ingress::{Delivery, Ingress, Session as _, SessionFault, Settlement};
-use crate::job::{Envelope, Import, KeyArn, KeyRef, Refusal, RefusalCode, Rejected, Request, SourceKeyRef, Work};
+use crate::job::{Envelope, KeyArn, KeyRef, Refusal, RefusalCode, Rejected, Request};
 use crate::policy::{Ask, Current, Policy, Proof, Targets, Verdict as PolicyVerdict};
 use crate::retry::{Attempts, Class};
 use crate::source::{Dsm, DsmError, Keyring};
@@ -339,9 +339,7 @@ impl<I: Ingress> Intake<I> {
 
     /// A tier, or a connection of one, that is not configured.
     fn judge_tier(&self, request: &Request) -> Result<(), Refusal> {
-        let Work::Import(Import { source_key: SourceKeyRef::Dsm(reference), .. }) = &request.work else {
-            return Ok(());
-        };
+        let Some(reference) = request.work.dsm_key() else { return Ok(()) };
         self.dsm.knows(reference).map_err(|error| {
             let message = match error {
                 // The name is the message's own word, and is not repeated.
@@ -381,10 +379,7 @@ impl<I: Ingress> Intake<I> {
             Ok(key) => key,
             Err(refusal) => return self.refusal_on(key, Ok(request), delivery, asker, refusal, None),
         };
-        let dsm = match &request.work {
-            Work::Import(Import { source_key: SourceKeyRef::Dsm(reference), .. }) => self.dsm.full_name(reference).ok(),
-            _ => None,
-        };
+        let dsm = request.work.dsm_key().and_then(|reference| self.dsm.full_name(reference).ok());
         let verdict = policy.judge(&Ask::of(&asker.principal, &request, &key, dsm.as_deref(), lookup.now));
         let grant = match verdict {
             PolicyVerdict::Allowed(grant) => grant,

@@ -4,7 +4,7 @@ use super::Failed;
 use super::output::Output;
 use super::sender::now;
 use crate::config::{Loaded, PolicySource};
-use crate::job::{DsmKeyRef, Envelope, Import, KeyArn, KeyRef, MAX_BODY_BYTES, Request, SourceKeyRef, Work};
+use crate::job::{DsmKeyRef, Envelope, KeyArn, KeyRef, MAX_BODY_BYTES, Request};
 use crate::policy::{Ask, Identity, Policy, Verdict};
 use anyhow::{Context as _, anyhow, bail};
 use clap::{ArgGroup, Args, Subcommand};
@@ -196,10 +196,7 @@ fn read_body(file: &Path) -> anyhow::Result<Vec<u8>> {
 }
 
 fn judged(policy: &Policy, principal: &str, request: &Request, key: &KeyArn, loaded: &Loaded) -> Value {
-    let dsm = match &request.work {
-        Work::Import(Import { source_key: SourceKeyRef::Dsm(reference), .. }) => full_name(loaded, reference),
-        _ => None,
-    };
+    let dsm = request.work.dsm_key().and_then(|reference| full_name(loaded, reference));
     let ask = Ask::of(principal, request, key, dsm.as_deref(), now());
     match policy.judge(&ask) {
         Verdict::Allowed(grant) => {

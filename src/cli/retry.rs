@@ -5,7 +5,7 @@ use super::output::Output;
 use super::{Failed, operator};
 use crate::app::targets;
 use crate::config::Loaded;
-use crate::job::{FailureCode, Import, RefusalCode, SourceKeyRef, Work};
+use crate::job::{FailureCode, RefusalCode};
 use crate::policy::{Ask, Policy, Targets, Verdict};
 use crate::store::{FailedChoice, FailedJob, JobView, NewRetry, RETRY_PAGE, Retried, Standing, Store};
 use clap::builder::PossibleValuesParser;
@@ -293,9 +293,7 @@ impl Desk<'_> {
 
     /// The full name of the key on a KMIP server that the request names, if it names one.
     fn dsm_name(&self, job: &FailedJob) -> Result<Option<String>, No> {
-        let Work::Import(Import { source_key: SourceKeyRef::Dsm(reference), .. }) = &job.request.work else {
-            return Ok(None);
-        };
+        let Some(reference) = job.request.work.dsm_key() else { return Ok(None) };
         let settings = &self.loaded.settings;
         let only = settings.dsm.keys().next().filter(|_| settings.dsm.len() == 1);
         let connection = reference.connection().or(settings.dsm_default.as_deref()).or(only.map(String::as_str));

@@ -249,6 +249,28 @@ words! {
         MaterialUnknown = "material_unknown",
         /// The material waits for its rotation.
         MaterialPending = "material_pending",
+        /// AWS rotates symmetric keys only.
+        RotationNotSupported = "rotation_not_supported",
+        /// A replica is rotated by its primary.
+        RotationOnReplica = "rotation_on_replica",
+        /// The key has never had material.
+        NothingToRotate = "nothing_to_rotate",
+        /// AWS rotates a key on demand so many times and no more.
+        RotationsSpent = "rotations_spent",
+        /// The policy wants more time between two rotations.
+        RotationTooSoon = "rotation_too_soon",
+        /// The key is tied to the material already.
+        MaterialNotNew = "material_not_new",
+        /// Somebody else's material waits for the rotation.
+        PendingForeign = "pending_foreign",
+        /// The job's own material waited for the rotation, and is gone.
+        PendingLost = "pending_lost",
+        /// Somebody rotated the key on before this job could.
+        RotationSuperseded = "rotation_superseded",
+        /// A replica lives in a Region that is no target.
+        ReplicaNotATarget = "replica_not_a_target",
+        /// The policy does not allow it for a replica.
+        ReplicaNotAllowed = "replica_not_allowed",
         /// The description is not possible for the kind.
         DescriptionNotAllowed = "description_not_allowed",
         /// `valid_to` passed while the job waited.
@@ -304,7 +326,7 @@ impl Failure {
     /// An operator cancelled the job, and nothing is in doubt.
     pub fn cancelled(aws_changed: bool) -> Self {
         let message = if aws_changed {
-            "cancelled by an operator when a part of the materials was deleted; see key_material_ids of the audit trail"
+            "cancelled by an operator between two steps, when AWS was changed already; the audit trail tells of each"
         } else {
             "cancelled by an operator before anything was changed"
         };

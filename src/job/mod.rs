@@ -17,6 +17,6 @@ pub use key_kind::{Curve, KeyKind, Partition, Shape};
 pub use parameters::ImportParameters;
 pub use request::{
     CONTENT_TYPE_CLOUDEVENTS, DeleteTarget, Envelope, Expiry, Import, KeyRef, MAX_BODY_BYTES, Operation, Rejected,
-    Request, RequestId, ScarceCall, SourceKeyRef, Work, id_hash,
+    Request, RequestId, ScarceCall, SourceKeyRef, SourceMaterial, Work, id_hash,
 };
 pub use wrapping::{NoWrapping, Wrapping, WrappingAlgorithm, WrappingKeySpec};

@@ -46,8 +46,8 @@ const FIELDS: &[&str] = &[
     "dry_run",
 ];
 
-/// What only an import takes.
-const IMPORT_ONLY: &[&str] = &[
+/// What only takes who brings material.
+const MATERIAL_ONLY: &[&str] = &[
     "source_key_tier",
     "source_key_identifier",
     "key_expiration",
@@ -108,6 +108,8 @@ impl fmt::Debug for RequestId {
 pub enum Operation {
     /// First import, or reimport of the same material.
     Import,
+    /// New material comes into force under the same key; what was in force before goes on decrypting.
+    Rotate,
     /// Deletion of imported material; the source key stays.
     Delete,
 }
@@ -117,6 +119,7 @@ impl Operation {
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Import => "import",
+            Self::Rotate => "rotate",
             Self::Delete => "delete",
         }
     }
@@ -127,17 +130,45 @@ impl Operation {
 pub enum Work {
     /// First import, or reimport of the same material.
     Import(Import),
+    /// New material, and the rotation to it. Symmetric keys only.
+    Rotate(SourceMaterial),
     /// Deletion of imported material.
     Delete(DeleteTarget),
+}
+
+impl Work {
+    /// The material that it brings; `None`: none.
+    pub fn material(&self) -> Option<&SourceMaterial> {
+        match self {
+            Self::Import(asked) => Some(&asked.material),
+            Self::Rotate(asked) => Some(asked),
+            Self::Delete(_) => None,
+        }
+    }
+
+    /// The key on a KMIP server whose material it brings.
+    pub fn dsm_key(&self) -> Option<&DsmKeyRef> {
+        match &self.material()?.source_key {
+            SourceKeyRef::Dsm(key) => Some(key),
+            SourceKeyRef::Local(_) => None,
+        }
+    }
 }
 
 /// An import as it was asked for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Import {
-    /// The source key.
-    pub source_key: SourceKeyRef,
+    /// What is brought.
+    pub material: SourceMaterial,
     /// Which of the key's materials is imported again; `None`: the current one, or the first.
     pub key_material_id: Option<String>,
+}
+
+/// Material that is brought, and how.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SourceMaterial {
+    /// The source key.
+    pub source_key: SourceKeyRef,
     /// The material's end of life.
     pub expiry: Expiry,
     /// `None`: the strongest for the key.
@@ -168,14 +199,21 @@ pub enum ScarceCall {
     ImportKeyMaterial,
     /// 15/s by default.
     DeleteImportedKeyMaterial,
+    /// 5/s by default.
+    RotateKeyOnDemand,
     /// None: only calls with wide quotas.
     Nothing,
 }
 
 impl ScarceCall {
     /// Every one.
-    pub const ALL: [Self; 4] =
-        [Self::GetParametersForImport, Self::ImportKeyMaterial, Self::DeleteImportedKeyMaterial, Self::Nothing];
+    pub const ALL: [Self; 5] = [
+        Self::GetParametersForImport,
+        Self::ImportKeyMaterial,
+        Self::DeleteImportedKeyMaterial,
+        Self::RotateKeyOnDemand,
+        Self::Nothing,
+    ];
 
     /// The word in the lane.
     pub fn as_str(self) -> &'static str {
@@ -183,6 +221,7 @@ impl ScarceCall {
             Self::GetParametersForImport => "GetParametersForImport",
             Self::ImportKeyMaterial => "ImportKeyMaterial",
             Self::DeleteImportedKeyMaterial => "DeleteImportedKeyMaterial",
+            Self::RotateKeyOnDemand => "RotateKeyOnDemand",
             Self::Nothing => "nothing",
         }
     }
@@ -283,6 +322,7 @@ impl Request {
     pub fn operation(&self) -> Operation {
         match self.work {
             Work::Import(_) => Operation::Import,
+            Work::Rotate(_) => Operation::Rotate,
             Work::Delete(_) => Operation::Delete,
         }
     }
@@ -291,7 +331,7 @@ impl Request {
     pub fn first_call(&self) -> ScarceCall {
         match self.work {
             _ if self.dry_run => ScarceCall::Nothing,
-            Work::Import(_) => ScarceCall::GetParametersForImport,
+            Work::Import(_) | Work::Rotate(_) => ScarceCall::GetParametersForImport,
             Work::Delete(_) => ScarceCall::DeleteImportedKeyMaterial,
         }
     }
@@ -328,7 +368,8 @@ impl Request {
 
     /// Whether the material's end of life fits a job that starts then.
     pub fn judge_expiry(&self, start: OffsetDateTime) -> Result<(), Refusal> {
-        if let Work::Import(Import { expiry: Expiry::At(valid_to), .. }) = self.work {
+        if let Some(SourceMaterial { expiry: Expiry::At(valid_to), .. }) = self.work.material() {
+            let valid_to = *valid_to;
             if valid_to <= start {
                 let message = "valid_to: expected a time in the future, after not_before";
                 return Err(Refusal::of("valid_to", RefusalCode::ValidToPast, message));
@@ -379,6 +420,7 @@ impl Request {
 
         let work = match operation {
             Operation::Import => Work::Import(read_import(fields, &mut given)?),
+            Operation::Rotate => Work::Rotate(read_rotation(fields, &mut given)?),
             Operation::Delete => Work::Delete(read_delete_target(fields, &mut given)?),
         };
         let expect_current_material = read_material_id(fields, &mut given, "expect_current_material")?;
@@ -392,7 +434,7 @@ impl Request {
         let urgent = fields.optional_bool("urgent")?.unwrap_or(false);
         if urgent {
             if operation != Operation::Delete {
-                let advice = "urgent: only a delete overtakes its line; an import waits for its turn";
+                let advice = "urgent: only a delete overtakes its line; what brings material waits for its turn";
                 return Err(Refusal::of("urgent", RefusalCode::FieldNotAllowed, advice));
             }
             given.insert("urgent".into(), json!(true));
@@ -488,9 +530,12 @@ fn read_operation(fields: &mut Fields, given: &mut Map<String, Value>) -> Result
             given.insert("operation".into(), json!("delete"));
             Ok(Operation::Delete)
         }
-        Some("rotate") => Err(not_supported("operation", "this version carries out import and delete only")),
+        Some("rotate") => {
+            given.insert("operation".into(), json!("rotate"));
+            Ok(Operation::Rotate)
+        }
         Some(_) => {
-            let expected = "operation: expected import or delete";
+            let expected = "operation: expected import, rotate or delete";
             Err(Refusal::of("operation", RefusalCode::UnknownOperation, expected))
         }
     }
@@ -501,8 +546,21 @@ fn read_import(fields: &mut Fields, given: &mut Map<String, Value>) -> Result<Im
         let advice = "scope: an import brings one material; name another than the current one by key_material_id";
         return Err(Refusal::of("scope", RefusalCode::FieldNotAllowed, advice));
     }
-    let source_key = read_source_key(fields, given)?;
     let key_material_id = read_material_id(fields, given, "key_material_id")?;
+    Ok(Import { material: read_material(fields, given)?, key_material_id })
+}
+
+/// A rotate brings new material: none that the key has could be meant.
+fn read_rotation(fields: &mut Fields, given: &mut Map<String, Value>) -> Result<SourceMaterial, Refusal> {
+    if let Some(name) = ["key_material_id", "scope"].into_iter().find(|name| fields.has(name)) {
+        let message = format!("{name}: a rotate brings new material, to which AWS gives an id; leave it out");
+        return Err(Refusal::of(name, RefusalCode::FieldNotAllowed, message));
+    }
+    read_material(fields, given)
+}
+
+fn read_material(fields: &mut Fields, given: &mut Map<String, Value>) -> Result<SourceMaterial, Refusal> {
+    let source_key = read_source_key(fields, given)?;
     let expiry = read_expiry(fields, given)?;
     let wrapping_algorithm = named(fields, given, "wrapping_algorithm", WrappingAlgorithm::parse, ALGORITHMS)?;
     let wrapping_key_spec = named(fields, given, "wrapping_key_spec", WrappingKeySpec::parse, SPECS)?;
@@ -512,7 +570,7 @@ fn read_import(fields: &mut Fields, given: &mut Map<String, Value>) -> Result<Im
         check("key_material_description", is_description(text), expected)?;
         given.insert("key_material_description".into(), json!(text));
     }
-    Ok(Import { source_key, key_material_id, expiry, wrapping_algorithm, wrapping_key_spec, description })
+    Ok(SourceMaterial { source_key, expiry, wrapping_algorithm, wrapping_key_spec, description })
 }
 
 fn read_source_key(fields: &mut Fields, given: &mut Map<String, Value>) -> Result<SourceKeyRef, Refusal> {
@@ -548,7 +606,7 @@ fn read_source_key(fields: &mut Fields, given: &mut Map<String, Value>) -> Resul
 
 /// A delete takes nothing that is about the material's source or its way to AWS.
 fn read_delete_target(fields: &mut Fields, given: &mut Map<String, Value>) -> Result<DeleteTarget, Refusal> {
-    if let Some(name) = IMPORT_ONLY.iter().find(|name| fields.has(name)) {
+    if let Some(name) = MATERIAL_ONLY.iter().find(|name| fields.has(name)) {
         let message = format!("{name}: a delete takes no such field; leave it out");
         return Err(Refusal::of(name, RefusalCode::FieldNotAllowed, message));
     }
@@ -645,10 +703,6 @@ fn check(field: &str, holds: bool, expected: &str) -> Result<(), Refusal> {
     } else {
         Err(Refusal::of(field, RefusalCode::InvalidValue, format!("{field}: expected {expected}")))
     }
-}
-
-fn not_supported(field: &str, why: &str) -> Refusal {
-    Refusal::of(field, RefusalCode::NotSupported, format!("{field}: {why}"))
 }
 
 fn is_token(text: &str) -> bool {

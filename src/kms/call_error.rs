@@ -50,6 +50,10 @@ words! {
         InvalidState = "invalid_state",
         /// No such key, or not yet visible.
         NotFound = "not_found",
+        /// AWS does something else with the key just now (`ConflictException` of `RotateKeyOnDemand`).
+        Conflict = "conflict",
+        /// A limit of the key that nobody can raise (`LimitExceededException` of `RotateKeyOnDemand`).
+        LimitExceeded = "limit_exceeded",
         /// The key's origin or kind forbids it.
         Unsupported = "unsupported",
         /// IAM, key policy, or control policy.
@@ -87,6 +91,8 @@ impl ErrorKind {
             "IncorrectKeyMaterialException" => Self::IncorrectKeyMaterial,
             "KMSInvalidStateException" => Self::InvalidState,
             "NotFoundException" => Self::NotFound,
+            "ConflictException" => Self::Conflict,
+            "LimitExceededException" => Self::LimitExceeded,
             "UnsupportedOperationException" => Self::Unsupported,
             "AccessDeniedException" => Self::AccessDenied,
             "ExpiredTokenException"

@@ -1,8 +1,11 @@
 //! What `DescribeKey` says of a key, in our types, and its echo for the result.
 
-use crate::job::{Expiry, rfc3339};
+use crate::job::{Expiry, KeyArn, rfc3339};
 use aws_sdk_kms::primitives::DateTime;
-use aws_sdk_kms::types::{ExpirationModelType, KeyManagerType, KeyMetadata, MultiRegionKeyType, OriginType};
+use aws_sdk_kms::types::{
+    ExpirationModelType, KeyManagerType, KeyMetadata, MultiRegionConfiguration, MultiRegionKey, MultiRegionKeyType,
+    OriginType,
+};
 use serde_json::{Map, Value, json};
 use time::OffsetDateTime;
 
@@ -15,6 +18,26 @@ pub enum RegionRole {
     Primary,
     /// A replica: it takes only material that its primary was given (`ImportKeyMaterial`).
     Replica,
+}
+
+/// All keys of a multi-Region key.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Regions {
+    /// New material comes in here.
+    pub primary: KeyArn,
+    /// Each takes what the primary was given, in its own Region.
+    pub replicas: Vec<KeyArn>,
+}
+
+impl Regions {
+    /// `None`: AWS does not name them as its documentation promises.
+    fn of(configuration: &MultiRegionConfiguration) -> Option<Self> {
+        let arn = |key: &MultiRegionKey| KeyArn::parse(key.arn()?).ok();
+        Some(Self {
+            primary: arn(configuration.primary_key()?)?,
+            replicas: configuration.replica_keys().iter().map(arn).collect::<Option<_>>()?,
+        })
+    }
 }
 
 /// A KMS key as AWS shows it.
@@ -32,6 +55,8 @@ pub struct KeyDescription {
     pub state: String,
     /// Its place among the Regions.
     pub role: RegionRole,
+    /// The primary's ARN and those of its replicas; of a key that lives in one Region none.
+    pub regions: Option<Regions>,
     /// The current material's id; symmetric keys that have or had material.
     pub current_material: Option<String>,
     /// `None`: the key holds no material now.
@@ -54,6 +79,7 @@ impl KeyDescription {
                 Some(MultiRegionKeyType::Replica) => RegionRole::Replica,
                 _ => RegionRole::Single,
             },
+            regions: metadata.multi_region_configuration().and_then(Regions::of),
             current_material: metadata.current_key_material_id.clone(),
             expiry: expiry(metadata.expiration_model.as_ref(), metadata.valid_to),
             aws_param: aws_param(metadata),
@@ -77,7 +103,7 @@ pub(super) fn expiry(model: Option<&ExpirationModelType>, valid_to: Option<DateT
 }
 
 /// Whole seconds, the precision in which we send and compare.
-fn to_time(at: DateTime) -> Option<OffsetDateTime> {
+pub(super) fn to_time(at: DateTime) -> Option<OffsetDateTime> {
     OffsetDateTime::from_unix_timestamp(at.secs()).ok()
 }
 

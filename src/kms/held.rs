@@ -1,8 +1,9 @@
 //! What `ListKeyRotations` says of one material.
 
-use super::description::expiry;
+use super::description::{expiry, to_time};
 use crate::job::Expiry;
 use aws_sdk_kms::types::{ImportState, KeyMaterialState, RotationsListEntry};
+use time::OffsetDateTime;
 
 /// A material of a symmetric key.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -15,6 +16,8 @@ pub struct HeldMaterial {
     pub is_imported: bool,
     /// Its end of life, as long as it is there.
     pub expiry: Option<Expiry>,
+    /// When it came into force, if by a rotation.
+    pub rotated_at: Option<OffsetDateTime>,
 }
 
 /// What a material is to its key.
@@ -26,6 +29,8 @@ pub enum MaterialState {
     NonCurrent,
     /// Waits for its rotation. The key is not tied to it yet.
     Pending,
+    /// The same, and a replica has yet to be given it.
+    PendingReplicas,
 }
 
 impl HeldMaterial {
@@ -34,7 +39,8 @@ impl HeldMaterial {
         let state = match entry.key_material_state()? {
             KeyMaterialState::Current => MaterialState::Current,
             KeyMaterialState::NonCurrent => MaterialState::NonCurrent,
-            // Also PENDING_MULTI_REGION_IMPORT_AND_ROTATION, and whatever AWS may add: not tied to the key.
+            KeyMaterialState::PendingMultiRegionImportAndRotation => MaterialState::PendingReplicas,
+            // Also whatever AWS may add: not tied to the key.
             _ => MaterialState::Pending,
         };
         Some(Self {
@@ -42,11 +48,12 @@ impl HeldMaterial {
             state,
             is_imported: *entry.import_state()? == ImportState::Imported,
             expiry: expiry(entry.expiration_model(), entry.valid_to().copied()),
+            rotated_at: entry.rotation_date().copied().and_then(to_time),
         })
     }
 
     /// Whether the key is tied to it for good.
     pub fn is_permanent(&self) -> bool {
-        self.state != MaterialState::Pending
+        matches!(self.state, MaterialState::Current | MaterialState::NonCurrent)
     }
 }

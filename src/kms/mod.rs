@@ -12,7 +12,7 @@ mod look;
 mod unread;
 
 pub use call_error::{CallError, ErrorKind};
-pub use description::{KeyDescription, RegionRole};
+pub use description::{KeyDescription, RegionRole, Regions};
 pub use guard::LeaseGuard;
 pub use held::{HeldMaterial, MaterialState};
 pub use look::Look;
@@ -38,6 +38,8 @@ pub enum MaterialRole {
     /// The key's first material, or a key whose materials have no ids. AWS decides by what the key holds
     /// and never opens a pending rotation by surprise.
     First,
+    /// New material beside what a symmetric key holds. It waits for its rotation; a key has one such at most.
+    New,
     /// Material that the key is tied to. With an id AWS compares and refuses any other; without one, on a replica
     /// that has not been told its primary's, AWS compares with all of them.
     Existing(Option<String>),
@@ -51,7 +53,7 @@ pub struct ImportCall<'a> {
     pub wrapped: Vec<u8>,
     /// The material's end of life.
     pub expiry: Expiry,
-    /// First or existing.
+    /// First, new or existing.
     pub role: MaterialRole,
     /// Symmetric keys only.
     pub description: Option<String>,
@@ -86,6 +88,8 @@ words! {
         ImportKeyMaterial = "ImportKeyMaterial",
         /// Changes the key.
         DeleteImportedKeyMaterial = "DeleteImportedKeyMaterial",
+        /// Changes the key.
+        RotateKeyOnDemand = "RotateKeyOnDemand",
         /// Read-only.
         GetPublicKey = "GetPublicKey",
         /// Read-only.
@@ -207,6 +211,7 @@ impl Kms {
         };
         let request = match call.role {
             MaterialRole::First => request,
+            MaterialRole::New => request.import_type(ImportType::NewKeyMaterial),
             MaterialRole::Existing(id) => request.import_type(ImportType::ExistingKeyMaterial).set_key_material_id(id),
         };
         let request = request.set_key_material_description(call.description);
@@ -243,6 +248,17 @@ impl Kms {
                 key_material_id: answer.key_material_id,
             }),
         )
+    }
+
+    /// `RotateKeyOnDemand`: the material that waits comes into force, some time after AWS has answered. Gives AWS's id of
+    /// the call. An error whose [`ErrorKind::may_have_taken_effect`] holds leaves the outcome open.
+    ///
+    /// It does not name the material: what waits when it arrives is what it means.
+    pub async fn rotate(&self, key: &KeyArn, guard: &LeaseGuard) -> Result<Option<String>, CallError> {
+        const OPERATION: Call = Call::RotateKeyOnDemand;
+        let request = self.client(key, OPERATION)?.rotate_key_on_demand().key_id(key.to_string());
+        let answer = send!(self, OPERATION, request, guard);
+        self.counted(OPERATION, answer.map(|answer| answer.request_id().map(str::to_owned)))
     }
 
     /// `GetPublicKey`: the DER `SubjectPublicKeyInfo` of a pair. Read-only.

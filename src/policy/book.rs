@@ -115,6 +115,7 @@ impl From<job::Operation> for Operation {
     fn from(operation: job::Operation) -> Self {
         match operation {
             job::Operation::Import => Self::Import,
+            job::Operation::Rotate => Self::Rotate,
             job::Operation::Delete => Self::Delete,
         }
     }

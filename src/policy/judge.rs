@@ -92,21 +92,15 @@ impl<'a> Ask<'a> {
         dsm: Option<&'a str>,
         now: OffsetDateTime,
     ) -> Self {
-        let (source, valid_to) = match &request.work {
-            Work::Import(asked) => {
-                let valid_to = match asked.expiry {
-                    Expiry::At(at) => Some(at),
-                    Expiry::Never => None,
-                };
-                (Source::asked(asked, dsm), valid_to)
-            }
-            Work::Delete(_) => (Source::None, None),
+        let valid_to = match request.work.material().map(|asked| asked.expiry) {
+            Some(Expiry::At(at)) => Some(at),
+            Some(Expiry::Never) | None => None,
         };
         Self {
             principal,
             operation: request.operation().into(),
             key,
-            source,
+            source: Source::asked(&request.work, dsm),
             valid_to,
             start: request.not_before.unwrap_or(now).max(now),
             urgent: request.urgent,
@@ -135,11 +129,13 @@ impl<'a> Ask<'a> {
 
 impl<'a> Source<'a> {
     /// As a request says it. A local key that is named by its id, or by the id of a material, is told by the store only.
-    fn asked(asked: &'a Import, dsm: Option<&'a str>) -> Self {
-        match (&asked.source_key, dsm) {
+    fn asked(asked: &'a Work, dsm: Option<&'a str>) -> Self {
+        let Some(material) = asked.material() else { return Self::None };
+        let again = matches!(asked, Work::Import(Import { key_material_id: Some(_), .. }));
+        match (&material.source_key, dsm) {
             (SourceKeyRef::Local(Some(name)), _) if uuid::Uuid::try_parse(name).is_ok() => Self::Open("local"),
             (SourceKeyRef::Local(Some(name)), _) => Self::Named { tier: "local", name, id: None },
-            (SourceKeyRef::Local(None), _) if asked.key_material_id.is_some() => Self::Open("local"),
+            (SourceKeyRef::Local(None), _) if again => Self::Open("local"),
             (SourceKeyRef::Local(None), _) => Self::Generated,
             (SourceKeyRef::Dsm(_), Some(name)) => Self::Named { tier: "dsm", name, id: Some(name) },
             (SourceKeyRef::Dsm(_), None) => Self::Open("dsm"),

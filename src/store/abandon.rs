@@ -1,7 +1,7 @@
 //! What abandoned jobs may have put on their keys.
 
 use super::{Material, StoreError};
-use crate::job::{Expiry, Import, Request, RequestId, Work};
+use crate::job::{Expiry, Request, RequestId};
 use crate::source::Fingerprint;
 use deadpool_postgres::Transaction;
 use std::collections::HashMap;
@@ -32,7 +32,7 @@ pub(super) async fn materials(
 fn material(row: &Row) -> Option<Material> {
     let id = RequestId::parse(row.get(3))?;
     let request = Request::from_canonical(row.get(4), id, row.get(2)).ok()?;
-    let Work::Import(Import { expiry, .. }) = request.work else { return None };
+    let expiry = request.work.material()?.expiry;
     let (source_tier, source_key_id, source_key_name, version, hash) = if let Some(id) = row.get::<_, Option<String>>(7)
     {
         ("local", id, row.get(8), row.get(10), row.get(9))

@@ -145,7 +145,7 @@ impl Store {
 const FOUND: &str = "
     select job.id, job.state, job.error ->> 'code', job.line_id, job.seq,
            line.token is not null and coalesce(line.urgent_seq, line.head_seq) = job.seq,
-           coalesce(progress.in_doubt or progress.imported, false), coalesce(progress.deleted_ids <> '{}', false),
+           coalesce(progress.in_doubt or progress.imported, false), coalesce(progress.deleted_ids <> '{}' or progress.key_material_id is not null, false),
            coalesce(progress.audit_n, 1), cancellation.abandons,
            coalesce(urgent.attempt, case when line.head_seq = job.seq then line.attempt else 0 end),
            line.head_seq = job.seq, job.seq = (select min(seq) from urgent where urgent.line_id = line.id and urgent.parked_by is null),
@@ -172,8 +172,8 @@ struct Found {
     is_leased: bool,
     /// What it did to AWS is to be learnt, or seen, first.
     is_unsettled: bool,
-    /// Some of the materials are deleted.
-    has_deleted: bool,
+    /// Some of the materials are deleted, or a new one waits for its rotation.
+    has_changed: bool,
     audit_n: i32,
     /// How it was to be ended before.
     requested: Option<Ending>,
@@ -215,7 +215,7 @@ impl Found {
             seq: row.get(4),
             is_leased: row.get::<_, Option<bool>>(5).unwrap_or(false),
             is_unsettled: row.get(6),
-            has_deleted: row.get(7),
+            has_changed: row.get(7),
             audit_n: row.get(8),
             requested: row.get::<_, Option<bool>>(9).map(Ending::of),
             attempts: row.get(10),
@@ -256,7 +256,7 @@ async fn end(
         return Ok(());
     }
     let ids: Vec<Uuid> = jobs.iter().map(|job| job.summary.id).collect();
-    let failures: Vec<Failure> = jobs.iter().map(|job| ending.failure(job.has_deleted || job.is_unsettled)).collect();
+    let failures: Vec<Failure> = jobs.iter().map(|job| ending.failure(job.has_changed || job.is_unsettled)).collect();
     let unsettled: Vec<Uuid> = jobs.iter().filter(|job| job.is_unsettled).map(|job| job.summary.id).collect();
     let mut materials = MaterialRows::default();
     for (job, (key_id, material)) in abandon::materials(transaction, &unsettled).await? {

@@ -3,7 +3,7 @@
 use super::advance::{Leases, advance};
 use super::hold::{Holds, Parked, park};
 use super::urgent::OVERTAKE;
-use super::{DsmChoice, Ending, Store, StoreError};
+use super::{DsmChoice, Ending, Replicas, Store, StoreError};
 use crate::job::{ImportParameters, KeyArn, KeyKind, Request, RequestId, Wrapping, WrappingAlgorithm, WrappingKeySpec};
 use crate::source::{Fingerprint, SealedKey};
 use deadpool_postgres::Transaction;
@@ -101,8 +101,12 @@ pub struct Progress {
     pub in_doubt: bool,
     /// AWS answered every mutating call; what is left is to see it.
     pub answered: bool,
-    /// The id that AWS gave the material.
+    /// The id that AWS gave the material; of a rotate also while that waits for its rotation.
     pub key_material_id: Option<String>,
+    /// `RotateKeyOnDemand` was to be called: if the job is in doubt, it may still take effect.
+    pub rotation_sent: bool,
+    /// How far a rotate has come in the other Regions.
+    pub replicas: Replicas,
     /// Which materials a delete means, once that is committed.
     pub delete_ids: Option<Vec<String>>,
     /// Those of them that AWS said it deleted.
@@ -118,7 +122,7 @@ pub struct Progress {
 impl Progress {
     /// Whether what the job did, or may have done, is to be settled before another job of its line runs.
     pub(super) fn may_have_changed_aws(&self) -> bool {
-        self.in_doubt || self.answered || !self.deleted_ids.is_empty()
+        self.in_doubt || self.answered || self.key_material_id.is_some() || !self.deleted_ids.is_empty()
     }
 }
 
@@ -247,7 +251,7 @@ pub const READ: &str = "
            -- One look where none is, not one for each job.
            case when (select exists (select from cancellation))
                 then (select abandons from cancellation where job_id = job.id) end,
-           job.identity, job.retry_of
+           job.identity, job.retry_of, coalesce(progress.rotation_sent, false), progress.replicas
     from unnest($1::bigint[]) as claimed(line_id)
     join line on line.id = claimed.line_id
     left join urgent on urgent.line_id = line.id and urgent.seq = line.urgent_seq
@@ -350,9 +354,9 @@ impl Store {
                 lines.iter().filter(|line| !read.contains(line)).map(|line| (*line, false)).collect();
             advance(&transaction, &ended, Leases::GiveUp).await?;
         }
-        let jobs: Vec<ClaimedJob> =
+        let mut jobs: Vec<ClaimedJob> =
             rows.iter().filter_map(|row| claimed_job(row, &heads).inspect_err(unread).ok()).collect();
-        mark_late(&transaction, &jobs, &heads, signature_life).await?;
+        mark_late(&transaction, &mut jobs, &heads, signature_life).await?;
         let held: BTreeMap<i64, Parked> = jobs
             .iter()
             // One that is to end needs nothing of AWS for that.
@@ -545,6 +549,8 @@ fn claimed_job(row: &Row, heads: &HashMap<i64, Head>) -> Result<ClaimedJob, Stor
             last_error: row.get(23),
             delete_ids: row.get(38),
             deleted_ids: row.get(39),
+            rotation_sent: row.get(51),
+            replicas: Replicas::read(row.get(52)),
         },
         source_key: source_key(row).map_err(broken)?,
         materials: known_materials(row),
@@ -605,13 +611,19 @@ fn known_materials(row: &Row) -> Vec<KnownMaterial> {
 
 async fn mark_late(
     transaction: &Transaction<'_>,
-    jobs: &[ClaimedJob],
+    jobs: &mut [ClaimedJob],
     heads: &HashMap<i64, Head>,
     signature_life: Duration,
 ) -> Result<(), StoreError> {
-    let left_behind = jobs.iter().filter(|job| job.progress.in_doubt && heads[&job.lease.line_id].taken_over);
-    let (lines, effects): (Vec<i64>, Vec<Option<&str>>) =
-        left_behind.map(|job| (job.lease.line_id, job.progress.effect.as_deref())).unzip();
+    let (mut lines, mut effects) = (Vec::new(), Vec::new());
+    for job in jobs.iter_mut().filter(|job| job.progress.in_doubt && heads[&job.lease.line_id].taken_over) {
+        lines.push(job.lease.line_id);
+        effects.push(job.progress.effect.clone());
+        // Its successor knows of it at once.
+        if let Some(effect) = &job.progress.effect {
+            job.late = Some((effect.clone(), job.now + signature_life));
+        }
+    }
     if lines.is_empty() {
         return Ok(());
     }

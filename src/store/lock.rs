@@ -21,7 +21,9 @@ pub const LOCK: &str = "
 /// How many audit entries jobs have, and what they have done. A statement of its own, after the lock: it sees what was committed while the
 /// lock was waited for.
 pub const AUDIT_COUNTS: &str = "
-    select job_id, audit_n, in_doubt, imported, deleted_ids <> '{}', source_key_id from progress where job_id = any($1)";
+    select job_id, audit_n, in_doubt, imported, deleted_ids <> '{}' or key_material_id is not null,
+           source_key_id
+    from progress where job_id = any($1)";
 
 /// Which jobs an operator wants ended, and in which lines urgent jobs wait. After the lock as well.
 const CANCELLED: &str = "select job_id, abandons from cancellation where job_id = any($1)";
@@ -44,8 +46,8 @@ pub(super) struct Held {
     pub(super) in_doubt: bool,
     /// AWS has answered every mutating call.
     pub(super) is_answered: bool,
-    /// Some of the materials that it means are deleted.
-    pub(super) has_deleted: bool,
+    /// Some of the materials that it means are deleted, or its new one waits for the rotation.
+    pub(super) has_changed: bool,
     /// The source key that it has chosen.
     pub(super) source_key_id: Option<Uuid>,
 }
@@ -101,7 +103,7 @@ pub(super) async fn lock(
             ending: endings.get(job).copied(),
             in_doubt: progress.is_some_and(|row| row.get(2)),
             is_answered: progress.is_some_and(|row| row.get(3)),
-            has_deleted: progress.is_some_and(|row| row.get(4)),
+            has_changed: progress.is_some_and(|row| row.get(4)),
             source_key_id: progress.and_then(|row| row.get(5)),
         };
         Some((*lease, held))

@@ -57,7 +57,9 @@ pub use republish::{EndedPage, REPUBLISH_PAGE, Republication, Republished, Told}
 pub use retry::{FailedChoice, FailedJob, NewRetry, RETRY_PAGE, Retried, Standing};
 pub use rights::RightsFound;
 pub use schema::{Migrated, SchemaError, migrate};
-pub use settle::{Answered, Material, Parameters, Removed, RetryState, Settled, Settlement, SettlementKind};
+pub use settle::{
+    Answered, Material, Parameters, Removed, ReplicaStep, Replicas, RetryState, Settled, Settlement, SettlementKind,
+};
 pub use trail::{Position, TrailRow};
 
 /// Statements whose cost the suite bounds with `EXPLAIN`.

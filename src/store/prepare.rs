@@ -3,12 +3,13 @@
 use super::accept::insert_audit;
 use super::hold::held_jobs;
 use super::lock::{Held, lock};
-use super::{Ending, Lease, Store, StoreError, together};
+use super::{Ending, Lease, Replicas, Store, StoreError, together};
 use crate::audit::Fact;
 use crate::job::ImportParameters;
 use crate::source::{Fingerprint, SealedKey};
 use deadpool_postgres::Transaction;
 use futures_util::FutureExt as _;
+use serde_json::Value;
 use std::collections::{HashMap, HashSet};
 use tokio_postgres::types::ToSql;
 use uuid::Uuid;
@@ -39,6 +40,20 @@ pub enum Intent {
         generated: Option<Box<SealedKey>>,
         /// Parameters to keep; `None`: those kept before are still in use.
         parameters: Option<Box<ImportParameters>>,
+    },
+    /// To give a rotate's material to the key of another Region.
+    Replicate {
+        /// AWS's id of it, the same in every Region.
+        material_id: String,
+        /// How far the job has come in each.
+        replicas: Replicas,
+    },
+    /// To ask for the rotation to this material, which waits.
+    Rotate {
+        /// AWS's id of it.
+        material_id: String,
+        /// How far the job has come in the other Regions.
+        replicas: Replicas,
     },
     /// To delete these materials and no others; none: the one of a key without material ids.
     Delete {
@@ -73,37 +88,47 @@ impl Step {
     fn source_key_id(&self) -> Option<Uuid> {
         match &self.intent {
             Intent::Import { source: Chosen::Local(id), .. } => Some(*id),
-            Intent::Import { source: Chosen::Dsm(_), .. } | Intent::Delete { .. } => None,
+            _ => None,
         }
     }
 
     fn dsm(&self) -> Option<&DsmChoice> {
         match &self.intent {
             Intent::Import { source: Chosen::Dsm(choice), .. } => Some(choice),
-            Intent::Import { source: Chosen::Local(_), .. } | Intent::Delete { .. } => None,
+            _ => None,
         }
     }
 
     fn generated(&self) -> Option<&SealedKey> {
         match &self.intent {
             Intent::Import { generated, .. } => generated.as_deref(),
-            Intent::Delete { .. } => None,
+            _ => None,
         }
     }
 
     fn parameters(&self) -> Option<&ImportParameters> {
         match &self.intent {
             Intent::Import { parameters, .. } => parameters.as_deref(),
-            Intent::Delete { .. } => None,
+            _ => None,
+        }
+    }
+
+    /// What a rotate brought, once AWS has said that the key has it, and how far it has come in the other Regions.
+    fn brought(&self) -> Option<(&str, &Replicas)> {
+        match &self.intent {
+            Intent::Replicate { material_id, replicas } | Intent::Rotate { material_id, replicas } => {
+                Some((material_id, replicas))
+            }
+            _ => None,
         }
     }
 
     fn delete_ids(&self) -> Option<String> {
         match &self.intent {
-            Intent::Import { .. } => None,
             // Ids are hex: a list of them needs no escaping. An array of arrays cannot be sent, since all of its
             // arrays must be of one length.
             Intent::Delete { material_ids } => Some(material_ids.join(",")),
+            _ => None,
         }
     }
 }
@@ -206,13 +231,16 @@ async fn write_progress(
     const WRITE: &str = "
         insert into progress (job_id, source_key_id, effect, in_doubt, audit_n, wrapping_algorithm, wrapping_key_spec,
                               public_key, import_token, parameters_valid_to, delete_ids,
-                              dsm_connection, dsm_key_id, dsm_key_name, dsm_fingerprint, dsm_fingerprint_version)
+                              dsm_connection, dsm_key_id, dsm_key_name, dsm_fingerprint, dsm_fingerprint_version,
+                              key_material_id, replicas, rotation_sent)
         select job_id, source_key_id, effect, true, audit_n, algorithm, key_spec, public_key, import_token, valid_to,
-               string_to_array(delete_ids, ','), connection, key_id, key_name, fingerprint, version
+               string_to_array(delete_ids, ','), connection, key_id, key_name, fingerprint, version,
+               material_id, replicas, rotates
         from unnest($1::uuid[], $2::uuid[], $3::text[], $4::integer[], $5::text[], $6::text[], $7::bytea[], $8::bytea[],
-                    $9::timestamptz[], $10::text[], $11::text[], $12::text[], $13::text[], $14::bytea[], $15::integer[])
+                    $9::timestamptz[], $10::text[], $11::text[], $12::text[], $13::text[], $14::bytea[], $15::integer[],
+                    $16::text[], $17::jsonb[], $18::boolean[])
              as new(job_id, source_key_id, effect, audit_n, algorithm, key_spec, public_key, import_token, valid_to,
-                    delete_ids, connection, key_id, key_name, fingerprint, version)
+                    delete_ids, connection, key_id, key_name, fingerprint, version, material_id, replicas, rotates)
         on conflict (job_id) do update set
             source_key_id = coalesce(progress.source_key_id, excluded.source_key_id),
             dsm_connection = coalesce(progress.dsm_connection, excluded.dsm_connection),
@@ -224,6 +252,9 @@ async fn write_progress(
             effect = excluded.effect,
             in_doubt = true,
             audit_n = excluded.audit_n,
+            key_material_id = coalesce(excluded.key_material_id, progress.key_material_id),
+            replicas = coalesce(excluded.replicas, progress.replicas),
+            rotation_sent = excluded.rotation_sent or progress.rotation_sent,
             wrapping_algorithm = coalesce(excluded.wrapping_algorithm, progress.wrapping_algorithm),
             wrapping_key_spec = coalesce(excluded.wrapping_key_spec, progress.wrapping_key_spec),
             public_key = coalesce(excluded.public_key, progress.public_key),
@@ -255,7 +286,11 @@ async fn write_progress(
     let fingerprints: Vec<Option<&[u8]>> =
         dsm.iter().map(|key| key.map(|key| key.fingerprint.hash.as_slice())).collect();
     let versions: Vec<Option<i32>> = dsm.iter().map(|key| key.map(|key| key.fingerprint.version)).collect();
-    let values: [&(dyn ToSql + Sync); 15] = [
+    let brought: Vec<Option<(&str, &Replicas)>> = steps.iter().map(|step| step.brought()).collect();
+    let material_ids: Vec<Option<&str>> = brought.iter().map(|brought| Some(brought.as_ref()?.0)).collect();
+    let replicas: Vec<Option<Value>> = brought.iter().map(|brought| brought.as_ref()?.1.stored()).collect();
+    let rotates: Vec<bool> = steps.iter().map(|step| matches!(step.intent, Intent::Rotate { .. })).collect();
+    let values: [&(dyn ToSql + Sync); 18] = [
         &jobs,
         &sources,
         &effects,
@@ -271,6 +306,9 @@ async fn write_progress(
         &key_names,
         &fingerprints,
         &versions,
+        &material_ids,
+        &replicas,
+        &rotates,
     ];
     let write = transaction.prepare_cached(WRITE).await?;
     transaction.execute(&write, &values).await?;

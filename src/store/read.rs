@@ -59,6 +59,8 @@ pub struct JobView {
     pub result: Option<Value>,
     /// Why it failed or was refused; for a waiting job, why its last attempt did.
     pub error: Option<Value>,
+    /// How far a rotate that has not ended has come in the other Regions.
+    pub replicas: Option<Value>,
     /// The failed job that this one does again.
     pub retry_of: Option<Uuid>,
     /// The job that does this failed one again.
@@ -71,7 +73,8 @@ const COLUMNS: &str = "
     coalesce(urgent.attempt,
              case when job.state = 'waiting' and line.head_seq = job.seq then line.attempt else job.attempts end),
     job.result, coalesce(job.error, progress.last_error), job.request_source, job.retry_of,
-    case when job.state = 'failed' then (select retry.id from job as retry where retry.retry_of = job.id) end";
+    case when job.state = 'failed' then (select retry.id from job as retry where retry.retry_of = job.id) end,
+    progress.replicas";
 const TABLES: &str = "
     from job join kms_key on kms_key.id = job.kms_key_id
     join line on line.id = job.line_id
@@ -155,7 +158,7 @@ impl Store {
              where request.principal = $1 and request.id_hash = any($2)"
         );
         for row in client.query(&by_request, &[&principal, &hashes]).await? {
-            add(requests.get(row.get::<_, &[u8]>(16)).map(std::slice::from_ref), &job_view(&row));
+            add(requests.get(row.get::<_, &[u8]>(17)).map(std::slice::from_ref), &job_view(&row));
         }
         // Whoever knows a refusal's id has seen its event: no principal is asked for, as for a job's id.
         let refused_by_id = format!("{REFUSAL} where id = any($1)");
@@ -203,6 +206,7 @@ fn refusal_view(row: &Row) -> JobView {
             "message": row.get::<_, String>(6),
             "aws_changed": false,
         })),
+        replicas: None,
         retry_of: None,
         retried_by: None,
     }
@@ -228,5 +232,6 @@ fn job_view(row: &Row) -> JobView {
         source: row.get(13),
         retry_of: row.get(14),
         retried_by: row.get(15),
+        replicas: row.get(16),
     }
 }

@@ -11,7 +11,7 @@ use crate::source::Fingerprint;
 use deadpool_postgres::Transaction;
 use futures_util::FutureExt as _;
 use serde_json::{Value, json};
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
 use time::OffsetDateTime;
 use uuid::Uuid;
@@ -25,6 +25,8 @@ pub struct Settlement {
     pub job: JobSummary,
     /// Keyferry's name of the KMS key.
     pub key_id: Uuid,
+    /// How often the key was rotated on demand, if AWS showed that in this attempt.
+    pub rotations: Option<u32>,
     /// What the audit trail says, before the outcome itself.
     pub facts: Vec<Fact>,
     /// What a mutating call of this attempt does that may still take effect.
@@ -115,8 +117,48 @@ pub struct RetryState {
     pub parameters: Parameters,
     /// AWS answered every mutating call; what is left is to see it.
     pub answered: Option<Answered>,
+    /// The id of a rotate's own material, once AWS has said that the key has it.
+    pub waiting: Option<String>,
+    /// How far a rotate has come in the other Regions.
+    pub replicas: Replicas,
     /// Start counting refused parameters anew.
     pub reset_refreshes: bool,
+}
+
+impl RetryState {
+    fn material_id(&self) -> Option<String> {
+        let answered = self.answered.as_ref().and_then(|answered| answered.key_material_id.clone());
+        answered.or_else(|| self.waiting.clone())
+    }
+}
+
+/// How far a rotate has come in the Regions other than its key's.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Replicas(pub BTreeMap<String, ReplicaStep>);
+
+words! {
+    /// How far a rotate has come in one other Region.
+    pub ReplicaStep {
+        /// It was begun there, and did not come to an end.
+        Tried = "tried",
+        /// AWS has the material there.
+        Imported = "imported",
+    }
+}
+
+impl Replicas {
+    /// As it is stored; `None`: there is nothing to tell.
+    pub(super) fn stored(&self) -> Option<Value> {
+        let steps = self.0.iter().map(|(region, step)| (region.clone(), json!(step.as_str())));
+        (!self.0.is_empty()).then(|| Value::Object(steps.collect()))
+    }
+
+    /// What [`Self::stored`] gave.
+    pub(super) fn read(stored: Option<Value>) -> Self {
+        let Some(Value::Object(steps)) = stored else { return Self::default() };
+        let step = |text: &Value| ReplicaStep::ALL.iter().copied().find(|step| Some(step.as_str()) == text.as_str());
+        Self(steps.iter().filter_map(|(region, text)| Some((region.clone(), step(text)?))).collect())
+    }
 }
 
 /// What becomes of a job's import parameters.
@@ -129,6 +171,8 @@ pub enum Parameters {
     Kept,
     /// AWS refused them: they are thrown away, and that is counted.
     Refused,
+    /// They went with an import that AWS took, and serve no other.
+    Used,
 }
 
 /// A material on a KMS key.
@@ -257,6 +301,7 @@ impl Store {
             insert_events(&transaction, &ended.events).boxed(),
             keep_progress(&transaction, &valid).boxed(),
             mark_removed(&transaction, &valid, now).boxed(),
+            note_rotations(&transaction, &valid).boxed(),
             release(&transaction, &valid, now, signature_life).boxed(),
             backlog::change(&transaction, ended_jobs(&valid), -1).boxed(),
         ])
@@ -311,12 +356,13 @@ impl Settlement {
             SettlementKind::PutBack { .. } => held.is_unsettled(),
         };
         let ending = held.ends_as(is_unsettled)?;
-        let failure = ending.failure(is_unsettled || held.has_deleted || self.removed != Removed::Nothing);
+        let failure = ending.failure(is_unsettled || held.has_changed || self.removed != Removed::Nothing);
         let kind = SettlementKind::Ended { outcome: Err(failure), source_key_id: held.source_key_id, material: None };
         let settlement = Self {
             lease: self.lease,
             job: self.job.clone(),
             key_id: self.key_id,
+            rotations: self.rotations,
             facts: self.facts.clone(),
             late_effect: self.late_effect.clone(),
             removed: self.removed.clone(),
@@ -540,19 +586,20 @@ impl MaterialRows {
 /// something to tell keeps the count of its entries.
 async fn keep_progress(transaction: &Transaction<'_>, ends: &[(&Settlement, &Held)]) -> Result<(), StoreError> {
     const WRITE: &str = "
-        insert into progress (job_id, audit_n, in_doubt, imported, key_material_id, refreshes, last_error)
-        select job_id, audit_n, in_doubt, imported, material_id, refresh::int, last_error
+        insert into progress (job_id, audit_n, in_doubt, imported, key_material_id, refreshes, last_error, replicas)
+        select job_id, audit_n, in_doubt, imported, material_id, refresh::int, last_error, replicas
         from unnest($1::uuid[], $2::integer[], $3::boolean[], $4::boolean[], $5::text[], $6::boolean[], $7::boolean[],
-                    $8::jsonb[])
-             as new(job_id, audit_n, in_doubt, imported, material_id, refresh, reset, last_error)
+                    $8::jsonb[], $9::jsonb[])
+             as new(job_id, audit_n, in_doubt, imported, material_id, refresh, reset, last_error, replicas)
         on conflict (job_id) do update set
             audit_n = excluded.audit_n,
             in_doubt = excluded.in_doubt,
             imported = excluded.imported or progress.imported,
             key_material_id = coalesce(excluded.key_material_id, progress.key_material_id),
+            replicas = coalesce(excluded.replicas, progress.replicas),
             last_error = excluded.last_error,
             refreshes = progress.refreshes + excluded.refreshes";
-    // Parameters that AWS refused are of no more use, whatever the reason.
+    // Parameters that AWS refused are of no more use, whatever the reason; nor are those that it has taken.
     const DISCARD: &str = "
         update progress set wrapping_algorithm = null, wrapping_key_spec = null, public_key = null, import_token = null,
                             parameters_valid_to = null
@@ -586,13 +633,15 @@ async fn keep_progress(transaction: &Transaction<'_>, ends: &[(&Settlement, &Hel
     let counts: Vec<i32> = retries.iter().map(|(end, held, ..)| held.audit_n + end.fact_count()).collect();
     let doubts: Vec<bool> = retries.iter().map(|(.., state)| state.in_doubt).collect();
     let answered: Vec<bool> = retries.iter().map(|(.., state)| state.answered.is_some()).collect();
-    let ids: Vec<Option<String>> =
-        retries.iter().map(|(.., state)| state.answered.as_ref()?.key_material_id.clone()).collect();
+    let ids: Vec<Option<String>> = retries.iter().map(|(.., state)| state.material_id()).collect();
+    let replicas: Vec<Option<Value>> = retries.iter().map(|(.., state)| state.replicas.stored()).collect();
     let refresh: Vec<bool> = retries.iter().map(|(.., state)| state.parameters == Parameters::Refused).collect();
     let reset: Vec<bool> = retries.iter().map(|(.., state)| state.reset_refreshes).collect();
     let reasons: Vec<&Value> = retries.iter().map(|(_, _, reason, _)| *reason).collect();
     let write = transaction.prepare_cached(WRITE).await?;
-    transaction.execute(&write, &[&jobs, &counts, &doubts, &answered, &ids, &refresh, &reset, &reasons]).await?;
+    transaction
+        .execute(&write, &[&jobs, &counts, &doubts, &answered, &ids, &refresh, &reset, &reasons, &replicas])
+        .await?;
     let chosen = |wanted: &[bool]| -> Vec<Uuid> {
         jobs.iter().zip(wanted).filter(|(_, wanted)| **wanted).map(|(job, _)| *job).collect()
     };
@@ -602,7 +651,9 @@ async fn keep_progress(transaction: &Transaction<'_>, ends: &[(&Settlement, &Hel
         deletions.add(end);
     }
     deletions.note(transaction).await?;
-    for (statement, which) in [(DISCARD, chosen(&refresh)), (RESET, chosen(&reset))] {
+    let useless: Vec<bool> =
+        retries.iter().map(|(.., state)| matches!(state.parameters, Parameters::Refused | Parameters::Used)).collect();
+    for (statement, which) in [(DISCARD, chosen(&useless)), (RESET, chosen(&reset))] {
         if !which.is_empty() {
             let statement = transaction.prepare_cached(statement).await?;
             transaction.execute(&statement, &[&which]).await?;
@@ -640,6 +691,22 @@ async fn mark_removed(
     if !keys.is_empty() {
         let mark = transaction.prepare_cached(MARK).await?;
         transaction.execute(&mark, &[&keys, &materials, &now]).await?;
+    }
+    Ok(())
+}
+
+/// How much of its rotations a key has used up.
+async fn note_rotations(transaction: &Transaction<'_>, ends: &[(&Settlement, &Held)]) -> Result<(), StoreError> {
+    const NOTE: &str = "
+        update kms_key set rotations = seen.rotations
+        from (select id, max(rotations) as rotations from unnest($1::uuid[], $2::integer[]) as seen(id, rotations)
+              group by id order by id) as seen
+        where kms_key.id = seen.id and kms_key.rotations is distinct from seen.rotations";
+    let seen = ends.iter().filter_map(|(end, _)| Some((end.key_id, i32::try_from(end.rotations?).ok()?)));
+    let (keys, rotations): (Vec<Uuid>, Vec<i32>) = seen.unzip();
+    if !keys.is_empty() {
+        let note = transaction.prepare_cached(NOTE).await?;
+        transaction.execute(&note, &[&keys, &rotations]).await?;
     }
     Ok(())
 }

@@ -26,7 +26,7 @@ macro_rules! next {
               and (urgent.parked_by is null or urgent.seq = line.head_seq)
             -- What one may have done is settled before another runs that was parked meanwhile.
             order by urgent.line_id,
-                     coalesce(progress.in_doubt or progress.imported or progress.deleted_ids <> '{}', false) desc,
+                     coalesce(progress.in_doubt or progress.imported or progress.key_material_id is not null or progress.deleted_ids <> '{}', false) desc,
                      urgent.parked_by is not null, urgent.seq
         ),
         next as materialized (
@@ -34,7 +34,7 @@ macro_rules! next {
             where not exists (
                 select from job join progress on progress.job_id = job.id
                 where job.line_id = line.id and job.seq = line.head_seq and job.seq <> first.seq
-                  and (progress.in_doubt or progress.imported or progress.deleted_ids <> '{}'))
+                  and (progress.in_doubt or progress.imported or progress.key_material_id is not null or progress.deleted_ids <> '{}'))
         )"
     };
 }

@@ -10,17 +10,19 @@ mod dry_run;
 mod end;
 mod import;
 mod judge;
+mod replicate;
+mod rotate;
 mod source_key;
 mod verify;
 
 use super::Context;
 use super::batcher::Batcher;
 use crate::audit::Fact;
-use crate::job::{Expiry, FailureCode, Import, KeyKind, Partition, SourceKeyRef, Work};
+use crate::job::{Expiry, FailureCode, KeyArn, KeyKind, Partition, Work};
 use crate::kms::{HeldMaterial, KeyDescription, LeaseGuard};
 use crate::source::PlainKey;
 use crate::store::{
-    Answered, ClaimedJob, Ending, Parameters, Prepared, Removed, Settlement, SettlementKind, Step, StoreError,
+    Answered, ClaimedJob, Ending, Parameters, Prepared, Removed, Replicas, Settlement, SettlementKind, Step, StoreError,
 };
 pub(super) use end::Broken;
 use source_key::SourceKey;
@@ -66,6 +68,14 @@ struct Run {
     unanswered: bool,
     /// AWS answered every mutating call; what is left is to see it.
     answered: Option<Answered>,
+    /// The id of a rotate's own material, once AWS has said that the key has it.
+    waiting: Option<String>,
+    /// How far a rotate has come in the other Regions.
+    replicas: Replicas,
+    /// The Region in which the job is at work just now, if it is not its key's.
+    elsewhere: Option<String>,
+    /// Rotations of the key that AWS showed in this attempt.
+    rotations: Option<u32>,
     /// What AWS said in this attempt that it deleted.
     removed: Removed,
     /// What becomes of the import parameters.
@@ -82,6 +92,10 @@ impl Attempt {
             in_doubt: progress.in_doubt,
             unanswered: false,
             answered: progress.answered.then(|| Answered { key_material_id: progress.key_material_id.clone() }),
+            waiting: progress.key_material_id.clone(),
+            replicas: progress.replicas.clone(),
+            elsewhere: None,
+            rotations: None,
             removed: Removed::Nothing,
             parameters: if progress.parameters.is_some() { Parameters::Kept } else { Parameters::Absent },
             effect: progress.effect.clone(),
@@ -107,6 +121,7 @@ impl Run {
         let kind = self.preflight(&before)?;
         match self.job.request.work.clone() {
             Work::Import(asked) => self.import(&asked, kind, before).await,
+            Work::Rotate(asked) => self.rotate(&asked, kind, before).await,
             Work::Delete(target) => self.delete(&target, kind, before).await,
         }
     }
@@ -140,7 +155,7 @@ impl Run {
             self.judge_late(self.own_effect().as_ref())?;
         }
         let job = &self.job;
-        if let Work::Import(Import { expiry: Expiry::At(valid_to), .. }) = job.request.work
+        if let Some(Expiry::At(valid_to)) = job.request.work.material().map(|asked| asked.expiry)
             && valid_to <= job.now
             // What AWS has taken is only looked at.
             && self.answered.is_none()
@@ -165,8 +180,8 @@ impl Run {
 
     /// Which object on a KMIP server a name means is known only when it was fetched.
     fn effect_is_known_early(&self) -> bool {
-        let Work::Import(asked) = &self.job.request.work else { return true };
-        self.effect.is_some() || !matches!(asked.source_key, SourceKeyRef::Dsm(_))
+        let is_import = matches!(self.job.request.work, Work::Import(_));
+        self.effect.is_some() || !is_import || self.job.request.work.dsm_key().is_none()
     }
 
     async fn describe(&mut self) -> Or<KeyDescription> {
@@ -179,8 +194,14 @@ impl Run {
 
     /// Every material of a symmetric key.
     async fn materials(&mut self) -> Or<Vec<HeldMaterial>> {
+        let key = self.job.key.clone();
+        self.materials_of(&key).await
+    }
+
+    /// The same of the job's key in another Region.
+    async fn materials_of(&mut self, key: &KeyArn) -> Or<Vec<HeldMaterial>> {
         self.not_stopping()?;
-        match self.attempt.context.kms.materials(&self.job.key, &self.attempt.guard).await {
+        match self.attempt.context.kms.materials(key, &self.attempt.guard).await {
             Ok(materials) => Ok(materials),
             Err(error) => self.read_failed(&error),
         }
@@ -226,7 +247,10 @@ impl Run {
             return self.fail(FailureCode::MaterialIdNotAllowed, &message);
         }
         // An import that may have taken effect may itself have made it untrue; a delete has committed what it means.
-        let is_past = self.in_doubt || self.answered.is_some() || self.job.progress.delete_ids.is_some();
+        let is_past = self.in_doubt
+            || self.answered.is_some()
+            || self.waiting.is_some()
+            || self.job.progress.delete_ids.is_some();
         if key.current_material.as_ref() != Some(expected) && !is_past {
             let message = "AWS holds another current material than expect_current_material names";
             return self.fail(FailureCode::UnexpectedCurrentMaterial, message);
@@ -237,10 +261,18 @@ impl Run {
     /// What the mutating calls do, as far as it can be told already.
     fn own_effect(&self) -> Option<String> {
         let computed = || match &self.job.request.work {
-            Work::Import(asked) => Some(import::effect(&self.job.source_key.as_ref()?.id.to_string(), asked.expiry)),
+            Work::Import(asked) => {
+                Some(import::effect(&self.job.source_key.as_ref()?.id.to_string(), asked.material.expiry))
+            }
+            Work::Rotate(_) => self.effect_known_early(),
             Work::Delete(_) => None,
         };
         self.effect.clone().or_else(computed)
+    }
+
+    /// A rotate's effect is its own: not even one with the same source key may pass a late one.
+    fn effect_known_early(&self) -> Option<String> {
+        matches!(self.job.request.work, Work::Rotate(_)).then(|| format!("rotate {}", self.job.id))
     }
 
     fn partition(&self) -> Partition {

@@ -26,6 +26,8 @@ words! {
         Wrap = "wrap",
         /// AWS is asked to take the material.
         Import = "import",
+        /// AWS is asked to rotate to it.
+        Rotate = "rotate",
         /// AWS is asked to delete it.
         Delete = "delete",
         /// AWS is asked for what it shows afterwards.

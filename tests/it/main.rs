@@ -34,6 +34,7 @@ mod refused;
 mod reload;
 mod republish;
 mod retries;
+mod rotations;
 mod signatures;
 mod sqs;
 mod stopping;

@@ -32,8 +32,8 @@ fn the_original_calls_fields_are_read() {
     ))
     .unwrap();
     let Work::Import(import) = &request.work else { panic!("{request:?}") };
-    assert_eq!(import.source_key, SourceKeyRef::Local(Some("test-key".into())));
-    assert_eq!(import.expiry, Expiry::At(datetime!(2026-12-04 06:51:18 UTC)));
+    assert_eq!(import.material.source_key, SourceKeyRef::Local(Some("test-key".into())));
+    assert_eq!(import.material.expiry, Expiry::At(datetime!(2026-12-04 06:51:18 UTC)));
     assert_eq!(request.deadline_from(NOW), datetime!(2026-11-27 12:00 UTC));
 }
 
@@ -58,7 +58,12 @@ fn every_rule_has_its_code() {
         (&with(r#","key_expiration":"true""#), "wrong_type"),
         (&with(r#","valid_to":null"#), "wrong_type"),
         (r#"{"id":"a","key":"arn:aws:kms:x"}"#, "invalid_arn"),
-        (&with(r#","operation":"rotate""#), "not_supported"),
+        (&with(r#","operation":"rotate","source_key_identifier":"next""#), "accepted"),
+        (&with(r#","operation":"rotate","scope":"all""#), "field_not_allowed"),
+        (&with(&format!(r#","operation":"rotate","key_material_id":"{MATERIAL}""#)), "field_not_allowed"),
+        (&with(r#","operation":"rotate","urgent":true"#), "field_not_allowed"),
+        (&with(r#","operation":"rotate","key_expiration":true"#), "valid_to_missing"),
+        (&with(&format!(r#","operation":"rotate"{too_far}"#)), "valid_to_too_far"),
         (&with(r#","operation":"explode""#), "unknown_operation"),
         (&with(r#","source_key_tier":"dsm""#), "missing_field"),
         (&with(r#","source_key_tier":"dsm","source_key_identifier":"/k""#), "invalid_value"),

@@ -2,8 +2,8 @@
 //! changes AWS.
 
 use super::{Or, Run};
-use crate::job::{FailureCode, Import, SourceKeyRef, Work};
-use crate::policy::{Ask, Policy, Verdict};
+use crate::job::{FailureCode, KeyArn};
+use crate::policy::{Ask, Grant, Policy, Verdict};
 use crate::retry::Class;
 use crate::store::SettlementKind;
 use serde_json::json;
@@ -19,7 +19,7 @@ impl Run {
     pub(super) async fn authorise(&mut self) -> Or<()> {
         loop {
             let policy = self.attempt.context.policy.get();
-            let Some(why) = self.denial(&policy) else { return Ok(()) };
+            let Err(why) = self.judged(&policy, &self.job.key) else { return Ok(()) };
             let newest = self.attempt.context.store.newest_policy().await;
             if !Arc::ptr_eq(&policy, &self.attempt.context.policy.get()) {
                 continue;
@@ -60,29 +60,25 @@ impl Run {
         Err(self.settled(again))
     }
 
-    /// Why it may not.
-    fn denial(&self, policy: &Policy) -> Option<String> {
+    /// What the policy of this worker says to the job on this key: its own, or another Region's; or why it may not.
+    pub(super) fn judged(&self, policy: &Policy, key: &KeyArn) -> Result<Grant, String> {
         let job = &self.job;
         if let Some(why) = policy.disowns(&job.principal, job.identity.as_deref()) {
-            return Some(why);
+            return Err(why);
         }
         let known = self.source_key.clone().or_else(|| self.chosen_source_key());
         let known = known.as_ref().map(|key| (key.name(), key.id()));
         // As the request says it, while no more is known.
-        let stated = match &job.request.work {
-            Work::Import(Import { source_key: SourceKeyRef::Dsm(reference), .. }) => {
-                self.attempt.context.dsm.full_name(reference).ok()
-            }
-            _ => None,
-        };
-        let ask = Ask::of(&job.principal, &job.request, &job.key, stated.as_deref(), job.now);
+        let dsm = job.request.work.dsm_key();
+        let stated = dsm.and_then(|reference| self.attempt.context.dsm.full_name(reference).ok());
+        let ask = Ask::of(&job.principal, &job.request, key, stated.as_deref(), job.now);
         let ask = match &known {
             Some((name, id)) => ask.with_known(name, id),
             None => ask,
         };
         match policy.judge(&ask) {
-            Verdict::Allowed(_) => None,
-            Verdict::Denied { why, .. } => Some(why),
+            Verdict::Allowed(grant) => Ok(grant),
+            Verdict::Denied { why, .. } => Err(why),
         }
     }
 }

@@ -2,7 +2,7 @@
 //! key's materials and by what `DescribeKey` shows.
 
 use super::source_key::SourceKey;
-use crate::job::{FailureCode, Import, KeyKind, SourceKeyRef};
+use crate::job::{FailureCode, Import, KeyKind, SourceKeyRef, SourceMaterial};
 use crate::kms::{KeyDescription, MaterialRole, RegionRole};
 use crate::source::Fingerprint;
 use crate::store::{ClaimedJob, KnownMaterial};
@@ -27,22 +27,9 @@ pub(super) fn choose(
             format!("AWS gives ids to materials of symmetric keys only; leave key_material_id out for {kind}");
         return no(FailureCode::MaterialIdNotAllowed, message);
     }
+    exists(&asked.material, source)?;
     let Some(key) = source else { return generated(asked, &job.materials, shown) };
-    if let SourceKey::Local(key) = key {
-        if key.sealed_material.is_none() {
-            return no(FailureCode::SourceKeyDeleted, format!("the source key {} was deleted", key.name));
-        }
-        if key.kind != kind {
-            let message = format!(
-                "the source key {} is of kind {} ({}), the KMS key needs {kind} ({})",
-                key.name,
-                key.kind,
-                key.kind.shape(),
-                kind.shape()
-            );
-            return no(FailureCode::SourceKeyWrongKind, message);
-        }
-    }
+    fits(key, kind)?;
     if kind.has_material_ids() {
         role_of_one_among_many(key, asked, &job.materials, shown, job.progress.in_doubt)
     } else {
@@ -51,16 +38,40 @@ pub(super) fn choose(
     }
 }
 
+/// Whether the local key that is named is there.
+pub(super) fn exists(asked: &SourceMaterial, source: Option<&SourceKey>) -> Result<(), NoChoice> {
+    if source.is_none() && matches!(asked.source_key, SourceKeyRef::Local(Some(_))) {
+        let message = "there is no local key with this source_key_identifier; see keyferry keys list";
+        return no(FailureCode::SourceKeyUnknown, message.into());
+    }
+    Ok(())
+}
+
+/// Whether a KMS key of this kind could hold it.
+pub(super) fn fits(key: &SourceKey, kind: KeyKind) -> Result<(), NoChoice> {
+    let SourceKey::Local(key) = key else { return Ok(()) };
+    if key.sealed_material.is_none() {
+        return no(FailureCode::SourceKeyDeleted, format!("the source key {} was deleted", key.name));
+    }
+    if key.kind != kind {
+        let message = format!(
+            "the source key {} is of kind {} ({}), the KMS key needs {kind} ({})",
+            key.name,
+            key.kind,
+            key.kind.shape(),
+            kind.shape()
+        );
+        return no(FailureCode::SourceKeyWrongKind, message);
+    }
+    Ok(())
+}
+
 fn no<T>(code: FailureCode, message: String) -> Result<T, NoChoice> {
     Err(NoChoice { code, message })
 }
 
 /// A key is generated only where there has never been one.
 fn generated(asked: &Import, known: &[KnownMaterial], shown: &KeyDescription) -> Result<MaterialRole, NoChoice> {
-    if matches!(asked.source_key, SourceKeyRef::Local(Some(_))) {
-        let message = "there is no local key with this source_key_identifier; see keyferry keys list";
-        return no(FailureCode::SourceKeyUnknown, message.into());
-    }
     let meant = known.iter().find(|held| held.key_material_id == asked.key_material_id);
     if let (Some(_), Some(held)) = (&asked.key_material_id, meant) {
         let message = format!("the material came from {}: name that", held.source());
@@ -221,6 +232,7 @@ mod tests {
             key_spec: String::new(),
             state: "Enabled".into(),
             role,
+            regions: None,
             current_material: current.map(str::to_owned),
             expiry: None,
             aws_param: Value::Null,
@@ -229,12 +241,14 @@ mod tests {
 
     fn asked(key_material_id: Option<&str>) -> Import {
         Import {
-            source_key: SourceKeyRef::Local(None),
+            material: SourceMaterial {
+                source_key: SourceKeyRef::Local(None),
+                expiry: Expiry::Never,
+                wrapping_algorithm: None,
+                wrapping_key_spec: None,
+                description: None,
+            },
             key_material_id: key_material_id.map(str::to_owned),
-            expiry: Expiry::Never,
-            wrapping_algorithm: None,
-            wrapping_key_spec: None,
-            description: None,
         }
     }
 

@@ -140,7 +140,7 @@ impl Run {
     }
 
     /// Between two mutating calls: whether an operator has said that there is to be no other.
-    async fn may_go_on(&mut self) -> Or<()> {
+    pub(super) async fn may_go_on(&mut self) -> Or<()> {
         match self.attempt.context.store.is_stopped(self.job.id).await {
             Ok(None) => Ok(()),
             Ok(Some(Stop::Ending(ending))) => self.ended_by_operator(ending),

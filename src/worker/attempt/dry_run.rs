@@ -2,7 +2,7 @@
 
 use super::import::{effect, expiry_text};
 use super::{Or, Run};
-use crate::job::{FailureCode, Import, JobResult, KeyKind, Wrapping, rfc3339};
+use crate::job::{FailureCode, JobResult, KeyKind, SourceMaterial, Wrapping, rfc3339};
 use crate::kms::{KeyDescription, MaterialRole};
 use crate::store::{Settlement, SettlementKind};
 use crate::wrap::{throw_away_public_key, wrap};
@@ -13,30 +13,17 @@ impl Run {
     /// Goes up to the door of an import.
     pub(super) async fn would_import(
         &mut self,
-        asked: &Import,
+        asked: &SourceMaterial,
         kind: KeyKind,
         before: &KeyDescription,
         role: MaterialRole,
         wrapping: Wrapping,
     ) -> Or<Settlement> {
         let source = self.source_key.clone();
-        let length = match source.clone() {
-            // Opened, so that a damaged seal is found.
-            Some(key) => self.with_plain(key, |key| key.material().expose().len()).await?,
-            None => kind.most_material_bytes(),
-        };
-        // Not the key's own bytes: nothing is known of a random modulus's strength.
-        let wrapped = self
-            .compute(Arc::clone(&self.attempt.computing), move || {
-                wrap(&vec![0; length], &throw_away_public_key(wrapping.key_spec)?, wrapping)
-            })
-            .await?;
-        let wrapped = match wrapped {
-            Ok(wrapped) => wrapped,
-            Err(error) => return self.fail(FailureCode::WrappingNotAllowed, &error.to_string()),
-        };
+        let wrapped_bytes = self.would_wrap(kind, wrapping).await?;
         let (import_type, material_id) = match role {
             MaterialRole::First => (None, None),
+            MaterialRole::New => (Some("NEW_KEY_MATERIAL"), None),
             MaterialRole::Existing(id) => (Some("EXISTING_KEY_MATERIAL"), id),
         };
         // A pair was compared already.
@@ -56,15 +43,30 @@ impl Run {
             "expiry": expiry_text(asked.expiry),
             "wrapping_algorithm": wrapping.algorithm.as_str(),
             "wrapping_key_spec": wrapping.key_spec.as_str(),
-            "wrapped_bytes": wrapped.len(),
+            "wrapped_bytes": wrapped_bytes,
         });
-        if let Some(key) = &source {
-            let tier = key.tier();
-            would[format!("{tier}_key_id")] = json!(key.id());
-            would[format!("{tier}_key_name")] = json!(key.name());
-        }
+        self.name_source(&mut would);
         let own_effect = source.as_ref().map(|key| effect(&key.id(), asked.expiry));
         Ok(self.would(before, kind, would, own_effect.as_ref(), &left_to_aws))
+    }
+
+    /// Wraps bytes of the material's length under a throw-away key; says how many come of it.
+    pub(super) async fn would_wrap(&mut self, kind: KeyKind, wrapping: Wrapping) -> Or<usize> {
+        let length = match self.source_key.clone() {
+            // Opened, so that a damaged seal is found.
+            Some(key) => self.with_plain(key, |key| key.material().expose().len()).await?,
+            None => kind.most_material_bytes(),
+        };
+        // Not the key's own bytes: nothing is known of a random modulus's strength.
+        let wrapped = self
+            .compute(Arc::clone(&self.attempt.computing), move || {
+                wrap(&vec![0; length], &throw_away_public_key(wrapping.key_spec)?, wrapping)
+            })
+            .await?;
+        match wrapped {
+            Ok(wrapped) => Ok(wrapped.len()),
+            Err(error) => self.fail(FailureCode::WrappingNotAllowed, &error.to_string()),
+        }
     }
 
     /// The end of a dry run that nothing refuses.

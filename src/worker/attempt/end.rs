@@ -3,11 +3,12 @@
 use super::judge::{Verdict, judge};
 use super::source_key::SourceKey;
 use super::{End, Or, Run};
-use crate::job::{Expiry, Failure, FailureCode, JobSummary, ScarceCall, Work};
+use crate::job::{Expiry, Failure, FailureCode, JobSummary, ScarceCall};
 use crate::kms::CallError;
 use crate::retry::{self, Class};
 use crate::store::{ClaimedJob, Ending, Material, Parameters, Removed, RetryState, Settlement, SettlementKind};
 use serde_json::json;
+use std::borrow::Cow;
 use std::time::Duration;
 
 /// Attempts in a row that AWS is given to show what was made or changed moments ago: about a minute and a half.
@@ -29,6 +30,7 @@ impl Run {
 
     /// Tries again later; the deadline ends it.
     pub(super) fn retry<T>(&mut self, class: Class, step: &str, message: &str, aws_request_id: Option<&str>) -> Or<T> {
+        let message = self.placed(message);
         let times = self.times(class);
         let delay = retry::delay(class, times, retry::random_unit());
         self.attempt.context.meters.retried(class);
@@ -46,6 +48,14 @@ impl Run {
         });
         let again = self.again(delay, reason);
         Err(self.settled(again))
+    }
+
+    /// With the Region, where that is not the key's.
+    fn placed<'a>(&self, message: &'a str) -> Cow<'a, str> {
+        match &self.elsewhere {
+            Some(region) => format!("{region}: {message}").into(),
+            None => message.into(),
+        }
     }
 
     /// Tries again while AWS may not have caught up with itself.
@@ -77,10 +87,11 @@ impl Run {
     pub(super) fn fail_by<T>(&mut self, code: FailureCode, message: &str, policy: Option<String>) -> Or<T> {
         let aws_changed = self.may_have_changed_aws();
         let source = self.source_key.clone().or_else(|| self.chosen_source_key());
-        let id = self.answered.clone().and_then(|answer| answer.key_material_id);
-        let material =
-            source.as_ref().filter(|_| aws_changed).map(|key| self.material(key, id, self.answered.is_some()));
-        let failure = Failure { code, message: message.to_owned(), aws_changed, policy };
+        let id = self.answered.clone().and_then(|answer| answer.key_material_id).or_else(|| self.waiting.clone());
+        let is_certain = self.answered.is_some() || self.waiting.is_some();
+        let material = source.as_ref().filter(|_| aws_changed).map(|key| self.material(key, id, is_certain));
+        let message = self.placed(message);
+        let failure = Failure { code, message: message.clone().into_owned(), aws_changed, policy };
         tracing::warn!(
             job.id = %self.job.id, kms.key.arn = %self.job.key, error.code = code.as_str(), "job failed: {message}"
         );
@@ -127,12 +138,9 @@ impl Run {
 
     /// The record of what this job puts, or may have put, on the key.
     pub(super) fn material(&self, key: &SourceKey, key_material_id: Option<String>, is_certain: bool) -> Material {
-        let valid_to = match &self.job.request.work {
-            Work::Import(asked) => match asked.expiry {
-                Expiry::At(at) => Some(at),
-                Expiry::Never => None,
-            },
-            Work::Delete(_) => None,
+        let valid_to = match self.job.request.work.material().map(|asked| asked.expiry) {
+            Some(Expiry::At(at)) => Some(at),
+            Some(Expiry::Never) | None => None,
         };
         Material {
             fingerprint: key.fingerprint().clone(),
@@ -157,6 +165,7 @@ impl Run {
             lease: self.job.lease,
             job: summary(&self.job),
             key_id: self.job.key_id,
+            rotations: self.rotations,
             facts: std::mem::take(&mut self.facts),
             kind,
         }
@@ -165,6 +174,7 @@ impl Run {
     pub(super) fn may_have_changed_aws(&self) -> bool {
         self.in_doubt
             || self.answered.is_some()
+            || self.waiting.is_some()
             || self.removed != Removed::Nothing
             || !self.job.progress.deleted_ids.is_empty()
     }
@@ -174,12 +184,15 @@ impl Run {
             in_doubt: self.in_doubt,
             parameters: self.parameters,
             answered: self.answered.clone(),
+            waiting: self.waiting.clone(),
+            replicas: self.replicas.clone(),
             reset_refreshes: self.unanswered,
         };
-        let next = match (&self.answered, self.parameters) {
-            (Some(_), _) => ScarceCall::Nothing,
-            (None, Parameters::Kept) => ScarceCall::ImportKeyMaterial,
-            (None, _) => self.job.request.first_call(),
+        let next = match (&self.answered, &self.waiting, self.parameters) {
+            (Some(_), ..) => ScarceCall::Nothing,
+            (None, Some(_), _) => ScarceCall::RotateKeyOnDemand,
+            (None, None, Parameters::Kept) => ScarceCall::ImportKeyMaterial,
+            (None, None, _) => self.job.request.first_call(),
         };
         SettlementKind::Retry { delay, deadline: self.job.deadline, reason, state, next }
     }
@@ -223,6 +236,7 @@ impl Broken {
             lease: job.lease,
             job: summary(job),
             key_id: job.key_id,
+            rotations: None,
             facts: Vec::new(),
             late_effect,
             removed: Removed::Nothing,

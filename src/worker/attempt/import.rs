@@ -5,8 +5,8 @@ use super::judge::{Verdict, judge};
 use super::source_key::SourceKey;
 use super::{Or, Run, sha256_hex};
 use crate::audit::{Fact, Kind};
-use crate::job::{Expiry, FailureCode, Import, ImportParameters, KeyKind, Wrapping, rfc3339};
-use crate::kms::{CallError, ErrorKind, ImportCall, KeyDescription, MaterialRole, RegionRole};
+use crate::job::{Expiry, FailureCode, Import, ImportParameters, KeyArn, KeyKind, SourceMaterial, Wrapping, rfc3339};
+use crate::kms::{CallError, ErrorKind, ImportCall, Imported, KeyDescription, MaterialRole, RegionRole};
 use crate::retry::Class;
 use crate::source::SealedKey;
 use crate::store::{Answered, Intent, Parameters, Prepared, Settlement, Step};
@@ -33,7 +33,8 @@ pub(super) fn expiry_text(expiry: Expiry) -> String {
 }
 
 impl Run {
-    pub(super) async fn import(&mut self, asked: &Import, kind: KeyKind, before: KeyDescription) -> Or<Settlement> {
+    pub(super) async fn import(&mut self, import: &Import, kind: KeyKind, before: KeyDescription) -> Or<Settlement> {
+        let asked = &import.material;
         if self.answered.is_some() {
             self.source_key = self.chosen_source_key();
             return self.verify_import(asked, kind, before).await;
@@ -46,7 +47,7 @@ impl Run {
             let own_effect = source.as_ref().map(|key| effect(&key.id(), asked.expiry));
             self.judge_late(own_effect.as_ref())?;
         }
-        let role = match choose(&self.job, asked, kind, &before, source.as_ref()) {
+        let role = match choose(&self.job, import, kind, &before, source.as_ref()) {
             Ok(role) => role,
             Err(none) => return self.fail(none.code, &none.message),
         };
@@ -57,17 +58,7 @@ impl Run {
         }
         let (parameters, are_new) = self.parameters(wrapping).await?;
         crate::failpoint!("worker.after_parameters");
-        let (key, generated) = if let Some(key) = source {
-            (key, None)
-        } else {
-            // After the parameters: a key of RSA takes seconds, and would be thrown away with a throttled call.
-            let key = self.generate(kind).await?;
-            (SourceKey::Local(key.clone()), Some(Box::new(key)))
-        };
-        self.source_key = Some(key.clone());
-        self.commit_import(asked, &key, generated, &parameters, are_new).await?;
-        let wrapped = self.wrap(key, &parameters).await?;
-        crate::failpoint!("worker.after_wrap");
+        let wrapped = self.commit_and_wrap(asked, kind, source, &parameters, are_new).await?;
         self.send_import(asked, kind, &before, role, &parameters, wrapped).await?;
         crate::failpoint!("worker.after_import");
         let _timing = self.attempt.context.meters.time(Stage::Verify);
@@ -81,7 +72,7 @@ impl Run {
         self.job.progress.dsm.clone().map(SourceKey::Dsm).or(local)
     }
 
-    fn choose_wrapping(&mut self, asked: &Import, kind: KeyKind) -> Or<Wrapping> {
+    pub(super) fn choose_wrapping(&mut self, asked: &SourceMaterial, kind: KeyKind) -> Or<Wrapping> {
         let chosen = Wrapping::choose(kind, self.partition(), asked.wrapping_algorithm, asked.wrapping_key_spec);
         let wrapping = match chosen {
             Ok(wrapping) => wrapping,
@@ -121,19 +112,47 @@ impl Run {
     }
 
     /// The set kept from an earlier attempt while it is good, else a fresh one, and whether it is fresh.
-    async fn parameters(&mut self, wrapping: Wrapping) -> Or<(ImportParameters, bool)> {
+    pub(super) async fn parameters(&mut self, wrapping: Wrapping) -> Or<(ImportParameters, bool)> {
         if let Some(kept) = &self.job.progress.parameters
             && kept.valid_to - self.job.now > PARAMETERS_MARGIN
             && kept.wrapping == wrapping
         {
             return Ok((kept.clone(), false));
         }
+        let key = self.job.key.clone();
+        Ok((self.fresh_parameters(&key, wrapping).await?, true))
+    }
+
+    pub(super) async fn fresh_parameters(&mut self, key: &KeyArn, wrapping: Wrapping) -> Or<ImportParameters> {
         self.not_stopping()?;
         let _timing = self.attempt.context.meters.time(Stage::Parameters);
-        match self.attempt.context.kms.parameters(&self.job.key, wrapping, &self.attempt.guard).await {
-            Ok(parameters) => Ok((parameters, true)),
+        match self.attempt.context.kms.parameters(key, wrapping, &self.attempt.guard).await {
+            Ok(parameters) => Ok(parameters),
             Err(error) => self.read_failed(&error),
         }
+    }
+
+    /// Makes durable which key is imported, generating it where none is named, and wraps it.
+    pub(super) async fn commit_and_wrap(
+        &mut self,
+        asked: &SourceMaterial,
+        kind: KeyKind,
+        source: Option<SourceKey>,
+        parameters: &ImportParameters,
+        are_new: bool,
+    ) -> Or<Vec<u8>> {
+        let (key, generated) = if let Some(key) = source {
+            (key, None)
+        } else {
+            // After the parameters: a key of RSA takes seconds, and would be thrown away with a throttled call.
+            let key = self.generate(kind).await?;
+            (SourceKey::Local(key.clone()), Some(Box::new(key)))
+        };
+        self.source_key = Some(key.clone());
+        self.commit_import(asked, &key, generated, parameters, are_new).await?;
+        let wrapped = self.wrap(key, parameters).await?;
+        crate::failpoint!("worker.after_wrap");
+        Ok(wrapped)
     }
 
     async fn generate(&mut self, kind: KeyKind) -> Or<SealedKey> {
@@ -158,7 +177,7 @@ impl Run {
     /// may be under way.
     async fn commit_import(
         &mut self,
-        asked: &Import,
+        asked: &SourceMaterial,
         key: &SourceKey,
         generated: Option<Box<SealedKey>>,
         parameters: &ImportParameters,
@@ -183,23 +202,16 @@ impl Run {
             )
         });
         if are_new {
-            facts.push(Fact::new(
-                Kind::ParametersObtained,
-                json!({
-                    "wrapping_algorithm": parameters.wrapping.algorithm.as_str(),
-                    "wrapping_key_spec": parameters.wrapping.key_spec.as_str(),
-                    "public_key_sha256": sha256_hex(&parameters.public_key),
-                    "valid_to": rfc3339(parameters.valid_to),
-                    "aws_request_id": parameters.aws_request_id,
-                }),
-            ));
+            facts.push(obtained(parameters, self.job.key.region()));
         }
         let intent = Intent::Import {
             source: key.chosen(),
             generated,
             parameters: are_new.then(|| Box::new(parameters.clone())),
         };
-        self.commit(intent, effect(&key.id(), asked.expiry), facts).await?;
+        // A rotate's is known before its key is.
+        let effect = self.effect_known_early().unwrap_or_else(|| effect(&key.id(), asked.expiry));
+        self.commit(intent, effect, facts).await?;
         self.parameters = Parameters::Kept;
         crate::failpoint!("worker.after_prepare");
         self.not_stopping()
@@ -228,7 +240,7 @@ impl Run {
         }
     }
 
-    async fn wrap(&mut self, key: SourceKey, parameters: &ImportParameters) -> Or<Vec<u8>> {
+    pub(super) async fn wrap(&mut self, key: SourceKey, parameters: &ImportParameters) -> Or<Vec<u8>> {
         let _timing = self.attempt.context.meters.time(Stage::Wrap);
         let (public_key, wrapping) = (parameters.public_key.clone(), parameters.wrapping);
         let wrapped = self.with_plain(key, move |key| wrap(key.material().expose(), &public_key, wrapping)).await?;
@@ -249,13 +261,34 @@ impl Run {
     /// The one mutating call.
     async fn send_import(
         &mut self,
-        asked: &Import,
+        asked: &SourceMaterial,
         kind: KeyKind,
         before: &KeyDescription,
         role: MaterialRole,
         parameters: &ImportParameters,
         wrapped: Vec<u8>,
     ) -> Or<()> {
+        let key = self.job.key.clone();
+        match self.call_import(&key, asked, kind, role, parameters, wrapped).await? {
+            Ok(imported) => {
+                self.in_doubt = false;
+                self.answered = Some(Answered { key_material_id: imported.key_material_id });
+                Ok(())
+            }
+            Err(error) => self.import_failed(asked, kind, before, &error),
+        }
+    }
+
+    /// `ImportKeyMaterial` on the job's key, or on its namesake in another Region. What may have happened is noted.
+    pub(super) async fn call_import(
+        &mut self,
+        key: &KeyArn,
+        asked: &SourceMaterial,
+        kind: KeyKind,
+        role: MaterialRole,
+        parameters: &ImportParameters,
+        wrapped: Vec<u8>,
+    ) -> Or<Result<Imported, CallError>> {
         let call = ImportCall {
             import_token: &parameters.import_token,
             wrapped,
@@ -265,31 +298,32 @@ impl Run {
         };
         self.authorise().await?;
         let timing = self.attempt.context.meters.time(Stage::Import);
-        let answer = self.attempt.context.kms.import(&self.job.key, call, &self.attempt.guard).await;
+        let answer = self.attempt.context.kms.import(key, call, &self.attempt.guard).await;
         drop(timing);
         crate::failpoint!("worker.after_answer");
-        match answer {
-            Ok(imported) => {
-                self.in_doubt = false;
-                self.facts.push(Fact::new(
-                    Kind::MaterialImported,
-                    json!({
-                        "attempt": self.job.attempt,
-                        "key_material_id": imported.key_material_id,
-                        "expiry": expiry_text(asked.expiry),
-                        "aws_request_id": imported.aws_request_id,
-                    }),
-                ));
-                self.answered = Some(Answered { key_material_id: imported.key_material_id });
-                Ok(())
+        match &answer {
+            Ok(imported) => self.facts.push(Fact::new(
+                Kind::MaterialImported,
+                json!({
+                    "attempt": self.job.attempt,
+                    "region": key.region(),
+                    "key_material_id": imported.key_material_id,
+                    "expiry": expiry_text(asked.expiry),
+                    "aws_request_id": imported.aws_request_id,
+                }),
+            )),
+            Err(error) if error.kind.may_have_taken_effect() => {
+                self.in_doubt = true;
+                self.unanswered = true;
             }
-            Err(error) => self.import_failed(asked, kind, before, &error),
+            Err(_) => {}
         }
+        Ok(answer)
     }
 
     /// The job's mark, by which its material is known as ours; on a reimport AWS keeps the old text unless a
     /// new one is given.
-    fn description(&self, asked: &Import, kind: KeyKind, role: &MaterialRole) -> Option<String> {
+    fn description(&self, asked: &SourceMaterial, kind: KeyKind, role: &MaterialRole) -> Option<String> {
         let given = asked.description.as_deref();
         match role {
             _ if !kind.has_material_ids() => None,
@@ -299,33 +333,47 @@ impl Run {
     }
 
     /// The import did not succeed, or was not answered.
-    fn import_failed<T>(&mut self, asked: &Import, kind: KeyKind, before: &KeyDescription, error: &CallError) -> Or<T> {
-        let (step, text, id) = (error.operation, error.to_string(), error.aws_request_id.as_deref());
-        if error.kind.may_have_taken_effect() {
-            self.in_doubt = true;
-            self.unanswered = true;
-        }
+    fn import_failed<T>(
+        &mut self,
+        asked: &SourceMaterial,
+        kind: KeyKind,
+        before: &KeyDescription,
+        error: &CallError,
+    ) -> Or<T> {
         if error.kind == ErrorKind::IncorrectKeyMaterial {
             if before.role == RegionRole::Replica && self.is_on_record() {
                 // The primary was given it moments ago, and has not yet told the replica.
-                return self.wait_for_aws(step, &text, id, FailureCode::OtherMaterial);
+                let (text, id) = (error.to_string(), error.aws_request_id.as_deref());
+                return self.wait_for_aws(error.operation, &text, id, FailureCode::OtherMaterial);
             }
-            if let Expiry::At(at) = asked.expiry
-                && at - self.job.now < EXPIRY_MARGIN
-            {
-                let message = format!("{text}; valid_to may have passed on the way: send a new request");
-                return self.fail(FailureCode::ValidToPassed, &message);
-            }
+            self.has_not_expired(asked, error)?;
             if !kind.has_material_ids() {
                 // One material for life: had an import of ours taken effect, this identical one would have been taken.
                 self.in_doubt = false;
             }
         }
+        self.import_refused(error)
+    }
+
+    /// What follows where the error says enough.
+    pub(super) fn import_refused<T>(&mut self, error: &CallError) -> Or<T> {
+        let (step, text, id) = (error.operation, error.to_string(), error.aws_request_id.as_deref());
         match judge(error) {
             Verdict::Retry(class) => self.retry(class, step, &text, id),
             Verdict::Await(give_up) => self.wait_for_aws(step, &text, id, give_up),
             Verdict::Refresh(give_up) => self.refresh(step, &text, id, give_up),
             Verdict::Fail(code, advice) => self.fail(code, &format!("{text}; {advice}")),
+        }
+    }
+
+    /// AWS does not take material whose end has come: a refusal shortly before it says nothing of the bytes.
+    pub(super) fn has_not_expired(&mut self, asked: &SourceMaterial, error: &CallError) -> Or<()> {
+        match asked.expiry {
+            Expiry::At(at) if at - self.job.now < EXPIRY_MARGIN => {
+                let message = format!("{error}; valid_to may have passed on the way: send a new request");
+                self.fail(FailureCode::ValidToPassed, &message)
+            }
+            _ => Ok(()),
         }
     }
 
@@ -347,4 +395,19 @@ impl Run {
         self.parameters = Parameters::Refused;
         self.retry(class, step, message, aws_request_id)
     }
+}
+
+/// What the audit trail says of a set of parameters.
+pub(super) fn obtained(parameters: &ImportParameters, region: &str) -> Fact {
+    Fact::new(
+        Kind::ParametersObtained,
+        json!({
+            "region": region,
+            "wrapping_algorithm": parameters.wrapping.algorithm.as_str(),
+            "wrapping_key_spec": parameters.wrapping.key_spec.as_str(),
+            "public_key_sha256": sha256_hex(&parameters.public_key),
+            "valid_to": rfc3339(parameters.valid_to),
+            "aws_request_id": parameters.aws_request_id,
+        }),
+    )
 }

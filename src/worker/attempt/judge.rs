@@ -32,6 +32,10 @@ pub(super) fn judge(error: &CallError) -> Verdict {
         // A key that was made, or changed, moments ago.
         ErrorKind::NotFound => Verdict::Await(FailureCode::KeyNotFound),
         ErrorKind::InvalidState => Verdict::Await(FailureCode::KeyInvalidState),
+        ErrorKind::Conflict => Verdict::Retry(Class::Transient),
+        ErrorKind::LimitExceeded => {
+            Verdict::Fail(FailureCode::RotationsSpent, "make a new KMS key and let its alias point to that")
+        }
         ErrorKind::ExpiredImportToken | ErrorKind::InvalidImportToken => {
             Verdict::Refresh(FailureCode::ImportParametersRefused)
         }
@@ -44,7 +48,7 @@ pub(super) fn judge(error: &CallError) -> Verdict {
         ErrorKind::AccessDenied => Verdict::Fail(
             FailureCode::AccessDenied,
             "allow the worker kms:DescribeKey, kms:GetParametersForImport, kms:ImportKeyMaterial, kms:ListKeyRotations, \
-             kms:GetPublicKey and, for deletes, kms:DeleteImportedKeyMaterial",
+             kms:GetPublicKey, for deletes kms:DeleteImportedKeyMaterial and for rotations kms:RotateKeyOnDemand",
         ),
         ErrorKind::NoTarget => {
             Verdict::Fail(FailureCode::TargetRemoved, "configure the target, or ask for another key")
@@ -76,6 +80,7 @@ mod tests {
             ended,
             [
                 ErrorKind::IncorrectKeyMaterial,
+                ErrorKind::LimitExceeded,
                 ErrorKind::Unsupported,
                 ErrorKind::AccessDenied,
                 ErrorKind::Refused,

@@ -1,7 +1,7 @@
 //! The source key of a job, of whichever tier, and how its bytes are come by.
 
 use super::{Or, Run};
-use crate::job::{DsmKeyRef, FailureCode, Import, KeyKind, SourceKeyRef};
+use crate::job::{DsmKeyRef, FailureCode, KeyKind, SourceKeyRef, SourceMaterial};
 use crate::retry::Class;
 use crate::source::{Fingerprint, OpenError, PlainKey, SealedKey};
 use crate::store::{Chosen, DsmChoice};
@@ -67,10 +67,18 @@ impl SourceKey {
 impl Run {
     /// The key that was chosen before, or that the request names; `None`: one is to be generated, or there is none of
     /// that name.
-    pub(super) async fn named_source_key(&mut self, asked: &Import, kind: KeyKind) -> Or<Option<SourceKey>> {
+    pub(super) async fn named_source_key(&mut self, asked: &SourceMaterial, kind: KeyKind) -> Or<Option<SourceKey>> {
         match &asked.source_key {
             SourceKeyRef::Local(_) => Ok(self.job.source_key.clone().map(SourceKey::Local)),
             SourceKeyRef::Dsm(reference) => self.fetch(reference, kind).await.map(Some),
+        }
+    }
+
+    /// The key that was chosen, for another Region. One that a KMIP server holds is fetched again once its bytes were used.
+    pub(super) async fn source_again(&mut self, asked: &SourceMaterial, kind: KeyKind) -> Or<Option<SourceKey>> {
+        match (&asked.source_key, &self.fetched) {
+            (SourceKeyRef::Dsm(reference), None) => self.fetch(reference, kind).await.map(Some),
+            _ => Ok(self.source_key.clone()),
         }
     }
 

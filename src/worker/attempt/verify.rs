@@ -2,7 +2,7 @@
 
 use super::import::expiry_text;
 use super::{Or, Run};
-use crate::job::{Expiry, FailureCode, Import, JobResult, KeyKind, rfc3339};
+use crate::job::{Expiry, FailureCode, JobResult, KeyKind, SourceMaterial, rfc3339};
 use crate::kms::{ErrorKind, HeldMaterial, KeyDescription};
 use crate::store::{Settlement, SettlementKind};
 use base64::Engine as _;
@@ -11,7 +11,12 @@ use serde_json::{Value, json};
 
 impl Run {
     /// Looks until AWS shows the material as it was imported.
-    pub(super) async fn verify_import(&mut self, asked: &Import, kind: KeyKind, key: KeyDescription) -> Or<Settlement> {
+    pub(super) async fn verify_import(
+        &mut self,
+        asked: &SourceMaterial,
+        kind: KeyKind,
+        key: KeyDescription,
+    ) -> Or<Settlement> {
         let material_id = self.answered.clone().and_then(|answer| answer.key_material_id);
         let mut result = self.result(&key, kind);
         if !shows(&key, asked.expiry, material_id.as_deref()) {
@@ -35,12 +40,18 @@ impl Run {
             let public_key = self.verify_public_key(kind).await?;
             result["public_key"] = json!(STANDARD.encode(public_key));
         }
+        Ok(self.brought(asked, result, material_id))
+    }
+
+    /// The end of a job that has brought material.
+    pub(super) fn brought(
+        &mut self,
+        asked: &SourceMaterial,
+        mut result: Value,
+        material_id: Option<String>,
+    ) -> Settlement {
         let source = self.source_key.clone();
-        if let Some(key) = &source {
-            let tier = key.tier();
-            result[format!("{tier}_key_id")] = json!(key.id());
-            result[format!("{tier}_key_name")] = json!(key.name());
-        }
+        self.name_source(&mut result);
         result["key_expiration"] = json!(asked.expiry != Expiry::Never);
         if let Some(id) = &material_id {
             result["key_material_id"] = json!(id);
@@ -48,7 +59,7 @@ impl Run {
         }
         let material = source.as_ref().map(|source| self.material(source, material_id, true));
         let source_key_id = source.and_then(|key| key.local_id());
-        Ok(self.settlement(SettlementKind::Ended { outcome: Ok(JobResult(result)), source_key_id, material }))
+        self.settlement(SettlementKind::Ended { outcome: Ok(JobResult(result)), source_key_id, material })
     }
 
     /// After an import `GetPublicKey` gives exactly the public key of the imported pair.
@@ -67,6 +78,15 @@ impl Run {
         }
         let message = "AWS answered that it took the pair, and GetPublicKey shows another; do not use the key";
         self.fail(FailureCode::UnexpectedAnswer, message)
+    }
+
+    /// Names the source key, in the field of its tier.
+    pub(super) fn name_source(&self, told: &mut Value) {
+        if let Some(key) = &self.source_key {
+            let tier = key.tier();
+            told[format!("{tier}_key_id")] = json!(key.id());
+            told[format!("{tier}_key_name")] = json!(key.name());
+        }
     }
 
     /// The flat shape of the original call's answer, without what only an import tells.

@@ -141,6 +141,7 @@ pub fn end(job: &ClaimedJob, kind: SettlementKind) -> Settlement {
             traceparent: None,
         },
         key_id: job.key_id,
+        rotations: None,
         facts: Vec::new(),
         late_effect: None,
         removed: Removed::Nothing,
@@ -164,7 +165,7 @@ pub fn failed(job: &ClaimedJob, message: &str) -> Settlement {
 pub fn retry(job: &ClaimedJob, delay: Duration, deadline: OffsetDateTime, state: RetryState) -> Settlement {
     let next = match state.parameters {
         Parameters::Kept => ScarceCall::ImportKeyMaterial,
-        Parameters::Absent | Parameters::Refused => job.request.first_call(),
+        Parameters::Absent | Parameters::Refused | Parameters::Used => job.request.first_call(),
     };
     end(job, SettlementKind::Retry { delay, deadline, reason: json!({"message": "later"}), state, next })
 }

@@ -12,7 +12,7 @@ use time::format_description::well_known::Rfc3339;
 use uuid::Uuid;
 
 /// Codes that end a job before anything but read-only calls was made.
-const PREFLIGHT: [&str; 16] = [
+const PREFLIGHT: [&str; 23] = [
     "source_key_unknown",
     "source_key_wrong_kind",
     "source_key_required",
@@ -29,6 +29,13 @@ const PREFLIGHT: [&str; 16] = [
     "material_id_not_allowed",
     "material_unknown",
     "material_pending",
+    "rotation_not_supported",
+    "rotation_on_replica",
+    "nothing_to_rotate",
+    "rotations_spent",
+    "rotation_too_soon",
+    "replica_not_a_target",
+    "replica_not_allowed",
 ];
 
 const REFUSED_BODY: &str = "the body of a refused message";
@@ -39,6 +46,7 @@ pub fn violations(snapshot: &Snapshot) -> Vec<String> {
     every_message_has_one_end(snapshot, &mut found);
     lines_were_kept_in_order(snapshot, &mut found);
     keys_hold_what_jobs_brought(snapshot, &mut found);
+    rotations_were_made_once(snapshot, &mut found);
     the_record_is_true(snapshot, &mut found);
     deletes_left_nothing(snapshot, &mut found);
     every_outcome_was_told(snapshot, &mut found);
@@ -202,7 +210,7 @@ fn keys_hold_what_jobs_brought(snapshot: &Snapshot, found: &mut Vec<String>) {
         let mut jobs: Vec<&Job> = snapshot
             .jobs
             .iter()
-            .filter(|job| job.arn == arn && !job.dry_run && (job.state == "succeeded" || job.aws_changed()))
+            .filter(|job| job.reaches(arn) && !job.dry_run && (job.state == "succeeded" || job.aws_changed()))
             .collect();
         jobs.sort_by_key(|job| job.finished_at);
         let allowed: Vec<(Deed, bool)> =
@@ -220,7 +228,9 @@ fn keys_hold_what_jobs_brought(snapshot: &Snapshot, found: &mut Vec<String>) {
             let wanted = Effect::Import { sha256: sha256.clone(), valid_to: *valid_to };
             let jobs = allowed.iter().filter(|(deed, succeeded)| *succeeded && deed.allows(&wanted)).count();
             let times = effects.iter().filter(|effect| **effect == wanted).count();
-            if times < jobs {
+            // A rotate does not bring to a replica again what that has already.
+            let is_primary = snapshot.jobs.iter().any(|job| job.arn == arn);
+            if is_primary && times < jobs {
                 found.push(format!("I2: {jobs} jobs say that they gave {arn} {wanted:?}; KMS saw {times}"));
             }
         }
@@ -232,8 +242,56 @@ fn keys_hold_what_jobs_brought(snapshot: &Snapshot, found: &mut Vec<String>) {
             found.push(format!("I2: {arn} holds {}; the latest job did {:?}", key["materials"], allowed[last].0));
         }
         let was_given = allowed.iter().any(|(deed, _)| matches!(deed, Deed::Import { .. }));
-        if !was_given && !was_touched && key["materials"].as_array().is_some_and(|held| !held.is_empty()) {
+        // Of what its primary was given a replica knows at once.
+        let holds = key["materials"].as_array().is_some_and(|held| held.iter().any(|held| held["imported"] == true));
+        if !was_given && !was_touched && holds {
             found.push(format!("I2: {arn} holds material although no job brought any"));
+        }
+    }
+}
+
+/// I8: a rotate brings one new material at most, and rotates once at most; one that succeeded has its material in force.
+fn rotations_were_made_once(snapshot: &Snapshot, found: &mut Vec<String>) {
+    let mut rotated: BTreeMap<(&str, &str), usize> = BTreeMap::new();
+    let mut brought: BTreeMap<(&str, &str), usize> = BTreeMap::new();
+    for entry in &snapshot.journal {
+        let Some(arn) = entry["key_arn"].as_str() else { continue };
+        let is_ours = entry["access_key"] == WORKER;
+        if let Some(sha256) = entry["effect"]["rotated"]["material_sha256"].as_str().filter(|_| is_ours) {
+            *rotated.entry((arn, sha256)).or_default() += 1;
+        }
+        let imported = &entry["effect"]["imported"];
+        let is_new = imported["first"] == false && imported["again"] == false && is_ours;
+        if let Some(sha256) = imported["material_sha256"].as_str().filter(|_| is_new) {
+            *brought.entry((arn, sha256)).or_default() += 1;
+        }
+    }
+    let rotates: Vec<(&Job, String)> = snapshot
+        .jobs
+        .iter()
+        .filter(|job| job.operation == "rotate" && !job.dry_run)
+        .filter_map(|job| match Deed::of(snapshot, job)? {
+            Deed::Import { sha256, .. } => Some((job, sha256)),
+            Deed::Delete(_) => None,
+        })
+        .collect();
+    for ((arn, sha256), times) in &rotated {
+        let jobs = rotates.iter().filter(|(job, own)| job.arn == *arn && own == sha256).count();
+        if *times > 1 || jobs == 0 {
+            found.push(format!("I8: {arn} was rotated {times} times to {sha256}, which {jobs} jobs asked for"));
+        }
+    }
+    for (arn, sha256) in brought.keys() {
+        if !rotates.iter().any(|(job, own)| job.reaches(arn) && own == sha256) {
+            found.push(format!("I8: {arn} was given the new material {sha256}, for which no rotate asked"));
+        }
+    }
+    for (job, sha256) in rotates.iter().filter(|(job, _)| job.state == "succeeded") {
+        let was_in_force = snapshot.journal.iter().any(|entry| {
+            entry["key_arn"] == job.arn.as_str() && entry["effect"]["rotated"]["material_sha256"] == sha256.as_str()
+        });
+        if !was_in_force {
+            found.push(format!("I8: request {} succeeded, and its material was never in force", job.request_id));
         }
     }
 }
@@ -457,7 +515,7 @@ fn the_audit_trail_is_whole(snapshot: &Snapshot, found: &mut Vec<String>) {
 /// I4: what changes AWS was on record before.
 fn every_call_is_announced(snapshot: &Snapshot, found: &mut Vec<String>) {
     for arn in snapshot.kms_keys.iter().filter_map(|key| key["arn"].as_str()) {
-        let of_key: HashSet<Uuid> = snapshot.jobs.iter().filter(|job| job.arn == arn).map(|job| job.id).collect();
+        let of_key: HashSet<Uuid> = snapshot.jobs.iter().filter(|job| job.reaches(arn)).map(|job| job.id).collect();
         let intended = snapshot
             .audit
             .iter()
@@ -577,13 +635,15 @@ fn everything_is_drained(snapshot: &Snapshot, found: &mut Vec<String>) {
 /// I7: no call for a copy or a refusal, read-only ones for a failed pre-flight.
 fn aws_is_called_for_jobs_only(snapshot: &Snapshot, found: &mut Vec<String>) {
     for arn in snapshot.kms_keys.iter().filter_map(|key| key["arn"].as_str()) {
-        let jobs: Vec<&Job> = snapshot.jobs.iter().filter(|job| job.arn == arn).collect();
+        let jobs: Vec<&Job> = snapshot.jobs.iter().filter(|job| job.reaches(arn)).collect();
         let all = calls(snapshot, arn, None);
         if jobs.is_empty() && all > 0 {
             found.push(format!("I7: {all} AWS calls for {arn}, on which there is no job"));
         }
         let sent = calls(snapshot, arn, Some("ImportKeyMaterial"));
-        let changing = sent + calls(snapshot, arn, Some("DeleteImportedKeyMaterial"));
+        let changing = sent
+            + calls(snapshot, arn, Some("DeleteImportedKeyMaterial"))
+            + calls(snapshot, arn, Some("RotateKeyOnDemand"));
         if !jobs.is_empty() && jobs.iter().all(|job| PREFLIGHT.contains(&job.code())) && changing > 0 {
             found.push(format!("I7: {changing} changes of {arn}, whose jobs all failed before"));
         }
@@ -591,7 +651,8 @@ fn aws_is_called_for_jobs_only(snapshot: &Snapshot, found: &mut Vec<String>) {
         if !jobs.is_empty() && jobs.iter().all(|job| job.dry_run) && scarce > 0 {
             found.push(format!("I7: {scarce} scarce calls for {arn}, whose jobs were dry runs"));
         }
-        let attempts: i32 = jobs.iter().map(|job| job.attempts).sum();
+        // A rotate that is in doubt may have to ask twice: whether the material is new, and whether it is in force.
+        let attempts: i32 = jobs.iter().map(|job| job.attempts * if job.operation == "rotate" { 2 } else { 1 }).sum();
         if i32::try_from(sent).is_ok_and(|sent| sent > attempts) {
             found.push(format!("I7: {sent} imports into {arn} in {attempts} attempts"));
         }

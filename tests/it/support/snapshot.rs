@@ -42,6 +42,14 @@ impl Job {
         self.error.as_ref().and_then(|error| error["code"].as_str()).unwrap_or_default()
     }
 
+    /// Whether it may call AWS for this key: a rotate does for its key in every Region.
+    pub fn reaches(&self, arn: &str) -> bool {
+        let placeless = |arn: &str| {
+            arn.split(':').enumerate().filter(|(at, _)| *at != 3).map(|(_, part)| part.to_owned()).collect::<Vec<_>>()
+        };
+        self.arn == arn || (self.operation == "rotate" && placeless(&self.arn) == placeless(arn))
+    }
+
     /// Whether the failure says that AWS may have been changed.
     pub fn aws_changed(&self) -> bool {
         self.error.as_ref().is_some_and(|error| error["aws_changed"] == true)
