@@ -22,6 +22,9 @@ impl Intercept for Unread {
         if ["ImportKeyMaterial", "DeleteImportedKeyMaterial"].contains(&self.0) {
             crate::failpoint!("kms.before_answer");
         }
+        if self.0 == "RotateKeyOnDemand" {
+            crate::failpoint!("kms.before_rotate_answer");
+        }
         Ok(())
     }
 }

@@ -34,6 +34,7 @@ mod refused;
 mod reload;
 mod republish;
 mod retries;
+mod rotation_kills;
 mod rotations;
 mod signatures;
 mod sqs;

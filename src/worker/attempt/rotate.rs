@@ -275,7 +275,7 @@ impl Run {
         let effect = self.effect_known_early().unwrap_or_default();
         let details = json!({"attempt": self.job.attempt, "key_material_id": id, "rotations": self.rotations});
         self.commit_all(intent, effect, [Fact::new(Kind::RotationIntended, details)]).await?;
-        crate::failpoint!("worker.after_prepare");
+        crate::failpoint!("worker.after_turn_prepare");
         self.not_stopping()?;
         self.send_rotation(id).await?;
         crate::failpoint!("worker.after_rotate");
@@ -316,7 +316,7 @@ impl Run {
         let timing = self.attempt.context.meters.time(Stage::Rotate);
         let answer = self.attempt.context.kms.rotate(&self.job.key, &self.attempt.guard).await;
         drop(timing);
-        crate::failpoint!("worker.after_answer");
+        crate::failpoint!("worker.after_rotate_answer");
         match answer {
             Ok(aws_request_id) => {
                 self.in_doubt = false;
