@@ -256,11 +256,16 @@ async fn end(
         return Ok(());
     }
     let ids: Vec<Uuid> = jobs.iter().map(|job| job.summary.id).collect();
-    let failures: Vec<Failure> = jobs.iter().map(|job| ending.failure(job.has_deleted || job.is_unsettled)).collect();
+    let mut failures: Vec<Failure> =
+        jobs.iter().map(|job| ending.failure(job.has_deleted || job.is_unsettled)).collect();
     let unsettled: Vec<Uuid> = jobs.iter().filter(|job| job.is_unsettled).map(|job| job.summary.id).collect();
     let mut materials = MaterialRows::default();
-    for (job, (key_id, material)) in abandon::materials(transaction, &unsettled).await? {
-        materials.push(key_id, job, &material);
+    let found = abandon::materials(transaction, &unsettled).await?;
+    for (id, failed) in ids.iter().zip(&mut failures) {
+        if let Some((key_id, material)) = found.get(id) {
+            materials.push(*key_id, *id, material);
+            *failed = abandon::failure(material).unwrap_or_else(|| failed.clone());
+        }
     }
     materials.write(transaction, now).await?;
     let errors: Vec<Value> = failures.iter().map(failure_json).collect();

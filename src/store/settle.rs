@@ -238,7 +238,7 @@ impl Store {
         };
         let ending: HashMap<Lease, (Ending, Settlement)> =
             settlements.iter().filter_map(|end| Some((end.lease, end.as_ended(held.get(&end.lease)?)?))).collect();
-        let ending = with_materials(&transaction, ending).await?;
+        let ending = with_materials(&transaction, settlements, ending).await?;
         let valid: Vec<(&Settlement, &Held)> = settlements
             .iter()
             .filter_map(|end| {
@@ -298,6 +298,14 @@ async fn write_audit(
 impl SettlementKind {
     fn is_end(&self) -> bool {
         matches!(self, Self::Ended { .. })
+    }
+
+    /// What AWS has answered to a job that is to be tried again.
+    fn answer(&self) -> Option<&Answered> {
+        match self {
+            Self::Retry { state, .. } => state.answered.as_ref(),
+            Self::Ended { .. } | Self::PutBack { .. } => None,
+        }
     }
 }
 
@@ -435,12 +443,18 @@ impl Ended {
     }
 }
 
-/// What jobs that were abandoned may have put on their keys is on record like what others have.
+/// What jobs that were abandoned may have put on their keys is on record like what others have, with what AWS answered to
+/// the attempts that ended.
 async fn with_materials(
     transaction: &Transaction<'_>,
+    settlements: &[&Settlement],
     mut ending: HashMap<Lease, (Ending, Settlement)>,
 ) -> Result<HashMap<Lease, (Ending, Settlement)>, StoreError> {
     let in_doubt = |settlement: &Settlement| matches!(&settlement.kind, SettlementKind::Ended { outcome: Err(failure), .. } if failure.aws_changed);
+    let answers =
+        settlements.iter().filter(|end| ending.get(&end.lease).is_some_and(|(how, _)| *how == Ending::Abandoned));
+    let answers: Vec<(Uuid, &Answered)> = answers.filter_map(|end| Some((end.job.id, end.kind.answer()?))).collect();
+    abandon::note_answers(transaction, &answers).await?;
     let jobs: Vec<Uuid> = ending
         .values()
         .filter(|(ending, settlement)| *ending == Ending::Abandoned && in_doubt(settlement))
@@ -448,8 +462,11 @@ async fn with_materials(
         .collect();
     let mut found = abandon::materials(transaction, &jobs).await?;
     for (_, settlement) in ending.values_mut() {
-        if let SettlementKind::Ended { material, .. } = &mut settlement.kind {
+        if let SettlementKind::Ended { outcome, material, .. } = &mut settlement.kind {
             *material = found.remove(&settlement.job.id).map(|(_, material)| material);
+            if let Some(failure) = material.as_ref().and_then(abandon::failure) {
+                *outcome = Err(failure);
+            }
         }
     }
     Ok(ending)

@@ -91,7 +91,11 @@ impl Run {
 
     /// An operator wants the job ended, and nothing stands against that.
     pub(super) fn ended_by_operator<T>(&mut self, ending: Ending) -> Or<T> {
-        let Failure { code, message, .. } = ending.failure(self.may_have_changed_aws());
+        let answered = self.answered.as_ref().filter(|_| matches!(self.job.request.work, Work::Import(_)));
+        let Failure { code, message, .. } = match (ending, answered) {
+            (Ending::Abandoned, Some(answer)) => Failure::abandoned_after_answer(answer.key_material_id.as_deref()),
+            _ => ending.failure(self.may_have_changed_aws()),
+        };
         self.fail(code, &message)
     }
 
