@@ -82,33 +82,6 @@ impl Store {
         self.retrying(|| self.end_once(ids, Ending::Abandoned, operator)).await
     }
 
-    /// Jobs of a batch that wait, the oldest first, after `after`.
-    pub async fn waiting_of_batch(&self, batch: &str, after: Uuid, limit: i64) -> Result<Vec<Uuid>, StoreError> {
-        const READ: &str = "
-            select id from job where batch = $1 and id > $2 and state = 'waiting' order by batch, id limit $3";
-        let client = self.client().await?;
-        let read = client.prepare_cached(READ).await?;
-        let rows = client.query(&read, &[&batch, &after, &limit]).await?;
-        Ok(rows.iter().map(|row| row.get(0)).collect())
-    }
-
-    /// How many jobs of a batch there are, by state and, of those that failed, code. One that was retried is not counted: its
-    /// retry is.
-    pub async fn batch_counts(&self, batch: &str) -> Result<BTreeMap<(String, String), u64>, StoreError> {
-        const COUNT: &str = "
-            select state, coalesce(error ->> 'code', ''), count(*) from job
-            where batch = $1
-              and not (state = 'failed' and exists (select from job as retry where retry.retry_of = job.id))
-            group by 1, 2";
-        let client = self.client().await?;
-        let count = client.prepare_cached(COUNT).await?;
-        let rows = client.query(&count, &[&batch]).await?;
-        Ok(rows
-            .iter()
-            .map(|row| ((row.get(0), row.get(1)), u64::try_from(row.get::<_, i64>(2)).unwrap_or(0)))
-            .collect())
-    }
-
     async fn end_once(&self, ids: &[Uuid], ending: Ending, operator: &str) -> Result<Vec<Cancelled>, StoreError> {
         // Before the lines, as housekeeping does it, which skips what is locked.
         const FUTURE: &str = "select from future where job_id = any($1) order by job_id for update";

@@ -8,6 +8,7 @@ mod abandon;
 mod accept;
 mod advance;
 mod backlog;
+mod batch;
 mod bisect;
 mod cancel;
 mod claim;
@@ -37,6 +38,7 @@ mod written;
 
 pub use accept::{Candidate, MessageDigest, NewJob, NewRefusal, Sender, Verdict};
 pub use backlog::{FOLD_PAGE, Folded};
+pub use batch::JobPage;
 pub use bisect::bisect;
 pub use cancel::{CANCEL_PAGE, Cancelled, Ending};
 pub use claim::{Claimed, ClaimedJob, JOIN_PAGE, KnownMaterial, Lease, Progress, Renewed, Scan};
@@ -53,7 +55,7 @@ pub use policy::RefusalRecord;
 pub use prepare::{Chosen, DsmChoice, Intent, Prepared, Step};
 pub use read::{JobFilter, JobView};
 pub use refuse::{KEPT, TOLD_A_MINUTE};
-pub use republish::{EndedPage, REPUBLISH_PAGE, Republication, Republished, Told};
+pub use republish::{REPUBLISH_PAGE, Republication, Republished, Told};
 pub use retry::{FailedChoice, FailedJob, NewRetry, RETRY_PAGE, Retried, Standing};
 pub use rights::RightsFound;
 pub use schema::{Migrated, SchemaError, migrate};
@@ -63,6 +65,7 @@ pub use trail::{Position, TrailRow};
 /// Statements whose cost the suite bounds with `EXPLAIN`.
 pub mod statements {
     pub use super::backlog::{FOLD, LANES_WAITING, LINES_WAITING, WAITING};
+    pub use super::batch::WAITING_PAGE;
     pub use super::claim::{CLAIM, READ};
     pub use super::dead::REFUSALS_OF;
     pub use super::fold::DUE_FOLDS;

@@ -2,6 +2,7 @@
 //! job's row, byte for byte, since nothing that an event tells changes after its job's end.
 
 use super::accept::{insert_audit, insert_events};
+use super::batch::{JobPage, LOOK};
 use super::{Store, StoreError};
 use crate::audit::{Fact, Kind};
 use crate::job::{Event, JobSummary, KeyArn, Request, RequestId};
@@ -12,9 +13,6 @@ use uuid::Uuid;
 
 /// Events that one transaction puts into the outbox at most.
 pub const REPUBLISH_PAGE: usize = 200;
-
-/// Jobs that are looked at in one statement.
-const LOOK: i64 = 5_000;
 
 /// A job joins its line at most 30 days after it was accepted, and is given three days, and one more to be settled, unless
 /// its request says otherwise. An hour is for the clocks of the workers, which give the ids.
@@ -29,15 +27,6 @@ pub enum Told {
     /// Those that ended in this time, the end not included. One that was accepted more than 34 days before is not among
     /// them.
     Between(OffsetDateTime, OffsetDateTime),
-}
-
-/// A page of jobs that have ended.
-#[derive(Debug, Default)]
-pub struct EndedPage {
-    /// Their ids, in order.
-    pub ids: Vec<Uuid>,
-    /// Where the next page begins; `None`: this was the last.
-    pub after: Option<Uuid>,
 }
 
 /// One run of a command that tells events again.
@@ -59,8 +48,8 @@ pub struct Republished {
 }
 
 impl Store {
-    /// Jobs that have ended, after `after` in the order of their ids; with one outcome only if one is given.
-    pub async fn ended_jobs(&self, told: &Told, outcome: Option<&str>, after: Uuid) -> Result<EndedPage, StoreError> {
+    /// A page of jobs: those that have ended, with one outcome only if one is given.
+    pub async fn ended_jobs(&self, told: &Told, outcome: Option<&str>, after: Uuid) -> Result<JobPage, StoreError> {
         const OF_BATCH: &str = "
             select id, state <> 'waiting' and ($3::text is null or state = $3) from (
                 select id, state from job where batch = $1 and id > $2 order by batch, id limit $4) as job order by id";
@@ -79,11 +68,7 @@ impl Store {
                 client.query(&read, &[since, until, &after.max(first), &last, &outcome, &LOOK]).await?
             }
         };
-        let is_last = rows.len() < usize::try_from(LOOK).unwrap_or(usize::MAX);
-        Ok(EndedPage {
-            ids: rows.iter().filter(|row| row.get(1)).map(|row| row.get(0)).collect(),
-            after: rows.last().map(|row| row.get(0)).filter(|_| !is_last),
-        })
+        Ok(JobPage::of(&rows))
     }
 
     /// Whether fewer than `most` events are in the outbox, those included that the broker would not take.

@@ -4,6 +4,8 @@
 //! this chain, so that asking twice never makes two jobs of one.
 
 use super::accept::{Wanted, insert_audit, lengthen, read_keys};
+use super::batch::{JobPage, LOOK};
+use super::read::last_retries;
 use super::{DsmChoice, Store, StoreError, backlog, urgent};
 use crate::audit::{Fact, Kind};
 use crate::job::{KeyArn, Request, RequestId};
@@ -116,19 +118,10 @@ pub enum Retried {
 impl Store {
     /// Where jobs stand, in the order of `ids`.
     pub async fn standing(&self, ids: &[Uuid]) -> Result<Vec<Standing>, StoreError> {
-        // Depth first along the index of retries; a chain is as long as somebody was patient.
-        const LAST: &str = "
-            with recursive chain(asked, id, step) as (
-                select id, id, 0 from unnest($1::uuid[]) as asked(id)
-                union all
-                select chain.asked, job.id, chain.step + 1 from chain join job on job.retry_of = chain.id
-            )
-            select distinct on (asked) asked, id from chain order by asked, step desc";
         self.retrying(|| async {
             let mut client = self.client().await?;
             let transaction = client.transaction().await?;
-            let last: HashMap<Uuid, Uuid> =
-                transaction.query(LAST, &[&ids]).await?.iter().map(|row| (row.get(0), row.get(1))).collect();
+            let last = last_retries(&transaction, ids).await?;
             let standing = read(&transaction, &last.values().copied().collect::<Vec<_>>()).await?;
             let of = |id| last.get(id).and_then(|last| standing.get(last)).cloned().unwrap_or(Standing::Unknown);
             Ok(ids.iter().map(of).collect())
@@ -136,25 +129,26 @@ impl Store {
         .await
     }
 
-    /// Failed jobs of a batch that were not retried and were accepted before `before`, in the order of their ids, after
-    /// `after`; with one code only if one is given.
+    /// A page of a batch's jobs: those that failed, were not retried and were accepted before `before`; with one code only
+    /// if one is given.
     pub async fn failed_of_batch(
         &self,
         batch: &str,
         code: Option<&str>,
         after: Uuid,
         before: OffsetDateTime,
-    ) -> Result<Vec<Uuid>, StoreError> {
+    ) -> Result<JobPage, StoreError> {
         const READ: &str = "
-            select id from job
-            where batch = $1 and id > $2 and accepted_at < $3 and state = 'failed' and ($4::text is null or error ->> 'code' = $4)
-              and not exists (select from job as retry where retry.retry_of = job.id)
-            order by batch, id limit $5";
-        let most = i64::try_from(RETRY_PAGE).unwrap_or(i64::MAX);
-        let client = self.client().await?;
-        let read = client.prepare_cached(READ).await?;
-        let rows = client.query(&read, &[&batch, &after, &before, &code, &most]).await?;
-        Ok(rows.iter().map(|row| row.get(0)).collect())
+            select id, state = 'failed' and accepted_at < $3 and ($4::text is null or code = $4)
+                       and not exists (select from job as retry where retry.retry_of = page.id)
+            from (select id, state, accepted_at, error ->> 'code' as code from job
+                  where batch = $1 and id > $2 order by batch, id limit $5) as page order by id";
+        self.retrying(|| async {
+            let client = self.client().await?;
+            let read = client.prepare_cached(READ).await?;
+            Ok(JobPage::of(&client.query(&read, &[&batch, &after, &before, &code, &LOOK]).await?))
+        })
+        .await
     }
 
     /// Makes up to [`RETRY_PAGE`] retries in one transaction; what became of each, in their order. Each has the time that
