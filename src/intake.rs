@@ -467,6 +467,7 @@ impl<I: Ingress> Intake<I> {
             ingress: I::TRANSPORT,
             sender: asker.sender,
             rule,
+            traceparent: delivery.traceparent().map(str::to_owned),
         })
     }
 

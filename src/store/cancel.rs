@@ -4,9 +4,10 @@
 use super::accept::{insert_audit, insert_events};
 use super::advance::{Leases, advance};
 use super::settle::{END_JOBS, MaterialRows};
+use super::summary::{COLUMNS, summary, summary_columns};
 use super::{Store, StoreError, abandon, backlog, urgent};
 use crate::audit::{Fact, Kind};
-use crate::job::{Event, Failure, JobSummary, KeyArn, Request, RequestId, failure_json};
+use crate::job::{Event, Failure, JobSummary, failure_json};
 use deadpool_postgres::Transaction;
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, HashMap};
@@ -100,7 +101,7 @@ impl Store {
         for row in &rows {
             match Found::of(row) {
                 Ok(job) => found.push(job),
-                Err(error) => drop(became.insert(row.get(0), Cancelled::Unreadable(error.to_string()))),
+                Err(why) => drop(became.insert(row.get(0), Cancelled::Unreadable(why))),
             }
         }
         let (ended, requested): (Vec<&Found>, Vec<&Found>) =
@@ -115,23 +116,26 @@ impl Store {
     }
 }
 
-const FOUND: &str = "
-    select job.id, job.state, job.error ->> 'code', job.line_id, job.seq,
+const FOUND: &str = concat!(
+    "
+    select ",
+    summary_columns!(),
+    ", job.state, job.error ->> 'code', job.line_id,
            line.token is not null and coalesce(line.urgent_seq, line.head_seq) = job.seq,
            coalesce(progress.in_doubt or progress.imported, false), coalesce(progress.deleted_ids <> '{}', false),
            coalesce(progress.audit_n, 1), cancellation.abandons,
            coalesce(urgent.attempt, case when line.head_seq = job.seq then line.attempt else 0 end),
-           line.head_seq = job.seq, job.seq = (select min(seq) from urgent where urgent.line_id = line.id and urgent.parked_by is null),
-           exists (select from urgent where urgent.line_id = line.id and urgent.parked_by is null), progress.source_key_id,
-           kms_key.arn, job.principal, job.request_id, job.request_source, job.request, job.accepted_at,
-           job.traceparent, job.retry_of
+           line.head_seq = job.seq,
+           job.seq = (select min(seq) from urgent where urgent.line_id = line.id and urgent.parked_by is null),
+           exists (select from urgent where urgent.line_id = line.id and urgent.parked_by is null), progress.source_key_id
     from job
     join line on line.id = job.line_id
     join kms_key on kms_key.id = job.kms_key_id
     left join progress on progress.job_id = job.id
     left join cancellation on cancellation.job_id = job.id
     left join urgent on urgent.line_id = job.line_id and urgent.seq = job.seq
-    where job.id = any($1)";
+    where job.id = any($1)"
+);
 
 /// A job that is to be ended, under the lock of its line.
 #[expect(clippy::struct_excessive_bools, reason = "each is a column of its own")]
@@ -159,43 +163,24 @@ struct Found {
 }
 
 impl Found {
-    fn of(row: &Row) -> Result<Self, StoreError> {
-        let id: Uuid = row.get(0);
-        let broken = || {
-            StoreError::Settings(format!("job {id} cannot be read; was it written by a newer version? Use that one"))
-        };
-        let request_id = RequestId::parse(row.get(17)).ok_or_else(broken)?;
-        let request = Request::from_canonical(row.get(19), request_id, row.get(18)).map_err(|_| broken())?;
-        let summary = JobSummary {
-            id,
-            key: KeyArn::parse(row.get(15)).map_err(|_| broken())?,
-            retry_of: row.get(22),
-            principal: row.get(16),
-            request_id: request.id.as_str().to_owned(),
-            operation: request.operation().as_str(),
-            dry_run: request.dry_run,
-            batch: request.batch.clone(),
-            // One that has not joined its line has none.
-            sequence: row.get::<_, Option<i64>>(4).unwrap_or(0),
-            accepted_at: row.get(20),
-            traceparent: row.get(21),
-        };
+    fn of(row: &Row) -> Result<Self, String> {
+        let at = |column: usize| COLUMNS + column;
         Ok(Self {
-            summary,
-            state: row.get(1),
-            code: row.get(2),
-            line_id: row.get(3),
-            seq: row.get(4),
-            is_leased: row.get::<_, Option<bool>>(5).unwrap_or(false),
-            is_unsettled: row.get(6),
-            has_deleted: row.get(7),
-            audit_n: row.get(8),
-            requested: row.get::<_, Option<bool>>(9).map(Ending::of),
-            attempts: row.get(10),
-            is_head: row.get::<_, Option<bool>>(11).unwrap_or(false),
-            is_first_urgent: row.get::<_, Option<bool>>(12).unwrap_or(false),
-            line_has_urgent: row.get(13),
-            source_key_id: row.get(14),
+            summary: summary(row)?,
+            state: row.get(at(0)),
+            code: row.get(at(1)),
+            line_id: row.get(at(2)),
+            seq: row.get(6),
+            is_leased: row.get::<_, Option<bool>>(at(3)).unwrap_or(false),
+            is_unsettled: row.get(at(4)),
+            has_deleted: row.get(at(5)),
+            audit_n: row.get(at(6)),
+            requested: row.get::<_, Option<bool>>(at(7)).map(Ending::of),
+            attempts: row.get(at(8)),
+            is_head: row.get::<_, Option<bool>>(at(9)).unwrap_or(false),
+            is_first_urgent: row.get::<_, Option<bool>>(at(10)).unwrap_or(false),
+            line_has_urgent: row.get(at(11)),
+            source_key_id: row.get(at(12)),
         })
     }
 

@@ -32,6 +32,7 @@ mod retry;
 mod rights;
 mod schema;
 mod settle;
+mod summary;
 mod trail;
 mod urgent;
 mod written;

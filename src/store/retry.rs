@@ -6,6 +6,7 @@
 use super::accept::{Wanted, insert_audit, lengthen, read_keys};
 use super::batch::{JobPage, LOOK};
 use super::read::last_retries;
+use super::summary::unreadable;
 use super::{DsmChoice, Store, StoreError, backlog, urgent};
 use crate::audit::{Fact, Kind};
 use crate::job::{KeyArn, Request, RequestId};
@@ -244,9 +245,7 @@ fn standing(row: &Row) -> Standing {
         "succeeded" => Standing::Succeeded(id),
         _ => match failed_job(row) {
             Some(job) => Standing::Failed(Box::new(job)),
-            None => Standing::Unreadable(format!(
-                "job {id} cannot be read; was it written by a newer version? Use that one"
-            )),
+            None => Standing::Unreadable(unreadable(id)),
         },
     }
 }

@@ -107,6 +107,7 @@ pub fn refusal(id: &str, code: RefusalCode) -> NewRefusal {
         ingress: "test",
         sender: nobody(),
         rule: None,
+        traceparent: None,
     }
 }
 
