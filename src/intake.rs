@@ -124,7 +124,10 @@ impl<I: Ingress> Intake<I> {
                         }
                     }
                 }
-                Err(error) => error,
+                Err(error) => {
+                    self.metrics.broker_sessions_failed.with_label_values(&[I::TRANSPORT, "ingress"]).inc();
+                    error
+                }
             };
             let delay = failures.next_delay();
             tracing::error!(%error, ingress = I::TRANSPORT, retry.delay_ms = delay.as_millis(), "the session with the broker ended");

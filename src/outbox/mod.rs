@@ -120,7 +120,10 @@ impl<D: Destination> Relay<D> {
                         }
                     }
                 }
-                Err(error) => error,
+                Err(error) => {
+                    self.metrics.broker_sessions_failed.with_label_values(&[D::TRANSPORT, "events"]).inc();
+                    error
+                }
             };
             let delay = failures.next_delay();
             tracing::error!(%error, destination = D::TRANSPORT, retry.delay_ms = delay.as_millis(), "events are not being published");

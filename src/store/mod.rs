@@ -71,7 +71,7 @@ pub mod statements {
     pub use super::dead::REFUSALS_OF;
     pub use super::fold::DUE_FOLDS;
     pub use super::lock::{AUDIT_COUNTS, LOCK};
-    pub use super::observe::{EXPIRY, MOST_EVENTS, MOST_EXPIRING, OUTBOX, WORK};
+    pub use super::observe::{EXPIRED_LATELY, EXPIRY, MOST_EVENTS, MOST_EXPIRING, OUTBOX, WORK};
     pub use super::refuse::{KNOWN_REFUSALS, METERS};
     pub use super::session_options;
     pub use super::settle::{END_JOBS, RELEASE};
@@ -82,12 +82,15 @@ pub mod statements {
 use crate::config::Database;
 use crate::telemetry::Metrics;
 use crate::tls::client_config;
-use deadpool_postgres::{Hook, HookError, Manager, ManagerConfig, Object, Pool, RecyclingMethod, Runtime};
+use deadpool_postgres::{
+    Hook, HookError, Manager, ManagerConfig, Object, Pool, PoolError, RecyclingMethod, Runtime, TimeoutType,
+};
 use futures_util::future::{BoxFuture, join_all};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use time::OffsetDateTime;
 use tokio_postgres::config::TargetSessionAttrs;
+use tokio_postgres::error::SqlState;
 use tokio_postgres_rustls::MakeRustlsConnect;
 use written::Tally;
 
@@ -187,8 +190,40 @@ impl Store {
         .await
     }
 
+    /// Whether there is room left for what is written: an idle worker writes nothing by which it would learn that. A sort that
+    /// does not fit into memory takes blocks of the disk on which Postgres's data are and gives them back, and a record in its
+    /// log, of no table, is flushed by the commit. Where temporary files have a place of their own, only that is known.
+    pub async fn check_room(&self) -> Result<(), StoreError> {
+        // A megabyte.
+        const SPILL: &str = "
+            select max(length(filler)) from (
+                select repeat('x', 1000) as filler from generate_series(1, 1000) as n order by filler, n offset 0) as spilt";
+        const WRITE: &str = "select pg_logical_emit_message(true, 'keyferry', '')";
+        self.retrying(|| async {
+            let mut client = self.client().await?;
+            let transaction = client.transaction().await?;
+            transaction.batch_execute("set local work_mem = '64kB'").await?;
+            for statement in [SPILL, WRITE] {
+                match transaction.query_one(statement, &[]).await {
+                    // Who is not let learns nothing by that.
+                    Err(error) if error.code().is_some_and(is_forbidden) => return Ok(()),
+                    done => drop(done?),
+                }
+            }
+            Ok(transaction.commit().await?)
+        })
+        .await
+    }
+
     async fn client(&self) -> Result<Object, StoreError> {
-        Ok(self.pool.get().await?)
+        self.pool.get().await.map_err(|error| {
+            // A connection that was to be made, not one that was to be had.
+            let is_new = matches!(error, PoolError::Backend(_) | PoolError::Timeout(TimeoutType::Create));
+            if let Some(metrics) = self.metrics.as_ref().filter(|_| is_new) {
+                metrics.store_connects_failed.inc();
+            }
+            error.into()
+        })
     }
 
     /// Runs a transaction within its time, and again while it gives way to another. One that met a server that takes no
@@ -224,6 +259,11 @@ impl Store {
             }
         }
     }
+}
+
+/// A limit on temporary files, or a right that was taken away.
+fn is_forbidden(code: &SqlState) -> bool {
+    [SqlState::CONFIGURATION_LIMIT_EXCEEDED, SqlState::INSUFFICIENT_PRIVILEGE].contains(code)
 }
 
 /// Held for an assignment or a look.
