@@ -459,6 +459,13 @@ CONF
 
 # What rabbitmq_start runs: the installed broker, or after rabbitmq_from_debian13 that one.
 MQ_PROGRAM=(/usr/lib/rabbitmq/bin/rabbitmq-server)
+MQ_CTL=(/usr/lib/rabbitmq/bin/rabbitmqctl)
+
+# rabbitmq_ctl DIR ARGUMENT...: the broker's own command, after rabbitmq_start or rabbitmq_load.
+rabbitmq_ctl() {
+    HOME=$1/rabbitmq/home RABBITMQ_NODENAME=kf$MQ_PORT@localhost ERL_EPMD_PORT=$MQ_EPMD_PORT \
+        RABBITMQ_CONF_ENV_FILE=/dev/null "${MQ_CTL[@]}" "${@:2}"
+}
 
 # rabbitmq_from_debian13: from now on rabbitmq_start means RabbitMQ 4, from a root of Debian 13 under target. It is
 # made once. Needs root: it sees its files and devices through mounts that go with it.
@@ -482,12 +489,14 @@ rabbitmq_from_debian13() {
     fi
     exec 8>&-
     # shellcheck disable=SC2016  # for the shell inside
-    MQ_PROGRAM=(unshare --mount bash -c '
+    local within=(unshare --mount bash -c '
         mkdir -p "$1$2"
         mount --bind "$2" "$1$2"
         mount --rbind /dev "$1/dev"
         mount -t proc proc "$1/proc"
-        exec chroot "$1" /usr/lib/rabbitmq/bin/rabbitmq-server' - "$root" "$TARGET")
+        exec chroot "$1" "/usr/lib/rabbitmq/bin/$3" "${@:4}"' - "$root" "$TARGET")
+    MQ_PROGRAM=("${within[@]}" rabbitmq-server)
+    MQ_CTL=("${within[@]}" rabbitmqctl)
 }
 
 rabbitmq_gone() { ! rabbitmq_process "$1"; }

@@ -350,7 +350,8 @@ fn proofs(loaded: &Loaded, policy: &Policy) -> Result<HashMap<&'static str, Proo
     Ok(proofs)
 }
 
-fn limits(settings: &IntakeSettings) -> Limits {
+/// How many jobs of one key, and of one account and Region, may wait.
+pub fn limits(settings: &IntakeSettings) -> Limits {
     Limits { line: settings.max_waiting_per_key, lane: settings.max_waiting_per_lane }
 }
 

@@ -4,7 +4,7 @@ mod crowd;
 mod fuse;
 mod senders;
 
-pub use crowd::Limits;
+pub use crowd::{Crowd, Limits};
 pub use fuse::{Fuse, Marks, Watch};
 
 use crate::ingress::{Delivery, Ingress, Session as _, SessionFault, Settlement};
@@ -14,7 +14,6 @@ use crate::retry::{Attempts, Class};
 use crate::source::{Dsm, DsmError, Keyring};
 use crate::store::{Candidate, NewJob, NewRefusal, RefusalRecord, Store, StoreError, Verdict, bisect};
 use crate::telemetry::{Health, Metrics, Part};
-use crowd::Crowd;
 use senders::{Asker, Asks, Senders, Told, known_by, tell};
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -125,7 +124,10 @@ impl<I: Ingress> Intake<I> {
                         }
                     }
                 }
-                Err(error) => error,
+                Err(error) => {
+                    self.metrics.broker_sessions_failed.with_label_values(&[I::TRANSPORT, "ingress"]).inc();
+                    error
+                }
             };
             let delay = failures.next_delay();
             tracing::error!(%error, ingress = I::TRANSPORT, retry.delay_ms = delay.as_millis(), "the session with the broker ended");
@@ -276,7 +278,8 @@ impl<I: Ingress> Intake<I> {
             .collect();
         let limits = self.limits.may_be_reached(self.fuse.waiting()).then_some(self.limits);
         let keys = crowd::keys_of(&read, &lookup.keys);
-        lookup.crowd = Crowd::look(&self.store, policy, limits, &asks, &keys).await?;
+        let principals = asks.iter().filter_map(|asks| Some(asks.as_ref().ok()?.principal.as_str())).collect();
+        lookup.crowd = Crowd::look(&self.store, policy, limits, &principals, &keys).await?;
         let mut candidates = Vec::with_capacity(batch.len());
         let mut askers = Vec::with_capacity(batch.len());
         for (((read, delivery), asks), id) in read.into_iter().zip(batch).zip(asks).zip(ids) {
@@ -462,6 +465,7 @@ impl<I: Ingress> Intake<I> {
             ingress: I::TRANSPORT,
             sender: asker.sender,
             rule,
+            traceparent: delivery.traceparent().map(str::to_owned),
         })
     }
 

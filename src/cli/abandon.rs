@@ -5,7 +5,7 @@ use super::output::Output;
 use super::{Coded, Failed, operator};
 use crate::config::Loaded;
 use crate::job::rfc3339;
-use crate::store::{Cancelled, JobView, Store};
+use crate::store::{Cancelled, JobView, NewRetry, Retried, Standing, Store};
 use clap::Args;
 use serde::Serialize;
 use std::io::{IsTerminal as _, Write as _};
@@ -15,6 +15,9 @@ use uuid::Uuid;
 /// It ends as failed with the code `abandoned`, and its event says whether AWS may have been changed. A job that waits ends
 /// at once, one that a worker has under way between two of its steps. See `jobs cancel` first: that waits until nothing is
 /// in doubt.
+///
+/// A rotate may have brought material that waits on its key: that is taken away again, if AWS has said that it is the job's
+/// own; of one that has failed already, too, by a job that is made for that.
 ///
 /// What is risked: the next job on the key begins without knowing what this one did. It looks at the key as AWS shows it,
 /// and fails, or finds material there that nobody has announced, if AWS did take it. Whatever this job may have put on the
@@ -60,6 +63,9 @@ impl Abandon {
         if job.state == "waiting" {
             self.confirm(job)?;
         }
+        if job.state == "failed" && job.operation.as_deref() == Some("rotate") {
+            return self.clear_away(job, loaded, store, output).await;
+        }
         let became = store.abandon(&[job.id], &operator()).await?.into_iter().next().unwrap_or(Cancelled::Unknown);
         let (word, message) = match became {
             Cancelled::Ended => ("abandoned", "it has ended; the next job on its key goes on".to_owned()),
@@ -81,6 +87,42 @@ impl Abandon {
         };
         output.value(&Ended { id: job.id, became: word, message }, |ended| format!("{}  {}", ended.id, ended.message));
         if word == "ended" { Err(Failed::Said) } else { Ok(()) }
+    }
+
+    /// A rotate that has failed may have left material that waits: another job takes that away, and ends.
+    async fn clear_away(&self, job: &JobView, loaded: &Loaded, store: &Store, output: Output) -> Result<(), Failed> {
+        let policy = loaded.policy()?.digest().to_owned();
+        let clearing = match store.standing(&[job.id]).await?.into_iter().next() {
+            Some(Standing::Failed(failed)) if failed.choice.is_some() => {
+                let retry = NewRetry { id: Uuid::now_v7(), of: failed.id, rule: None, policy, abandons: true };
+                let id = retry.id;
+                match store.retry(&[retry], &operator()).await?.first() {
+                    Some(Retried::Made) => Some(id),
+                    Some(Retried::SourceKeyDeleted) => {
+                        let message = "the source key was deleted: look at the key in AWS, and delete what waits there";
+                        return Err(Coded { code: "source_key_deleted", message: message.into() }.into());
+                    }
+                    _ => None,
+                }
+            }
+            _ => None,
+        };
+        let (id, word, message) = match clearing {
+            Some(id) => (
+                id,
+                "requested",
+                "it has failed; if its material waits on the key still, this job takes that away and ends as abandoned: \
+                 follow it with keyferry jobs wait",
+            ),
+            None => (
+                job.id,
+                "ended",
+                "it had failed before it brought anything, or a retry of it is under way or has succeeded",
+            ),
+        };
+        let ended = Ended { id, became: word, message: message.to_owned() };
+        output.value(&ended, |ended| format!("{}  {}", ended.id, ended.message));
+        if clearing.is_none() { Err(Failed::Said) } else { Ok(()) }
     }
 
     /// Asks on a terminal; without one it has to be said.

@@ -114,25 +114,25 @@ async fn cancel_batch(store: &Store, batch: String, output: Output) -> Result<()
     }
     let bar = progress_bar(waiting, "jobs cancelled");
     let mut done = OfBatch { batch, cancelled: 0, requested: 0, ended: 0, unreadable: 0 };
-    let mut last = Uuid::nil();
-    loop {
-        let most = i64::try_from(CANCEL_PAGE).unwrap_or(i64::MAX);
-        let page = store.waiting_of_batch(&done.batch, last, most).await?;
-        let Some(newest) = page.last() else { break };
-        last = *newest;
-        for became in store.cancel(&page, &operator()).await? {
-            match became {
-                Cancelled::Ended => done.cancelled += 1,
-                Cancelled::Requested => done.requested += 1,
-                Cancelled::EndedBefore { .. } | Cancelled::Unknown => done.ended += 1,
-                Cancelled::Unreadable(message) => {
-                    bar.suspend(|| eprintln!("{message}"));
-                    done.unreadable += 1;
+    let mut after = Some(Uuid::nil());
+    while let Some(from) = after {
+        let waiting = store.waiting_of_batch(&done.batch, from).await?;
+        for page in waiting.ids.chunks(CANCEL_PAGE) {
+            for became in store.cancel(page, &operator()).await? {
+                match became {
+                    Cancelled::Ended => done.cancelled += 1,
+                    Cancelled::Requested => done.requested += 1,
+                    Cancelled::EndedBefore { .. } | Cancelled::Unknown => done.ended += 1,
+                    Cancelled::Unreadable(message) => {
+                        bar.suspend(|| eprintln!("{message}"));
+                        done.unreadable += 1;
+                    }
                 }
             }
+            bar.inc(page.len() as u64);
+            crate::failpoint!("cancel.after_page");
         }
-        bar.inc(page.len() as u64);
-        crate::failpoint!("cancel.after_page");
+        after = waiting.after;
     }
     bar.finish_and_clear();
     output.value(&done, |done| {

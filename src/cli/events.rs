@@ -16,21 +16,24 @@ use uuid::Uuid;
 /// With so many events in the outbox, more are only put there as these leave it: events of jobs that end meanwhile come
 /// after what is there already.
 const ROOM: i64 = 1_000;
+/// The outcome of a refusal.
+const REJECTED: &str = "rejected";
 const POLL: Duration = Duration::from_millis(200);
 /// How long the outbox may not get any emptier.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Events {
-    /// Publish events of jobs that have ended once more: the same ids, the same bytes.
+    /// Publish events once more: the same ids, the same bytes.
     Republish(Republish),
 }
 
-/// Publish events of jobs that have ended once more: the same ids, the same bytes, so that consumers who have them drop
-/// them. They go through the outbox like all others, and are published by the workers; it is filled no faster than they
-/// empty it. If this is killed, what was put there is published; giving the command again does no harm.
+/// Publish events of jobs that have ended, and of refusals, once more: the same ids, the same bytes, so that consumers who
+/// have them drop them. They go through the outbox like all others, and are published by the workers; it is filled no
+/// faster than they empty it. If this is killed, what was put there is published; giving the command again does no harm.
 ///
-/// Not for refusals: what was told of them is told by keyferry dead list.
+/// Refusals that were told of together have one event. Events of refusals that a version before this one recorded cannot be
+/// made again: see keyferry dead list for these.
 #[derive(Debug, Args)]
 #[command(group = ArgGroup::new("which").required(true).args(["job", "batch", "since"]))]
 #[command(after_help = "Examples:\n  \
@@ -38,7 +41,8 @@ pub(super) enum Events {
     keyferry events republish --since 2027-01-31T10:00:00Z --until 2027-01-31T11:00:00Z --dry-run\n  \
     keyferry events republish --since 2h --outcome failed")]
 pub(super) struct Republish {
-    /// The event of this job: its id, or the id of its request.
+    /// The event of this job or refusal: its id, or the id of its request, which means the last retry of its job, and the
+    /// refusals only if there is no job.
     #[arg(long, value_name = "ID")]
     job: Option<String>,
     #[command(flatten)]
@@ -46,14 +50,14 @@ pub(super) struct Republish {
     /// The events of this batch.
     #[arg(long, value_name = "NAME")]
     batch: Option<String>,
-    /// The events of jobs that ended since then: a time (RFC 3339) or an age, such as 90s, 5m or 2h. A job that was accepted
-    /// more than 34 days before that has to be named by --job.
+    /// The events of jobs that ended, and of messages that were refused, since then: a time (RFC 3339) or an age, such as 90s,
+    /// 5m or 2h. A job that was accepted more than 34 days before that has to be named by --job.
     #[arg(long, value_name = "TIME", value_parser = since)]
     since: Option<Since>,
     /// And before then; absent: until now.
     #[arg(long, value_name = "TIME", value_parser = since, conflicts_with_all = ["job", "batch"])]
     until: Option<Since>,
-    /// Only those of jobs that ended so.
+    /// Only those of this outcome.
     #[arg(long, value_name = "NAME")]
     outcome: Option<Outcome>,
     /// Say how many there are, and change nothing.
@@ -65,6 +69,7 @@ pub(super) struct Republish {
 enum Outcome {
     Succeeded,
     Failed,
+    Rejected,
 }
 
 /// What was done.
@@ -93,6 +98,7 @@ impl Republish {
         let outcome = self.outcome.map(|outcome| match outcome {
             Outcome::Succeeded => "succeeded",
             Outcome::Failed => "failed",
+            Outcome::Rejected => REJECTED,
         });
         let mut desk = Desk {
             store: &store,
@@ -128,7 +134,7 @@ impl Republish {
     }
 }
 
-/// The jobs that one id means. A request that was sent again has one.
+/// The jobs that one id means, or else the refusals. A request that was sent again has one.
 async fn one(
     store: &Store,
     principal: &str,
@@ -137,18 +143,20 @@ async fn one(
     outcome: Option<&str>,
 ) -> Result<Vec<Uuid>, Failed> {
     let found = store.find_jobs(principal, source, &[id.to_owned()]).await?;
-    let jobs: Vec<JobView> = found.into_iter().map(|(_, view)| view).filter(|view| view.state != "rejected").collect();
-    if jobs.is_empty() {
-        let message = format!("no job has the id {id}; see keyferry jobs list");
+    let views: Vec<JobView> = found.into_iter().map(|(_, view)| view).collect();
+    let (refused, jobs): (Vec<&JobView>, Vec<&JobView>) = views.iter().partition(|view| view.state == REJECTED);
+    let meant = if jobs.is_empty() || outcome == Some(REJECTED) { refused } else { jobs };
+    if meant.is_empty() {
+        let message = format!("no job and no refusal has the id {id}; see keyferry jobs list and dead list");
         return Err(Coded { code: "job_unknown", message }.into());
     }
-    let mut ended: Vec<Uuid> = jobs
+    let mut ended: Vec<Uuid> = meant
         .iter()
-        .filter(|job| job.finished_at.is_some() && outcome.is_none_or(|outcome| outcome == job.state))
-        .map(|job| job.id)
+        .filter(|view| view.finished_at.is_some() && outcome.is_none_or(|outcome| outcome == view.state))
+        .map(|view| view.id)
         .collect();
     ended.dedup();
-    if ended.is_empty() && jobs.iter().all(|job| job.finished_at.is_none()) {
+    if ended.is_empty() && meant.iter().all(|view| view.finished_at.is_none()) {
         let message = format!("{id} has not ended: there is no event yet");
         return Err(Coded { code: "job_not_ended", message }.into());
     }
@@ -168,16 +176,22 @@ struct Desk<'a> {
 impl Desk<'_> {
     async fn all(&mut self, told: &Told, outcome: Option<&str>) -> Result<(), Failed> {
         let mut after = Some(Uuid::nil());
-        while let Some(from) = after {
+        while let Some(from) = after.filter(|_| outcome != Some(REJECTED)) {
             let page = self.store.ended_jobs(told, outcome, from).await?;
+            self.add(&page.ids).await?;
+            after = page.after;
+        }
+        let mut after = Some(Uuid::nil());
+        while let Some(from) = after.filter(|_| outcome.is_none_or(|outcome| outcome == REJECTED)) {
+            let page = self.store.refusals_told(told, from).await?;
             self.add(&page.ids).await?;
             after = page.after;
         }
         Ok(())
     }
 
-    async fn add(&mut self, jobs: &[Uuid]) -> Result<(), Failed> {
-        for page in jobs.chunks(REPUBLISH_PAGE) {
+    async fn add(&mut self, ends: &[Uuid]) -> Result<(), Failed> {
+        for page in ends.chunks(REPUBLISH_PAGE) {
             if self.is_dry {
                 self.done.events += page.len() as u64;
                 continue;

@@ -27,6 +27,10 @@ pub(super) enum Jobs {
     /// List jobs, newest first; those of one key by their place in its line, last first.
     List(List),
     /// Show one job, or the refusal of a request, with its result.
+    ///
+    /// The id of a request means the last of its job's retries, here and in every other command; it is shown first, and after
+    /// it those that it does again, the first job last. `retry_of` and `retried_by` say which is which: the one that is not
+    /// retried is the one that the id means. A job's own id shows that job alone.
     Show {
         /// The job's id, its event's if it was refused, or the id of its request.
         id: String,
@@ -124,7 +128,11 @@ impl Jobs {
             }
             Self::Show { id, sent } => {
                 let found = store.find_jobs(&sent.principal(loaded)?, &sent.source, std::slice::from_ref(&id)).await?;
-                let found: Vec<JobView> = found.into_iter().map(|(_, view)| view).collect();
+                let mut found: Vec<JobView> = found.into_iter().map(|(_, view)| view).collect();
+                if let Some(last) = found.first().filter(|last| Uuid::try_parse(&id) != Ok(last.id)) {
+                    let before = store.retried_before(last.id).await?;
+                    found.splice(1..1, before);
+                }
                 if found.is_empty() {
                     let message = format!(
                         "no job and no refusal has the id {id}; see keyferry jobs list, --source for a request in a \

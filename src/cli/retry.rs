@@ -3,8 +3,9 @@
 use super::jobs::{Sent, progress_bar};
 use super::output::Output;
 use super::{Failed, operator};
-use crate::app::targets;
+use crate::app::{limits, targets};
 use crate::config::Loaded;
+use crate::intake::{Crowd, Limits};
 use crate::job::{FailureCode, RefusalCode};
 use crate::policy::{Ask, Policy, Targets, Verdict};
 use crate::store::{FailedChoice, FailedJob, JobView, NewRetry, RETRY_PAGE, Retried, Standing, Store};
@@ -32,7 +33,7 @@ use uuid::Uuid;
     succeeded, waiting, running   it has not failed: there is nothing to do again\n  \
     refused             the request was refused; see keyferry dead redrive\n  \
     not_allowed         the policy does not allow it any more; its words follow\n  \
-    backlog_full, unknown_target, tier_not_configured, valid_to_past   as for a new request\n  \
+    backlog_full, line_full, lane_full, unknown_target, tier_not_configured, valid_to_past   as for a new request\n  \
     source_key_deleted  the source key that it had chosen is erased\n  \
     nothing_left        a delete of which AWS has said that all is deleted\n  \
     unknown, unreadable\n\n\
@@ -94,7 +95,8 @@ type No = (&'static str, String);
 impl Retry {
     pub(super) async fn run(self, loaded: &Loaded, store: &Store, output: Output) -> Result<(), Failed> {
         let policy = loaded.policy()?;
-        let desk = Desk { loaded, store, policy, targets: targets(loaded)?, is_dry: self.dry_run };
+        let limits = limits(&loaded.settings.intake);
+        let desk = Desk { loaded, store, policy, limits, targets: targets(loaded)?, is_dry: self.dry_run };
         if let Some(batch) = self.batch {
             return desk.batch(batch, self.code.as_deref(), output).await;
         }
@@ -108,6 +110,7 @@ struct Desk<'a> {
     loaded: &'a Loaded,
     store: &'a Store,
     policy: Policy,
+    limits: Limits,
     targets: Targets,
     is_dry: bool,
 }
@@ -118,18 +121,19 @@ impl Desk<'_> {
         for (asked, view) in self.store.find_jobs(principal, source, ids).await? {
             found.entry(asked).or_default().push(view);
         }
+        let all = found.iter().flat_map(|(asked, views)| views.iter().map(move |view| (asked, view)));
         let mut jobs: Vec<Uuid> =
-            found.values().flatten().filter(|view| view.state != "rejected").map(|view| view.id).collect();
+            all.filter(|(_, view)| view.state != "rejected").map(|(asked, view)| looked_at(asked, view)).collect();
         jobs.sort_unstable();
         jobs.dedup();
-        let mut became = HashMap::new();
+        let (mut became, mut crowd) = (HashMap::new(), Crowd::default());
         for page in jobs.chunks(RETRY_PAGE) {
-            became.extend(page.iter().copied().zip(self.page(page).await?));
+            became.extend(page.iter().copied().zip(self.page(page, &mut crowd).await?));
         }
         let mut lines = Vec::new();
         for asked in ids {
             let views = found.get(asked).map(Vec::as_slice).unwrap_or_default();
-            let of_jobs = views.iter().filter_map(|view| became.get(&view.id));
+            let of_jobs = views.iter().filter_map(|view| became.get(&looked_at(asked, view)));
             let of_jobs: Vec<Line> = of_jobs.map(|became: &Became| became.line(asked)).collect();
             match (of_jobs.is_empty(), views.first()) {
                 (false, _) => lines.extend(of_jobs),
@@ -158,21 +162,22 @@ impl Desk<'_> {
         }
         let is_meant = |(state, why): &(String, String)| state == "failed" && code.is_none_or(|code| code == why);
         let bar = progress_bar(counts.iter().filter(|(end, _)| is_meant(end)).map(|(_, count)| count).sum(), "jobs");
-        let (mut retried, mut last) = (0, Uuid::nil());
+        let (mut retried, mut after, mut crowd) = (0, Some(Uuid::nil()), Crowd::default());
         let mut left: BTreeMap<No, u64> = BTreeMap::new();
-        loop {
-            let page = self.store.failed_of_batch(&batch, code, last, start).await?;
-            let Some(end) = page.last() else { break };
-            last = *end;
-            for became in self.page(&page).await? {
-                match became.end {
-                    Ok(Made { is_new: true, .. }) => retried += 1,
-                    Ok(_) => *left.entry(("retry_open", "somebody retried it meanwhile".into())).or_default() += 1,
-                    Err(no) => *left.entry(no).or_default() += 1,
+        while let Some(from) = after {
+            let failed = self.store.failed_of_batch(&batch, code, from, start).await?;
+            for page in failed.ids.chunks(RETRY_PAGE) {
+                for became in self.page(page, &mut crowd).await? {
+                    match became.end {
+                        Ok(Made { is_new: true, .. }) => retried += 1,
+                        Ok(_) => *left.entry(("retry_open", "somebody retried it meanwhile".into())).or_default() += 1,
+                        Err(no) => *left.entry(no).or_default() += 1,
+                    }
                 }
+                bar.inc(page.len() as u64);
+                crate::failpoint!("retry.after_page");
             }
-            bar.inc(page.len() as u64);
-            crate::failpoint!("retry.after_page");
+            after = failed.after;
         }
         bar.finish_and_clear();
         let is_whole = left.keys().all(|(why, _)| *why == "retry_open");
@@ -185,11 +190,13 @@ impl Desk<'_> {
         if is_whole { Ok(()) } else { Err(Failed::Said) }
     }
 
-    /// Judges up to [`RETRY_PAGE`] jobs and makes the retries that may be; what became of each, in their order.
-    async fn page(&self, asked: &[Uuid]) -> Result<Vec<Became>, Failed> {
+    /// Judges up to [`RETRY_PAGE`] jobs and makes the retries that may be; what became of each, in their order. `made`:
+    /// what would wait, had it not been for `--dry-run`.
+    async fn page(&self, asked: &[Uuid], made: &mut Crowd) -> Result<Vec<Became>, Failed> {
         let now = self.store.now().await?;
         let standing = self.store.standing(asked).await?;
-        let mut waiting = self.waiting(&standing).await?;
+        let mut crowd = self.crowd(&standing).await?;
+        crowd.add(made);
         let mut making: Vec<NewRetry> = Vec::new();
         let mut became = Vec::with_capacity(asked.len());
         for (asked, standing) in asked.iter().zip(&standing) {
@@ -199,10 +206,20 @@ impl Desk<'_> {
                     let made = making.iter().find(|made| made.of == job.id).map(|made| made.id);
                     Became { job: Some(job.id), end: Ok(Made { retry: made, is_new: false }) }
                 }
-                Standing::Failed(job) => match self.judge(job, now, &mut waiting) {
+                Standing::Failed(job) => match self.judge(job, now, &crowd) {
                     Ok(rule) => {
+                        crowd.count(&job.principal, &job.key);
+                        if self.is_dry {
+                            made.count(&job.principal, &job.key);
+                        }
                         let id = Uuid::now_v7();
-                        making.push(NewRetry { id, of: job.id, rule, policy: self.policy.digest().to_owned() });
+                        making.push(NewRetry {
+                            id,
+                            of: job.id,
+                            rule,
+                            policy: self.policy.digest().to_owned(),
+                            abandons: false,
+                        });
                         Became { job: Some(job.id), end: Ok(Made { retry: Some(id), is_new: true }) }
                     }
                     Err(no) => Became::not(Some(job.id), no),
@@ -230,28 +247,22 @@ impl Desk<'_> {
         Ok(became)
     }
 
-    /// How many jobs wait of those principals that have a limit.
-    async fn waiting(&self, standing: &[Standing]) -> Result<HashMap<String, i64>, Failed> {
-        let mut limited: Vec<&str> = standing
+    /// How many jobs wait of those that failed ones are of.
+    async fn crowd(&self, standing: &[Standing]) -> Result<Crowd, Failed> {
+        let failed: Vec<&FailedJob> = standing
             .iter()
             .filter_map(|standing| match standing {
-                Standing::Failed(job) => Some(job.principal.as_str()),
+                Standing::Failed(job) => Some(&**job),
                 _ => None,
             })
-            .filter(|principal| self.policy.max_waiting(principal).is_some())
             .collect();
-        limited.sort_unstable();
-        limited.dedup();
-        Ok(if limited.is_empty() { HashMap::new() } else { self.store.waiting(&limited).await? })
+        let principals = failed.iter().map(|job| job.principal.as_str()).collect();
+        let keys = failed.iter().map(|job| &job.key).collect();
+        Ok(Crowd::look(self.store, &self.policy, Some(self.limits), &principals, &keys).await?)
     }
 
     /// Whether a job may be done again, by the rule that says so; as at intake, in the name of whoever asked first.
-    fn judge(
-        &self,
-        job: &FailedJob,
-        now: OffsetDateTime,
-        waiting: &mut HashMap<String, i64>,
-    ) -> Result<Option<String>, No> {
+    fn judge(&self, job: &FailedJob, now: OffsetDateTime, crowd: &Crowd) -> Result<Option<String>, No> {
         match &job.choice {
             Some(FailedChoice::Local { is_deleted: true, .. }) => return Err(source_key_deleted()),
             Some(FailedChoice::Delete { is_done: true, .. }) => {
@@ -280,14 +291,8 @@ impl Desk<'_> {
             Verdict::Allowed(grant) => grant.rule,
             Verdict::Denied { why, .. } => return Err((RefusalCode::NotAllowed.as_str(), why)),
         };
-        if let Some(most) = self.policy.max_waiting(&job.principal) {
-            let waiting = waiting.entry(job.principal.clone()).or_default();
-            if *waiting >= i64::from(most) {
-                let message = format!("{most} jobs of {} wait already, as many as the policy allows", job.principal);
-                return Err((RefusalCode::BacklogFull.as_str(), message));
-            }
-            *waiting += 1;
-        }
+        let judged = crowd.judge(&self.policy, self.limits, &job.principal, &job.key);
+        judged.map_err(|refusal| (refusal.code.as_str(), refusal.message))?;
         Ok(rule)
     }
 
@@ -303,6 +308,13 @@ impl Desk<'_> {
         };
         Ok(Some(format!("{connection}/{}", reference.key())))
     }
+}
+
+/// The job whose standing tells what becomes of `asked`. By a request's id the last of its retries is found: as the retry of
+/// the one before it.
+fn looked_at(asked: &str, view: &JobView) -> Uuid {
+    let is_own = Uuid::try_parse(asked).is_ok_and(|id| id == view.id);
+    view.retry_of.filter(|_| !is_own).unwrap_or(view.id)
 }
 
 /// What became of one job.

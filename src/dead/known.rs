@@ -205,6 +205,8 @@ impl Matcher<'_> {
             // Whom it says it comes from is proved by nothing any more.
             sender: NewSender { identity: None, is_verified: false, policy: self.policy.to_owned() },
             rule: None,
+            // It came long ago, and maybe nobody follows it any more.
+            traceparent: None,
         })
     }
 }

@@ -1,6 +1,6 @@
 //! How many jobs wait of those who have limits: of a principal, of a KMS key, of an account and Region.
 
-use super::{Asks, Read};
+use super::Read;
 use crate::job::{KeyArn, KeyRef, Refusal, RefusalCode, Request};
 use crate::policy::Policy;
 use crate::store::{Store, StoreError};
@@ -26,9 +26,10 @@ impl Limits {
     }
 }
 
-/// What waited before a batch. By so much as the batch each limit may be overshot, by each worker.
+/// What waited before a batch. By so much as the batch each limit may be overshot, by each worker that does not count what
+/// it lets in.
 #[derive(Debug, Default)]
-pub(super) struct Crowd {
+pub struct Crowd {
     principals: HashMap<String, i64>,
     /// By ARN.
     lines: HashMap<String, i64>,
@@ -36,20 +37,16 @@ pub(super) struct Crowd {
 }
 
 impl Crowd {
-    /// Asks the store about those of a batch that have limits.
-    pub(super) async fn look(
+    /// Asks the store about those of these who have limits.
+    pub async fn look(
         store: &Store,
         policy: &Policy,
         limits: Option<Limits>,
-        asks: &[Asks],
+        principals: &BTreeSet<&str>,
         keys: &BTreeSet<&KeyArn>,
     ) -> Result<Self, StoreError> {
-        let limited: BTreeSet<&str> = asks
-            .iter()
-            .filter_map(|asks| Some(asks.as_ref().ok()?.principal.as_str()))
-            .filter(|principal| policy.max_waiting(principal).is_some())
-            .collect();
-        let limited: Vec<&str> = limited.into_iter().collect();
+        let limited = principals.iter().copied().filter(|principal| policy.max_waiting(principal).is_some());
+        let limited: Vec<&str> = limited.collect();
         let principals = if limited.is_empty() { HashMap::new() } else { store.waiting(&limited).await? };
         if limits.is_none() || keys.is_empty() {
             return Ok(Self { principals, ..Self::default() });
@@ -60,24 +57,43 @@ impl Crowd {
         Ok(Self { principals, lines: store.lines_waiting(&arns).await?, lanes })
     }
 
+    /// One more job waits.
+    pub fn count(&mut self, principal: &str, key: &KeyArn) {
+        *self.principals.entry(principal.to_owned()).or_default() += 1;
+        *self.lines.entry(key.to_string()).or_default() += 1;
+        *self.lanes.entry((key.account().to_owned(), key.region().to_owned())).or_default() += 1;
+    }
+
+    /// Beside these, those wait.
+    pub fn add(&mut self, others: &Self) {
+        for (principal, count) in &others.principals {
+            *self.principals.entry(principal.clone()).or_default() += count;
+        }
+        for (line, count) in &others.lines {
+            *self.lines.entry(line.clone()).or_default() += count;
+        }
+        for (lane, count) in &others.lanes {
+            *self.lanes.entry(lane.clone()).or_default() += count;
+        }
+    }
+
     /// Whether one more job may wait.
-    pub(super) fn judge(&self, policy: &Policy, limits: Limits, principal: &str, key: &KeyArn) -> Result<(), Refusal> {
+    pub fn judge(&self, policy: &Policy, limits: Limits, principal: &str, key: &KeyArn) -> Result<(), Refusal> {
         let is_full = |waiting: Option<&i64>, most: u64| {
             waiting.is_some_and(|waiting| u64::try_from(*waiting).is_ok_and(|waiting| waiting >= most))
         };
         let most = policy.max_waiting(principal).map_or(u64::MAX, u64::from);
         let lane = (key.account().to_owned(), key.region().to_owned());
         let (code, message) = if is_full(self.principals.get(principal), most) {
-            let message =
-                "as many jobs of this principal wait as the policy allows: send it again when some have ended";
+            let message = "as many jobs of this principal wait as the policy allows: try again when some have ended";
             (RefusalCode::BacklogFull, message)
         } else if is_full(self.lines.get(&key.to_string()), limits.line) {
-            let message = "as many jobs of this KMS key wait as intake.max_waiting_per_key allows: send it again when \
-                           some have ended";
+            let message = "as many jobs of this KMS key wait as intake.max_waiting_per_key allows: try again when some \
+                           have ended";
             (RefusalCode::LineFull, message)
         } else if is_full(self.lanes.get(&lane), limits.lane) {
-            let message = "as many jobs of this account and Region wait as intake.max_waiting_per_lane allows: send it \
-                           again when some have ended";
+            let message = "as many jobs of this account and Region wait as intake.max_waiting_per_lane allows: try again \
+                           when some have ended";
             (RefusalCode::LaneFull, message)
         } else {
             return Ok(());
@@ -129,5 +145,12 @@ mod tests {
         assert_eq!(code(crowd(3, 4), 2), None, "another key has its own line");
         assert_eq!(code(crowd(2, 5), 2), Some(RefusalCode::LaneFull));
         assert_eq!(code(Crowd::default(), 1), None);
+        // What is let in is counted, beside what was let in before.
+        let (mut now, mut before) = (crowd(1, 3), Crowd::default());
+        before.count("anonymous", &key(1));
+        now.add(&before);
+        assert_eq!(code(Crowd { lanes: now.lanes.clone(), lines: now.lines.clone(), ..Crowd::default() }, 1), None);
+        now.count("anonymous", &key(1));
+        assert_eq!(code(now, 1), Some(RefusalCode::LineFull));
     }
 }

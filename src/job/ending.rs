@@ -343,6 +343,17 @@ impl Failure {
         };
         Self { code: FailureCode::Abandoned, message: message.into(), aws_changed, policy: None }
     }
+
+    /// An operator abandoned an import that AWS had answered, and that was still to be seen. The id is that of a symmetric
+    /// key's material.
+    pub fn abandoned_after_answer(key_material_id: Option<&str>) -> Self {
+        let id = key_material_id.map(|id| format!(" {id}")).unwrap_or_default();
+        let message = format!(
+            "abandoned by an operator after AWS had answered that it took the material{id}, and before AWS showed it: look \
+             at the key in AWS; keyferry jobs retry settles it with the same material"
+        );
+        Self { code: FailureCode::Abandoned, message, aws_changed: true, policy: None }
+    }
 }
 
 /// The result of an import in the flat shape of the original call's answer.

@@ -1,6 +1,6 @@
 //! Completion events: CloudEvents 1.0, structured JSON.
 
-use super::{Failure, JobResult, KeyArn, Operation, Refusal};
+use super::{Failure, JobResult, KeyArn};
 use serde_json::{Value, json};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
@@ -42,6 +42,29 @@ pub struct JobSummary {
     pub accepted_at: OffsetDateTime,
     /// W3C trace context of the request.
     pub traceparent: Option<String>,
+}
+
+/// What an event says of a refused message.
+#[derive(Clone, Debug)]
+pub struct RefusalSummary<'a> {
+    /// The refusal's id, and its event's.
+    pub id: Uuid,
+    /// Who asked.
+    pub principal: &'a str,
+    /// The request's idempotency key, if it is usable.
+    pub request_id: Option<&'a str>,
+    /// The operation's name, if the message is a valid request.
+    pub operation: Option<&'a str>,
+    /// The KMS key, if the message names one.
+    pub key: Option<&'a KeyArn>,
+    /// Why.
+    pub code: &'a str,
+    /// The field at fault, when one is.
+    pub field: Option<&'a str>,
+    /// What was expected.
+    pub message: &'a str,
+    /// W3C trace context of the message.
+    pub traceparent: Option<&'a str>,
 }
 
 /// Refusals of one sender with one code within a minute, beyond those that have events of their own.
@@ -117,16 +140,9 @@ impl Event {
         }
     }
 
-    /// The event of a refused message.
-    pub fn of_refusal(
-        id: Uuid,
-        principal: &str,
-        request_id: Option<&str>,
-        operation: Option<Operation>,
-        key: Option<&KeyArn>,
-        refusal: &Refusal,
-        at: OffsetDateTime,
-    ) -> Self {
+    /// The event of a refused message. As of jobs: what comes to be added must leave older events as they are.
+    pub fn of_refusal(refusal: &RefusalSummary<'_>, at: OffsetDateTime) -> Self {
+        let RefusalSummary { id, principal, request_id, operation, key, code, field, message, traceparent } = refusal;
         let mut envelope = json!({
             "specversion": "1.0",
             "id": id,
@@ -137,20 +153,22 @@ impl Event {
             "data": {
                 "job": { "id": Value::Null, "request_id": request_id, "principal": principal, "state": "rejected" },
                 "result": Value::Null,
-                "error": {
-                    "code": refusal.code.as_str(),
-                    "field": refusal.field,
-                    "message": refusal.message,
-                    "aws_changed": false,
-                },
+                "error": { "code": code, "field": field, "message": message, "aws_changed": false },
             },
         });
         if let (Some(key), Some(fields)) = (key, envelope.as_object_mut()) {
             fields.insert("subject".to_owned(), json!(key.to_string()));
         }
-        let operation = operation.map_or("unknown", Operation::as_str);
+        if let (Some(trace), Some(fields)) = (traceparent, envelope.as_object_mut()) {
+            fields.insert("traceparent".to_owned(), json!(trace));
+        }
+        let operation = operation.unwrap_or("unknown");
         let (account, region) = key.map_or(("unknown", "unknown"), |key| (key.account(), key.region()));
-        Self { id, routing_key: format!("job.rejected.{operation}.{account}.{region}"), body: envelope.to_string() }
+        Self {
+            id: *id,
+            routing_key: format!("job.rejected.{operation}.{account}.{region}"),
+            body: envelope.to_string(),
+        }
     }
 
     /// The event of refusals that are told of together. They can be of any operation and key, so that it has none.
@@ -202,7 +220,7 @@ pub fn rfc3339(at: OffsetDateTime) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::job::{FailureCode, RefusalCode};
+    use crate::job::FailureCode;
     use time::macros::datetime;
 
     fn summary() -> JobSummary {
@@ -252,11 +270,29 @@ mod tests {
 
     #[test]
     fn a_refusal_without_a_key_is_routed_to_unknown() {
-        let refusal = Refusal::whole(RefusalCode::NotJson, "expected JSON");
-        let event =
-            Event::of_refusal(Uuid::from_u128(1), "p", None, None, None, &refusal, datetime!(2026-01-01 0:00 UTC));
+        let refusal = RefusalSummary {
+            id: Uuid::from_u128(1),
+            principal: "p",
+            request_id: None,
+            operation: None,
+            key: None,
+            code: "not_json",
+            field: None,
+            message: "expected JSON",
+            traceparent: None,
+        };
+        let event = Event::of_refusal(&refusal, datetime!(2026-01-01 0:00 UTC));
+        assert_eq!(
+            event.body,
+            r#"{"data":{"error":{"aws_changed":false,"code":"not_json","field":null,"message":"expected JSON"},"job":{"id":null,"principal":"p","request_id":null,"state":"rejected"},"result":null},"datacontenttype":"application/json","id":"00000000-0000-0000-0000-000000000001","source":"keyferry","specversion":"1.0","time":"2026-01-01T00:00:00Z","type":"io.keyferry.job.rejected"}"#
+        );
         assert_eq!(event.routing_key, "job.rejected.unknown.unknown.unknown");
-        assert!(serde_json::from_str::<Value>(&event.body).unwrap().get("subject").is_none());
+        let (key, traceparent) = (summary().key, Some("00-t"));
+        let named = RefusalSummary { operation: Some("delete"), key: Some(&key), traceparent, ..refusal };
+        let event = Event::of_refusal(&named, datetime!(2026-01-01 0:00 UTC));
+        assert_eq!(event.routing_key, "job.rejected.delete.111122223333.eu-central-1");
+        let body: Value = serde_json::from_str(&event.body).unwrap();
+        assert_eq!((&body["subject"], &body["traceparent"]), (&json!(key.to_string()), &json!("00-t")));
     }
 
     #[test]

@@ -12,7 +12,7 @@ mod wrapping;
 pub use arn::KeyArn;
 pub use dsm_key::{DsmKeyRef, NotAKeyRef};
 pub use ending::{Failure, FailureCode, JobResult, Refusal, RefusalCode};
-pub use event::{Event, JobSummary, RefusalFold, failure_json, rfc3339};
+pub use event::{Event, JobSummary, RefusalFold, RefusalSummary, failure_json, rfc3339};
 pub use key_kind::{Curve, KeyKind, Partition, Shape};
 pub use parameters::ImportParameters;
 pub use request::{

@@ -8,6 +8,7 @@ pub mod sqs;
 use crate::retry::{self, Attempts, Class};
 use crate::store::{OutboxRow, Queue, Store, StoreError};
 use crate::telemetry::{Health, Metrics, Part};
+use std::convert::Infallible;
 use std::fmt;
 use std::pin::pin;
 use std::sync::Arc;
@@ -22,6 +23,8 @@ const WINDOW: i64 = 200;
 const HELD_WINDOW: i64 = 20;
 /// How long a relay may take for a window before another may publish it.
 const LEASE: Duration = Duration::from_secs(30);
+/// How often the lease on a window is taken anew while the broker blocks it: well before it ends.
+const KEEP: Duration = Duration::from_secs(5);
 /// How often an idle relay looks for events of processes that died, and for held ones.
 const POLL: Duration = Duration::from_secs(1);
 /// How often it is looked whether the broker blocks what is under way.
@@ -117,7 +120,10 @@ impl<D: Destination> Relay<D> {
                         }
                     }
                 }
-                Err(error) => error,
+                Err(error) => {
+                    self.metrics.broker_sessions_failed.with_label_values(&[D::TRANSPORT, "events"]).inc();
+                    error
+                }
             };
             let delay = failures.next_delay();
             tracing::error!(%error, destination = D::TRANSPORT, retry.delay_ms = delay.as_millis(), "events are not being published");
@@ -163,7 +169,7 @@ impl<D: Destination> Relay<D> {
             }
             // What a broken session leaves unconfirmed is this relay's for the rest of the lease.
             cursor.unconfirmed.clone_from(&rows);
-            let outcomes = self.watched(publisher, publisher.publish(&rows)).await?;
+            let outcomes = self.watched(publisher, &rows).await?;
             failures.reset();
             crate::failpoint!("outbox.after_publish");
             self.record(&rows, &outcomes).await;
@@ -172,13 +178,32 @@ impl<D: Destination> Relay<D> {
         }
     }
 
-    /// Waits for what is under way, and tells meanwhile whether the broker blocks it.
-    async fn watched<T>(&self, publisher: &D::Publisher, publishing: impl Future<Output = T>) -> T {
-        let mut publishing = pin!(publishing);
+    /// Publishes a window, and tells meanwhile whether the broker blocks it. As long as it does, the window stays this
+    /// relay's: another would only publish the same again, once the broker goes on.
+    async fn watched(
+        &self,
+        publisher: &D::Publisher,
+        rows: &[OutboxRow],
+    ) -> Result<Vec<Publication>, PublisherFault<D>> {
+        let mut publishing = pin!(publisher.publish(rows));
+        let mut looking = pin!(self.look_after(publisher, rows));
+        tokio::select! {
+            published = &mut publishing => published,
+            never = &mut looking => match never {},
+        }
+    }
+
+    async fn look_after(&self, publisher: &D::Publisher, rows: &[OutboxRow]) -> Infallible {
+        let mut kept_at: Option<Instant> = None;
         loop {
-            tokio::select! {
-                published = &mut publishing => return published,
-                () = tokio::time::sleep(LOOK) => self.tell_blocked(publisher.is_blocked()),
+            tokio::time::sleep(LOOK).await;
+            let is_blocked = publisher.is_blocked();
+            self.tell_blocked(is_blocked);
+            if is_blocked && kept_at.is_none_or(|at| at.elapsed() >= KEEP) {
+                kept_at = Some(Instant::now());
+                if let Err(error) = self.store.keep_events(rows, LEASE).await {
+                    tracing::warn!(%error, "events that the broker blocks could not be kept: others may publish them too");
+                }
             }
         }
     }

@@ -1,12 +1,35 @@
 //! What abandoned jobs may have put on their keys.
 
-use super::{Material, StoreError};
-use crate::job::{Expiry, Request, RequestId};
+use super::{Answered, Material, StoreError};
+use crate::job::{Expiry, Failure, Request, RequestId};
 use crate::source::Fingerprint;
 use deadpool_postgres::Transaction;
 use std::collections::HashMap;
 use tokio_postgres::Row;
 use uuid::Uuid;
+
+/// What AWS answered to an attempt that ends because its job is abandoned: on record like what earlier attempts learnt.
+pub(super) async fn note_answers(
+    transaction: &Transaction<'_>,
+    answers: &[(Uuid, &Answered)],
+) -> Result<(), StoreError> {
+    const NOTE: &str = "
+        update progress set imported = true, key_material_id = coalesce(answered.material_id, progress.key_material_id)
+        from unnest($1::uuid[], $2::text[]) as answered(job_id, material_id)
+        where progress.job_id = answered.job_id";
+    if answers.is_empty() {
+        return Ok(());
+    }
+    let jobs: Vec<Uuid> = answers.iter().map(|(job, _)| *job).collect();
+    let ids: Vec<Option<&str>> = answers.iter().map(|(_, answer)| answer.key_material_id.as_deref()).collect();
+    transaction.execute(NOTE, &[&jobs, &ids]).await?;
+    Ok(())
+}
+
+/// The end of a job that may have put this on its key, where AWS had answered that it did.
+pub(super) fn failure(material: &Material) -> Option<Failure> {
+    material.is_certain.then(|| Failure::abandoned_after_answer(material.key_material_id.as_deref()))
+}
 
 /// The material that each of these jobs is about to import, or has imported, with the KMS key. Read before its progress is
 /// forgotten; nothing for a delete.

@@ -82,6 +82,8 @@ pub struct NewRefusal {
     pub sender: Sender,
     /// The policy's rule whose condition it breaks.
     pub rule: Option<String>,
+    /// W3C trace context of the message.
+    pub traceparent: Option<String>,
 }
 
 /// What a refused message says.
@@ -537,6 +539,7 @@ fn id_conflict(job: &NewJob) -> NewRefusal {
         ingress: job.ingress,
         sender: job.sender.clone(),
         rule: None,
+        traceparent: job.traceparent.clone(),
     }
 }
 

@@ -4,9 +4,10 @@
 use super::accept::{insert_audit, insert_events};
 use super::advance::{Leases, advance};
 use super::settle::{END_JOBS, MaterialRows};
+use super::summary::{COLUMNS, summary, summary_columns};
 use super::{Store, StoreError, abandon, backlog, urgent};
 use crate::audit::{Fact, Kind};
-use crate::job::{Event, Failure, JobSummary, KeyArn, Request, RequestId, failure_json};
+use crate::job::{Event, Failure, JobSummary, Operation, failure_json};
 use deadpool_postgres::Transaction;
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, HashMap};
@@ -82,33 +83,6 @@ impl Store {
         self.retrying(|| self.end_once(ids, Ending::Abandoned, operator)).await
     }
 
-    /// Jobs of a batch that wait, the oldest first, after `after`.
-    pub async fn waiting_of_batch(&self, batch: &str, after: Uuid, limit: i64) -> Result<Vec<Uuid>, StoreError> {
-        const READ: &str = "
-            select id from job where batch = $1 and id > $2 and state = 'waiting' order by batch, id limit $3";
-        let client = self.client().await?;
-        let read = client.prepare_cached(READ).await?;
-        let rows = client.query(&read, &[&batch, &after, &limit]).await?;
-        Ok(rows.iter().map(|row| row.get(0)).collect())
-    }
-
-    /// How many jobs of a batch there are, by state and, of those that failed, code. One that was retried is not counted: its
-    /// retry is.
-    pub async fn batch_counts(&self, batch: &str) -> Result<BTreeMap<(String, String), u64>, StoreError> {
-        const COUNT: &str = "
-            select state, coalesce(error ->> 'code', ''), count(*) from job
-            where batch = $1
-              and not (state = 'failed' and exists (select from job as retry where retry.retry_of = job.id))
-            group by 1, 2";
-        let client = self.client().await?;
-        let count = client.prepare_cached(COUNT).await?;
-        let rows = client.query(&count, &[&batch]).await?;
-        Ok(rows
-            .iter()
-            .map(|row| ((row.get(0), row.get(1)), u64::try_from(row.get::<_, i64>(2)).unwrap_or(0)))
-            .collect())
-    }
-
     async fn end_once(&self, ids: &[Uuid], ending: Ending, operator: &str) -> Result<Vec<Cancelled>, StoreError> {
         // Before the lines, as housekeeping does it, which skips what is locked.
         const FUTURE: &str = "select from future where job_id = any($1) order by job_id for update";
@@ -127,7 +101,7 @@ impl Store {
         for row in &rows {
             match Found::of(row) {
                 Ok(job) => found.push(job),
-                Err(error) => drop(became.insert(row.get(0), Cancelled::Unreadable(error.to_string()))),
+                Err(why) => drop(became.insert(row.get(0), Cancelled::Unreadable(why))),
             }
         }
         let (ended, requested): (Vec<&Found>, Vec<&Found>) =
@@ -142,23 +116,26 @@ impl Store {
     }
 }
 
-const FOUND: &str = "
-    select job.id, job.state, job.error ->> 'code', job.line_id, job.seq,
+const FOUND: &str = concat!(
+    "
+    select ",
+    summary_columns!(),
+    ", job.state, job.error ->> 'code', job.line_id,
            line.token is not null and coalesce(line.urgent_seq, line.head_seq) = job.seq,
            coalesce(progress.in_doubt or progress.imported, false), coalesce(progress.deleted_ids <> '{}' or progress.key_material_id is not null, false),
            coalesce(progress.audit_n, 1), cancellation.abandons,
            coalesce(urgent.attempt, case when line.head_seq = job.seq then line.attempt else 0 end),
-           line.head_seq = job.seq, job.seq = (select min(seq) from urgent where urgent.line_id = line.id and urgent.parked_by is null),
-           exists (select from urgent where urgent.line_id = line.id and urgent.parked_by is null), progress.source_key_id,
-           kms_key.arn, job.principal, job.request_id, job.request_source, job.request, job.accepted_at,
-           job.traceparent, job.retry_of
+           line.head_seq = job.seq,
+           job.seq = (select min(seq) from urgent where urgent.line_id = line.id and urgent.parked_by is null),
+           exists (select from urgent where urgent.line_id = line.id and urgent.parked_by is null), progress.source_key_id
     from job
     join line on line.id = job.line_id
     join kms_key on kms_key.id = job.kms_key_id
     left join progress on progress.job_id = job.id
     left join cancellation on cancellation.job_id = job.id
     left join urgent on urgent.line_id = job.line_id and urgent.seq = job.seq
-    where job.id = any($1)";
+    where job.id = any($1)"
+);
 
 /// A job that is to be ended, under the lock of its line.
 #[expect(clippy::struct_excessive_bools, reason = "each is a column of its own")]
@@ -186,48 +163,31 @@ struct Found {
 }
 
 impl Found {
-    fn of(row: &Row) -> Result<Self, StoreError> {
-        let id: Uuid = row.get(0);
-        let broken = || {
-            StoreError::Settings(format!("job {id} cannot be read; was it written by a newer version? Use that one"))
-        };
-        let request_id = RequestId::parse(row.get(17)).ok_or_else(broken)?;
-        let request = Request::from_canonical(row.get(19), request_id, row.get(18)).map_err(|_| broken())?;
-        let summary = JobSummary {
-            id,
-            key: KeyArn::parse(row.get(15)).map_err(|_| broken())?,
-            retry_of: row.get(22),
-            principal: row.get(16),
-            request_id: request.id.as_str().to_owned(),
-            operation: request.operation().as_str(),
-            dry_run: request.dry_run,
-            batch: request.batch.clone(),
-            // One that has not joined its line has none.
-            sequence: row.get::<_, Option<i64>>(4).unwrap_or(0),
-            accepted_at: row.get(20),
-            traceparent: row.get(21),
-        };
+    fn of(row: &Row) -> Result<Self, String> {
+        let at = |column: usize| COLUMNS + column;
         Ok(Self {
-            summary,
-            state: row.get(1),
-            code: row.get(2),
-            line_id: row.get(3),
-            seq: row.get(4),
-            is_leased: row.get::<_, Option<bool>>(5).unwrap_or(false),
-            is_unsettled: row.get(6),
-            has_changed: row.get(7),
-            audit_n: row.get(8),
-            requested: row.get::<_, Option<bool>>(9).map(Ending::of),
-            attempts: row.get(10),
-            is_head: row.get::<_, Option<bool>>(11).unwrap_or(false),
-            is_first_urgent: row.get::<_, Option<bool>>(12).unwrap_or(false),
-            line_has_urgent: row.get(13),
-            source_key_id: row.get(14),
+            summary: summary(row)?,
+            state: row.get(at(0)),
+            code: row.get(at(1)),
+            line_id: row.get(at(2)),
+            seq: row.get(6),
+            is_leased: row.get::<_, Option<bool>>(at(3)).unwrap_or(false),
+            is_unsettled: row.get(at(4)),
+            has_changed: row.get(at(5)),
+            audit_n: row.get(at(6)),
+            requested: row.get::<_, Option<bool>>(at(7)).map(Ending::of),
+            attempts: row.get(at(8)),
+            is_head: row.get::<_, Option<bool>>(at(9)).unwrap_or(false),
+            is_first_urgent: row.get::<_, Option<bool>>(at(10)).unwrap_or(false),
+            line_has_urgent: row.get(at(11)),
+            source_key_id: row.get(at(12)),
         })
     }
 
     fn may_end(&self, ending: Ending) -> bool {
-        !self.is_leased && (!self.is_unsettled || ending == Ending::Abandoned)
+        // What a rotate has brought is for its worker to take away, or to put on record.
+        let is_workers = self.summary.operation == Operation::Rotate.as_str() && self.has_changed;
+        !self.is_leased && !is_workers && (!self.is_unsettled || ending == Ending::Abandoned)
     }
 
     fn became(&self, ending: Ending) -> Cancelled {
@@ -256,11 +216,16 @@ async fn end(
         return Ok(());
     }
     let ids: Vec<Uuid> = jobs.iter().map(|job| job.summary.id).collect();
-    let failures: Vec<Failure> = jobs.iter().map(|job| ending.failure(job.has_changed || job.is_unsettled)).collect();
+    let mut failures: Vec<Failure> =
+        jobs.iter().map(|job| ending.failure(job.has_changed || job.is_unsettled)).collect();
     let unsettled: Vec<Uuid> = jobs.iter().filter(|job| job.is_unsettled).map(|job| job.summary.id).collect();
     let mut materials = MaterialRows::default();
-    for (job, (key_id, material)) in abandon::materials(transaction, &unsettled).await? {
-        materials.push(key_id, job, &material);
+    let found = abandon::materials(transaction, &unsettled).await?;
+    for (id, failed) in ids.iter().zip(&mut failures) {
+        if let Some((key_id, material)) = found.get(id) {
+            materials.push(*key_id, *id, material);
+            *failed = abandon::failure(material).unwrap_or_else(|| failed.clone());
+        }
     }
     materials.write(transaction, now).await?;
     let errors: Vec<Value> = failures.iter().map(failure_json).collect();
@@ -320,9 +285,14 @@ async fn request(
     const COUNT: &str = "
         insert into progress (job_id, audit_n) select * from unnest($1::uuid[], $2::integer[])
         on conflict (job_id) do update set audit_n = excluded.audit_n";
+    // One that nobody has under way is looked at now, not when its delay is over.
+    const HURRY: &str = "
+        update line set due_at = $2 where id = any($1) and token is null and due_at > $2 and parked_by is null";
     if jobs.is_empty() {
         return Ok(());
     }
+    let hurried: Vec<i64> = jobs.iter().filter(|job| job.is_head && !job.is_leased).map(|job| job.line_id).collect();
+    transaction.execute(HURRY, &[&hurried, &now]).await?;
     let ids: Vec<Uuid> = jobs.iter().map(|job| job.summary.id).collect();
     let counts: Vec<i32> = jobs.iter().map(|job| job.audit_n + 1).collect();
     transaction.execute(MARK, &[&ids, &now, &(ending == Ending::Abandoned)]).await?;

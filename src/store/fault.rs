@@ -15,57 +15,35 @@ pub struct Fault {
     pub reason: String,
 }
 
-/// What ails Postgres.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum FaultKind {
-    /// No connection could be made: nobody answers, or a server that starts or stops.
-    Unreachable,
-    /// A connection ended while it was used.
-    Closed,
-    /// No answer in time: a statement, a lock, or a whole transaction.
-    Timeout,
-    /// It takes no writes: a standby, or one that was told so.
-    ReadOnly,
-    /// It has no connection left for us.
-    TooManyConnections,
-    /// All connections of our own pool were busy for too long.
-    PoolBusy,
-    /// Transactions met. Tried again until it is too often.
-    Conflict,
-    /// Anything else: a full disk, a missing right.
-    Other,
+words! {
+    /// What ails Postgres.
+    pub FaultKind {
+        /// No connection could be made: nobody answers, or a server that starts or stops.
+        Unreachable = "unreachable",
+        /// A connection ended while it was used.
+        Closed = "closed",
+        /// No answer in time: a statement, a lock, or a whole transaction.
+        Timeout = "timeout",
+        /// It takes no writes: a standby, or one that was told so.
+        ReadOnly = "read_only",
+        /// Its disk is full.
+        DiskFull = "disk_full",
+        /// It has no connection left for us.
+        TooManyConnections = "too_many_connections",
+        /// All connections of our own pool were busy for too long.
+        PoolBusy = "pool_busy",
+        /// Transactions met. Tried again until it is too often.
+        Conflict = "deadlock_or_serialization",
+        /// Anything else, such as a missing right.
+        Other = "other",
+    }
 }
 
 impl FaultKind {
-    /// Every kind.
-    pub const ALL: [Self; 8] = [
-        Self::Unreachable,
-        Self::Closed,
-        Self::Timeout,
-        Self::ReadOnly,
-        Self::TooManyConnections,
-        Self::PoolBusy,
-        Self::Conflict,
-        Self::Other,
-    ];
-
-    /// The word in metrics.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Unreachable => "unreachable",
-            Self::Closed => "closed",
-            Self::Timeout => "timeout",
-            Self::ReadOnly => "read_only",
-            Self::TooManyConnections => "too_many_connections",
-            Self::PoolBusy => "pool_busy",
-            Self::Conflict => "deadlock_or_serialization",
-            Self::Other => "other",
-        }
-    }
-
     fn of_state(code: &SqlState) -> Self {
         match *code {
             SqlState::READ_ONLY_SQL_TRANSACTION => Self::ReadOnly,
+            SqlState::DISK_FULL => Self::DiskFull,
             SqlState::TOO_MANY_CONNECTIONS => Self::TooManyConnections,
             // A statement's time-out cancels it.
             SqlState::QUERY_CANCELED | SqlState::LOCK_NOT_AVAILABLE | SqlState::IDLE_IN_TRANSACTION_SESSION_TIMEOUT => {
@@ -185,7 +163,7 @@ mod tests {
             ("57P02", FaultKind::Closed),
             ("57P03", FaultKind::Unreachable),
             ("08006", FaultKind::Closed),
-            ("53100", FaultKind::Other),
+            ("53100", FaultKind::DiskFull),
             ("42501", FaultKind::Other),
         ] {
             assert_eq!(FaultKind::of_state(&SqlState::from_code(code)), kind, "{code}");

@@ -82,7 +82,8 @@ pub(super) async fn add(
     }
 }
 
-/// Rows for folded refusals, by which their letters and copies of them are known.
+/// Rows for folded refusals, by which their letters and copies of them are known. What somebody else has recorded meanwhile,
+/// who does not wait for his turn as an older version does not, would be counted twice: the next look finds it known.
 pub(super) async fn remember(
     transaction: &Transaction<'_>,
     folded: &[(Uuid, &NewRefusal)],
@@ -125,8 +126,12 @@ pub(super) async fn remember(
         &verified,
         &now,
     ];
-    transaction.execute(&remember, &values).await?;
-    Ok(())
+    let remembered = transaction.execute(&remember, &values).await?;
+    if usize::try_from(remembered) == Ok(folded.len()) {
+        Ok(())
+    } else {
+        Err(StoreError::Conflict("a refusal was recorded meanwhile".into()))
+    }
 }
 
 impl Store {
@@ -241,7 +246,8 @@ fn kin(row: &Row, first: usize) -> Kin<'_> {
     }
 }
 
-fn summary(row: &Row) -> RefusalFold<'_> {
+/// From the columns of [`DUE_FOLDS`], the last of which is when it is told.
+pub(super) fn summary(row: &Row) -> RefusalFold<'_> {
     RefusalFold {
         id: row.get(0),
         principal: row.get(1),

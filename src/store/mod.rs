@@ -8,6 +8,7 @@ mod abandon;
 mod accept;
 mod advance;
 mod backlog;
+mod batch;
 mod bisect;
 mod cancel;
 mod claim;
@@ -31,12 +32,14 @@ mod retry;
 mod rights;
 mod schema;
 mod settle;
+mod summary;
 mod trail;
 mod urgent;
 mod written;
 
 pub use accept::{Candidate, MessageDigest, NewJob, NewRefusal, Sender, Verdict};
 pub use backlog::{FOLD_PAGE, Folded};
+pub use batch::JobPage;
 pub use bisect::bisect;
 pub use cancel::{CANCEL_PAGE, Cancelled, Ending};
 pub use claim::{Claimed, ClaimedJob, JOIN_PAGE, KnownMaterial, Lease, Progress, Renewed, Scan};
@@ -53,7 +56,7 @@ pub use policy::RefusalRecord;
 pub use prepare::{Chosen, DsmChoice, Intent, Prepared, Step};
 pub use read::{JobFilter, JobView};
 pub use refuse::{KEPT, TOLD_A_MINUTE};
-pub use republish::{EndedPage, REPUBLISH_PAGE, Republication, Republished, Told};
+pub use republish::{REPUBLISH_PAGE, Republication, Republished, Told};
 pub use retry::{FailedChoice, FailedJob, NewRetry, RETRY_PAGE, Retried, Standing};
 pub use rights::RightsFound;
 pub use schema::{Migrated, SchemaError, migrate};
@@ -65,11 +68,12 @@ pub use trail::{Position, TrailRow};
 /// Statements whose cost the suite bounds with `EXPLAIN`.
 pub mod statements {
     pub use super::backlog::{FOLD, LANES_WAITING, LINES_WAITING, WAITING};
+    pub use super::batch::WAITING_PAGE;
     pub use super::claim::{CLAIM, READ};
     pub use super::dead::REFUSALS_OF;
     pub use super::fold::DUE_FOLDS;
     pub use super::lock::{AUDIT_COUNTS, LOCK};
-    pub use super::observe::{EXPIRY, MOST_EVENTS, MOST_EXPIRING, OUTBOX, WORK};
+    pub use super::observe::{EXPIRED_LATELY, EXPIRY, MOST_EVENTS, MOST_EXPIRING, OUTBOX, WORK};
     pub use super::refuse::{KNOWN_REFUSALS, METERS};
     pub use super::session_options;
     pub use super::settle::{END_JOBS, RELEASE};
@@ -80,12 +84,15 @@ pub mod statements {
 use crate::config::Database;
 use crate::telemetry::Metrics;
 use crate::tls::client_config;
-use deadpool_postgres::{Hook, HookError, Manager, ManagerConfig, Object, Pool, RecyclingMethod, Runtime};
+use deadpool_postgres::{
+    Hook, HookError, Manager, ManagerConfig, Object, Pool, PoolError, RecyclingMethod, Runtime, TimeoutType,
+};
 use futures_util::future::{BoxFuture, join_all};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use time::OffsetDateTime;
 use tokio_postgres::config::TargetSessionAttrs;
+use tokio_postgres::error::SqlState;
 use tokio_postgres_rustls::MakeRustlsConnect;
 use written::Tally;
 
@@ -185,8 +192,40 @@ impl Store {
         .await
     }
 
+    /// Whether there is room left for what is written: an idle worker writes nothing by which it would learn that. A sort that
+    /// does not fit into memory takes blocks of the disk on which Postgres's data are and gives them back, and a record in its
+    /// log, of no table, is flushed by the commit. Where temporary files have a place of their own, only that is known.
+    pub async fn check_room(&self) -> Result<(), StoreError> {
+        // A megabyte.
+        const SPILL: &str = "
+            select max(length(filler)) from (
+                select repeat('x', 1000) as filler from generate_series(1, 1000) as n order by filler, n offset 0) as spilt";
+        const WRITE: &str = "select pg_logical_emit_message(true, 'keyferry', '')";
+        self.retrying(|| async {
+            let mut client = self.client().await?;
+            let transaction = client.transaction().await?;
+            transaction.batch_execute("set local work_mem = '64kB'").await?;
+            for statement in [SPILL, WRITE] {
+                match transaction.query_one(statement, &[]).await {
+                    // Who is not let learns nothing by that.
+                    Err(error) if error.code().is_some_and(is_forbidden) => return Ok(()),
+                    done => drop(done?),
+                }
+            }
+            Ok(transaction.commit().await?)
+        })
+        .await
+    }
+
     async fn client(&self) -> Result<Object, StoreError> {
-        Ok(self.pool.get().await?)
+        self.pool.get().await.map_err(|error| {
+            // A connection that was to be made, not one that was to be had.
+            let is_new = matches!(error, PoolError::Backend(_) | PoolError::Timeout(TimeoutType::Create));
+            if let Some(metrics) = self.metrics.as_ref().filter(|_| is_new) {
+                metrics.store_connects_failed.inc();
+            }
+            error.into()
+        })
     }
 
     /// Runs a transaction within its time, and again while it gives way to another. One that met a server that takes no
@@ -222,6 +261,11 @@ impl Store {
             }
         }
     }
+}
+
+/// A limit on temporary files, or a right that was taken away.
+fn is_forbidden(code: &SqlState) -> bool {
+    [SqlState::CONFIGURATION_LIMIT_EXCEEDED, SqlState::INSUFFICIENT_PRIVILEGE].contains(code)
 }
 
 /// Held for an assignment or a look.

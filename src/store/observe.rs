@@ -94,6 +94,16 @@ pub const EXPIRY: &str = "
         order by valid_to limit $2
     ) as soon";
 
+/// How many keys have material that has expired within the last hour and has not been imported again: an index's entries
+/// of that hour, and of none before.
+pub const EXPIRED_LATELY: &str = "
+    select count(distinct kms_key_id) from (
+        select kms_key_id from kms_material
+        where valid_to is not null and removed_at is null
+          and valid_to > keyferry_now() - interval '1 hour' and valid_to <= keyferry_now()
+        order by valid_to desc limit $1
+    ) as lately";
+
 /// Where the first rows are to be looked for. Hints: now and then they must be forgotten.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Bounds {
@@ -193,6 +203,16 @@ impl Store {
             let client = self.client().await?;
             let statement = client.prepare_cached(EXPIRY).await?;
             Ok(client.query_one(&statement, &[&days, &MOST_EXPIRING]).await?.get(0))
+        })
+        .await
+    }
+
+    /// How many keys have material that has expired within the last hour.
+    pub async fn keys_expired_lately(&self) -> Result<i64, StoreError> {
+        self.retrying(|| async {
+            let client = self.client().await?;
+            let statement = client.prepare_cached(EXPIRED_LATELY).await?;
+            Ok(client.query_one(&statement, &[&MOST_EXPIRING]).await?.get(0))
         })
         .await
     }

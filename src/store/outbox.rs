@@ -83,6 +83,25 @@ impl Store {
         .await
     }
 
+    /// Keeps events for another `lease`, counted from now: those that nobody else has taken since.
+    pub async fn keep_events(&self, rows: &[OutboxRow], lease: Duration) -> Result<(), StoreError> {
+        const KEEP: &str = "
+            with kept as materialized (
+                select outbox.id from unnest($1::bigint[], $2::integer[]) as asked(id, attempts)
+                join outbox on outbox.id = asked.id and outbox.attempts = asked.attempts
+                order by outbox.id for update of outbox)
+            update outbox set due_at = keyferry_now() + $3 * interval '1 ms' from kept where outbox.id = kept.id";
+        let ids: Vec<i64> = rows.iter().map(|row| row.id).collect();
+        let attempts: Vec<i32> = rows.iter().map(|row| row.attempts).collect();
+        self.retrying(|| async {
+            let client = self.client().await?;
+            let keep = client.prepare_cached(KEEP).await?;
+            client.execute(&keep, &[&ids, &attempts, &millis(lease)]).await?;
+            Ok(())
+        })
+        .await
+    }
+
     /// Forgets events that the broker has confirmed.
     pub async fn forget_events(&self, ids: &[i64]) -> Result<(), StoreError> {
         const FORGET: &str = "

@@ -55,6 +55,11 @@ pub enum Intent {
         /// How far the job has come in the other Regions.
         replicas: Replicas,
     },
+    /// To take a rotate's material away again, which waits: the end of an abandoned job.
+    Remove {
+        /// AWS's id of it.
+        material_id: String,
+    },
     /// To delete these materials and no others; none: the one of a key without material ids.
     Delete {
         /// AWS's ids.
@@ -169,7 +174,7 @@ impl Store {
         let stopped: Vec<Option<Prepared>> = steps
             .iter()
             .map(|step| {
-                let of_job = stop(held.get(&step.lease));
+                let of_job = stop(step, held.get(&step.lease));
                 of_job.or_else(|| on_hold.contains(&step.job_id).then_some(Prepared::Held))
             })
             .collect();
@@ -214,9 +219,11 @@ impl Store {
 }
 
 /// Why a step is not made, as far as the job itself tells.
-fn stop(held: Option<&Held>) -> Option<Prepared> {
+fn stop(step: &Step, held: Option<&Held>) -> Option<Prepared> {
     match held {
         None => Some(Prepared::LeaseLost),
+        // It is how the job ends.
+        Some(_) if matches!(step.intent, Intent::Remove { .. }) => None,
         // What is in doubt is settled by the same call again.
         Some(held) => held.ends_as(held.is_unsettled()).map(Prepared::Ending),
     }

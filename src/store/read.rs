@@ -2,6 +2,7 @@
 
 use super::{Store, StoreError};
 use crate::job::RequestId;
+use deadpool_postgres::GenericClient;
 use serde_json::Value;
 use std::collections::HashMap;
 use time::OffsetDateTime;
@@ -80,6 +81,8 @@ const TABLES: &str = "
     join line on line.id = job.line_id
     left join progress on progress.job_id = job.id
     left join urgent on urgent.line_id = job.line_id and urgent.seq = job.seq";
+/// The first job of each request.
+const REQUESTS: &str = "select id_hash, job_id from request where principal = $1 and id_hash = any($2)";
 const REFUSAL: &str = "select id, request_id, principal, refused_at, code, field, message, id_hash from refused";
 
 impl Store {
@@ -122,7 +125,8 @@ impl Store {
     }
 
     /// Jobs and refusals by their ids, or by the ids that a principal gave its requests within a CloudEvents source;
-    /// each beside the id by which it was asked for. Refusals come oldest first.
+    /// each beside the id by which it was asked for. A request's id means the last of its job's retries, a job's own id
+    /// just that job. Refusals come oldest first.
     pub async fn find_jobs(
         &self,
         principal: &str,
@@ -153,12 +157,15 @@ impl Store {
             let view = job_view(&row);
             add(own.get(&view.id).map(Vec::as_slice), &view);
         }
-        let by_request = format!(
-            "select {COLUMNS}, request.id_hash {TABLES} join request on request.job_id = job.id
-             where request.principal = $1 and request.id_hash = any($2)"
-        );
-        for row in client.query(&by_request, &[&principal, &hashes]).await? {
-            add(requests.get(row.get::<_, &[u8]>(17)).map(std::slice::from_ref), &job_view(&row));
+        let firsts = client.query(REQUESTS, &[&principal, &hashes]).await?;
+        let firsts: HashMap<Uuid, &String> =
+            firsts.iter().filter_map(|row| Some((row.get(1), *requests.get(row.get::<_, &[u8]>(0))?))).collect();
+        let lasts = last_retries(&client, &firsts.keys().copied().collect::<Vec<_>>()).await?;
+        let meant: HashMap<Uuid, &String> =
+            firsts.iter().map(|(first, asked)| (*lasts.get(first).unwrap_or(first), *asked)).collect();
+        for row in client.query(&by_id, &[&meant.keys().copied().collect::<Vec<_>>()]).await? {
+            let view = job_view(&row);
+            add(meant.get(&view.id).map(std::slice::from_ref), &view);
         }
         // Whoever knows a refusal's id has seen its event: no principal is asked for, as for a job's id.
         let refused_by_id = format!("{REFUSAL} where id = any($1)");
@@ -172,6 +179,39 @@ impl Store {
         }
         Ok(found)
     }
+
+    /// The failed jobs of which this one is a retry, the last one first.
+    pub async fn retried_before(&self, id: Uuid) -> Result<Vec<JobView>, StoreError> {
+        const BEFORE: &str = "
+            with recursive chain(id, step) as (
+                select retry_of, 1 from job where id = $1 and retry_of is not null
+                union all
+                select job.retry_of, chain.step + 1 from chain join job on job.id = chain.id where job.retry_of is not null
+            )
+            select id from chain order by step";
+        let client = self.client().await?;
+        let ids: Vec<Uuid> = client.query(BEFORE, &[&id]).await?.iter().map(|row| row.get(0)).collect();
+        let read = format!("select {COLUMNS} {TABLES} where job.id = any($1)");
+        let mut views: Vec<JobView> = client.query(&read, &[&ids]).await?.iter().map(job_view).collect();
+        views.sort_by_key(|view| ids.iter().position(|id| *id == view.id));
+        Ok(views)
+    }
+}
+
+/// The last of each job's retries, by the job: itself, if it was not retried.
+pub(super) async fn last_retries(client: &impl GenericClient, ids: &[Uuid]) -> Result<HashMap<Uuid, Uuid>, StoreError> {
+    // Depth first along the index of retries; a chain is as long as somebody was patient.
+    const LAST: &str = "
+        with recursive chain(asked, id, step) as (
+            select id, id, 0 from unnest($1::uuid[]) as asked(id)
+            union all
+            select chain.asked, job.id, chain.step + 1 from chain join job on job.retry_of = chain.id
+        )
+        select distinct on (asked) asked, id from chain order by asked, step desc";
+    if ids.is_empty() {
+        return Ok(HashMap::new());
+    }
+    Ok(client.query(LAST, &[&ids]).await?.iter().map(|row| (row.get(0), row.get(1))).collect())
 }
 
 /// The line and the id of a KMS key, by its ARN or its id.

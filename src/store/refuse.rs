@@ -1,17 +1,18 @@
 //! Refusals become durable. The first of a minute have an audit entry and an event each; those beyond are folded.
 //!
 //! What folds together is of one sender and for one reason: nobody hides another's refusal behind a flood of his own.
-//! Whoever writes refusals first locks the meters of their kin, so that each message is counted once, by whichever worker
-//! and however often it comes. Only those beyond [`KEPT`], of which nothing is remembered, are counted again when they come
+//! Whoever writes refusals first waits for his turn among those who refuse the like, and locks the meters of their kin, so that
+//! each message is counted once, by whichever worker and transport and however often it comes. Only those beyond [`KEPT`], of which nothing is remembered, are counted again when they come
 //! again.
 
 use super::accept::{NewRefusal, insert_audit, insert_events};
 use super::{StoreError, fold};
 use crate::audit::{Fact, Kind};
-use crate::job::{Event, RefusalCode};
+use crate::job::{Event, Operation, RefusalCode, RefusalSummary};
 use deadpool_postgres::Transaction;
 use futures_util::try_join;
 use serde_json::json;
+use sha2::{Digest as _, Sha256};
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use time::OffsetDateTime;
 use tokio_postgres::Row;
@@ -23,6 +24,10 @@ pub const TOLD_A_MINUTE: i64 = 10;
 /// Folded refusals of one sender and one code that are remembered at a time, for their dead letters. So many can be sent
 /// again once what they were refused for is mended; a flood takes no more room than these.
 pub const KEPT: i64 = 100_000;
+
+/// Waits for the turn of whoever refuses messages of the same senders for the same reasons, by whichever transport they came:
+/// a message that comes over two is one. Held until the transaction ends, and taken in one order.
+const TURNS: &str = "select pg_advisory_xact_lock(turn) from unnest($1::bigint[]) as turn";
 
 /// Locks meters, in the order of their keys.
 pub const METERS: &str = "
@@ -63,6 +68,18 @@ impl<'a> Kin<'a> {
             ingress: new.ingress,
             code: new.refusal.code.as_str(),
         }
+    }
+
+    /// By which whoever refuses the like waits for each other. Two that share one by chance wait for nothing.
+    fn turn(&self) -> i64 {
+        let mut hash = Sha256::new();
+        for part in ["keyferry refusals", self.principal, self.identity, self.code] {
+            hash.update(part.len().to_be_bytes());
+            hash.update(part);
+        }
+        let mut first = [0; 8];
+        first.copy_from_slice(&hash.finalize()[..8]);
+        i64::from_be_bytes(first)
     }
 }
 
@@ -199,11 +216,17 @@ async fn read<'a>(
     let proved: Vec<bool> = verdicts.iter().map(|verdict| verdict.5).collect();
     let (metered, asked): ([&(dyn ToSql + Sync); 4], [&(dyn ToSql + Sync); 6]) =
         ([&principals, &identities, &ingresses, &codes], [&askers, &hashes, &digests, &reasons, &claims, &proved]);
+    let turns: BTreeSet<i64> = kins.iter().map(Kin::turn).collect();
+    let turns: Vec<i64> = turns.into_iter().collect();
+    let taking: [&(dyn ToSql + Sync); 1] = [&turns];
+    let take = transaction.prepare_cached(TURNS).await?;
     // One round trip: they run in this order.
-    let ((), rows, known) =
-        try_join!(make_meters(transaction, kins), async { Ok(transaction.query(&lock, &metered).await?) }, async {
-            Ok::<_, StoreError>(transaction.query(&known, &asked).await?)
-        },)?;
+    let (_, (), rows, known) = try_join!(
+        async { Ok::<_, StoreError>(transaction.query(&take, &taking).await?) },
+        make_meters(transaction, kins),
+        async { Ok(transaction.query(&lock, &metered).await?) },
+        async { Ok(transaction.query(&known, &asked).await?) },
+    )?;
     // Postgres counts from one.
     let place = |row: &Row| usize::try_from(row.get::<_, i64>(0)).ok()?.checked_sub(1);
     let meters = rows.iter().filter_map(|row| {
@@ -277,9 +300,10 @@ async fn insert<'a>(
 ) -> Result<Vec<&'a NewRefusal>, StoreError> {
     const INSERT: &str = "
         insert into refusal (id, principal, id_hash, digest, code, field, message, request_id, ingress, identity,
-                             identity_verified, policy, refused_at)
-        select *, $13 from unnest($1::uuid[], $2::text[], $3::bytea[], $4::bytea[], $5::text[], $6::text[], $7::text[],
-                             $8::text[], $9::text[], $10::text[], $11::boolean[], $12::text[])
+                             identity_verified, policy, operation, key, traceparent, refused_at, is_whole)
+        select *, $16, true from unnest($1::uuid[], $2::text[], $3::bytea[], $4::bytea[], $5::text[], $6::text[],
+                             $7::text[], $8::text[], $9::text[], $10::text[], $11::boolean[], $12::text[], $13::text[],
+                             $14::text[], $15::text[])
                       as new(id, principal, id_hash, digest, code)
         order by 2, 3, 4, 5, 10, 11
         on conflict do nothing returning id";
@@ -299,7 +323,10 @@ async fn insert<'a>(
     let identities: Vec<Option<&str>> = refusals.iter().map(|new| new.sender.identity.as_deref()).collect();
     let verified: Vec<bool> = refusals.iter().map(|new| new.sender.is_verified).collect();
     let policies: Vec<&str> = refusals.iter().map(|new| new.sender.policy.as_str()).collect();
-    let columns: [&(dyn ToSql + Sync); 13] = [
+    let operations: Vec<Option<&str>> = refusals.iter().map(|new| new.operation.map(Operation::as_str)).collect();
+    let keys: Vec<Option<String>> = refusals.iter().map(|new| new.key.as_ref().map(ToString::to_string)).collect();
+    let traces: Vec<Option<&str>> = refusals.iter().map(|new| new.traceparent.as_deref()).collect();
+    let columns: [&(dyn ToSql + Sync); 16] = [
         &ids,
         &principals,
         &hashes,
@@ -312,6 +339,9 @@ async fn insert<'a>(
         &identities,
         &verified,
         &policies,
+        &operations,
+        &keys,
+        &traces,
         &now,
     ];
     let rows = transaction.query(&insert, &columns).await?;
@@ -340,18 +370,22 @@ async fn tell(transaction: &Transaction<'_>, new: &[&NewRefusal], now: OffsetDat
         (new.id, 1, fact.entry(new.id, 1, now))
     });
     insert_audit(transaction, entries.collect()).await?;
-    let events = new.iter().map(|new| {
-        Event::of_refusal(
-            new.id,
-            &new.principal,
-            new.request_id.as_deref(),
-            new.operation,
-            new.key.as_ref(),
-            &new.refusal,
-            now,
-        )
-    });
+    let events = new.iter().map(|new| Event::of_refusal(&summary(new), now));
     insert_events(transaction, &events.collect::<Vec<_>>()).await
+}
+
+fn summary(new: &NewRefusal) -> RefusalSummary<'_> {
+    RefusalSummary {
+        id: new.id,
+        principal: &new.principal,
+        request_id: new.request_id.as_deref(),
+        operation: new.operation.map(Operation::as_str),
+        key: new.key.as_ref(),
+        code: new.refusal.code.as_str(),
+        field: new.refusal.field.as_deref(),
+        message: &new.refusal.message,
+        traceparent: new.traceparent.as_deref(),
+    }
 }
 
 #[cfg(test)]

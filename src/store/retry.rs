@@ -4,6 +4,9 @@
 //! this chain, so that asking twice never makes two jobs of one.
 
 use super::accept::{Wanted, insert_audit, lengthen, read_keys};
+use super::batch::{JobPage, LOOK};
+use super::read::last_retries;
+use super::summary::unreadable;
 use super::{DsmChoice, Store, StoreError, backlog, urgent};
 use crate::audit::{Fact, Kind};
 use crate::job::{KeyArn, Request, RequestId};
@@ -100,6 +103,8 @@ pub struct NewRetry {
     pub rule: Option<String>,
     /// The digest of the policy.
     pub policy: String,
+    /// It is abandoned from the start: it takes away what the failed rotate has left, and ends.
+    pub abandons: bool,
 }
 
 /// What became of a retry.
@@ -116,19 +121,10 @@ pub enum Retried {
 impl Store {
     /// Where jobs stand, in the order of `ids`.
     pub async fn standing(&self, ids: &[Uuid]) -> Result<Vec<Standing>, StoreError> {
-        // Depth first along the index of retries; a chain is as long as somebody was patient.
-        const LAST: &str = "
-            with recursive chain(asked, id, step) as (
-                select id, id, 0 from unnest($1::uuid[]) as asked(id)
-                union all
-                select chain.asked, job.id, chain.step + 1 from chain join job on job.retry_of = chain.id
-            )
-            select distinct on (asked) asked, id from chain order by asked, step desc";
         self.retrying(|| async {
             let mut client = self.client().await?;
             let transaction = client.transaction().await?;
-            let last: HashMap<Uuid, Uuid> =
-                transaction.query(LAST, &[&ids]).await?.iter().map(|row| (row.get(0), row.get(1))).collect();
+            let last = last_retries(&transaction, ids).await?;
             let standing = read(&transaction, &last.values().copied().collect::<Vec<_>>()).await?;
             let of = |id| last.get(id).and_then(|last| standing.get(last)).cloned().unwrap_or(Standing::Unknown);
             Ok(ids.iter().map(of).collect())
@@ -136,25 +132,26 @@ impl Store {
         .await
     }
 
-    /// Failed jobs of a batch that were not retried and were accepted before `before`, in the order of their ids, after
-    /// `after`; with one code only if one is given.
+    /// A page of a batch's jobs: those that failed, were not retried and were accepted before `before`; with one code only
+    /// if one is given.
     pub async fn failed_of_batch(
         &self,
         batch: &str,
         code: Option<&str>,
         after: Uuid,
         before: OffsetDateTime,
-    ) -> Result<Vec<Uuid>, StoreError> {
+    ) -> Result<JobPage, StoreError> {
         const READ: &str = "
-            select id from job
-            where batch = $1 and id > $2 and accepted_at < $3 and state = 'failed' and ($4::text is null or error ->> 'code' = $4)
-              and not exists (select from job as retry where retry.retry_of = job.id)
-            order by batch, id limit $5";
-        let most = i64::try_from(RETRY_PAGE).unwrap_or(i64::MAX);
-        let client = self.client().await?;
-        let read = client.prepare_cached(READ).await?;
-        let rows = client.query(&read, &[&batch, &after, &before, &code, &most]).await?;
-        Ok(rows.iter().map(|row| row.get(0)).collect())
+            select id, state = 'failed' and accepted_at < $3 and ($4::text is null or code = $4)
+                       and not exists (select from job as retry where retry.retry_of = page.id)
+            from (select id, state, accepted_at, error ->> 'code' as code from job
+                  where batch = $1 and id > $2 order by batch, id limit $5) as page order by id";
+        self.retrying(|| async {
+            let client = self.client().await?;
+            let read = client.prepare_cached(READ).await?;
+            Ok(JobPage::of(&client.query(&read, &[&batch, &after, &before, &code, &LOOK]).await?))
+        })
+        .await
     }
 
     /// Makes up to [`RETRY_PAGE`] retries in one transaction; what became of each, in their order. Each has the time that
@@ -250,9 +247,7 @@ fn standing(row: &Row) -> Standing {
         "succeeded" => Standing::Succeeded(id),
         _ => match failed_job(row) {
             Some(job) => Standing::Failed(Box::new(job)),
-            None => Standing::Unreadable(format!(
-                "job {id} cannot be read; was it written by a newer version? Use that one"
-            )),
+            None => Standing::Unreadable(unreadable(id)),
         },
     }
 }
@@ -331,7 +326,7 @@ impl FailedJob {
                 "identity": self.identity,
                 "rule": retry.rule,
                 "policy": retry.policy,
-                "ingress": "retry",
+                "ingress": if retry.abandons { "abandon" } else { "retry" },
                 "operator": operator,
                 "retry_of": self.id,
                 "request_source": self.request.source,
@@ -374,10 +369,12 @@ async fn make(
     let places = take_places(transaction, making, &lanes, now).await?;
     write_jobs(transaction, making, &lanes, &places, now).await?;
     write_choices(transaction, making).await?;
+    abandon(transaction, making, now).await?;
     write_future(transaction, making, now).await?;
     let mut entries = Vec::new();
     for (retry, job) in making {
-        let facts = std::iter::once(job.accepted(retry, operator)).chain(job.chosen());
+        let abandoned = retry.abandons.then(|| Fact::new(Kind::AbandonRequested, json!({"operator": operator})));
+        let facts = std::iter::once(job.accepted(retry, operator)).chain(job.chosen()).chain(abandoned);
         entries.extend((1..).zip(facts).map(|(n, fact)| (retry.id, n, fact.entry(retry.id, n, now))));
     }
     insert_audit(transaction, entries).await?;
@@ -432,6 +429,20 @@ async fn write_jobs(
     Ok(())
 }
 
+/// Those that are only there to clear away are to be ended before any worker sees them.
+async fn abandon(
+    transaction: &Transaction<'_>,
+    making: &[(&NewRetry, &FailedJob)],
+    now: OffsetDateTime,
+) -> Result<(), StoreError> {
+    const MARK: &str = "insert into cancellation (job_id, requested_at, abandons) select id, $2, true from unnest($1::uuid[]) as new(id)";
+    let ids: Vec<Uuid> = making.iter().filter(|(retry, _)| retry.abandons).map(|(retry, _)| retry.id).collect();
+    if !ids.is_empty() {
+        transaction.execute(MARK, &[&ids, &now]).await?;
+    }
+    Ok(())
+}
+
 /// The choices are durable with the jobs: every attempt imports the same bytes as the failed job.
 async fn write_choices(transaction: &Transaction<'_>, making: &[(&NewRetry, &FailedJob)]) -> Result<(), StoreError> {
     const INSERT: &str = "
@@ -443,14 +454,17 @@ async fn write_choices(transaction: &Transaction<'_>, making: &[(&NewRetry, &Fai
                     $8::integer[], $9::text[])
              as new(job_id, audit_n, source_key_id, connection, key_id, key_name, fingerprint, version, delete_ids)
         order by job_id";
-    let chosen: Vec<(Uuid, &FailedChoice)> =
-        making.iter().filter_map(|(retry, job)| Some((retry.id, job.choice.as_ref()?))).collect();
+    let chosen: Vec<(&NewRetry, &FailedChoice)> =
+        making.iter().filter_map(|(retry, job)| Some((*retry, job.choice.as_ref()?))).collect();
     if chosen.is_empty() {
         return Ok(());
     }
-    let jobs: Vec<Uuid> = chosen.iter().map(|(id, _)| *id).collect();
-    let counts: Vec<i32> =
-        chosen.iter().map(|(_, choice)| if matches!(choice, FailedChoice::Delete { .. }) { 1 } else { 2 }).collect();
+    let jobs: Vec<Uuid> = chosen.iter().map(|(retry, _)| retry.id).collect();
+    // Accepted; which material is chosen; and that it is abandoned.
+    let entries = |(retry, choice): &(&NewRetry, &FailedChoice)| {
+        1 + i32::from(!matches!(choice, FailedChoice::Delete { .. })) + i32::from(retry.abandons)
+    };
+    let counts: Vec<i32> = chosen.iter().map(entries).collect();
     let local = |choice: &FailedChoice| match choice {
         FailedChoice::Local { id, .. } => Some(*id),
         _ => None,

@@ -6,7 +6,7 @@ use super::deletions::Deletions;
 use super::lock::{Held, lock};
 use super::{Ending, Lease, Store, StoreError, abandon, backlog, together, urgent};
 use crate::audit::{Fact, Kind};
-use crate::job::{Event, Failure, JobResult, JobSummary, KeyArn, ScarceCall, failure_json};
+use crate::job::{Event, Failure, JobResult, JobSummary, KeyArn, Operation, ScarceCall, failure_json};
 use crate::source::Fingerprint;
 use deadpool_postgres::Transaction;
 use futures_util::FutureExt as _;
@@ -282,7 +282,7 @@ impl Store {
         };
         let ending: HashMap<Lease, (Ending, Settlement)> =
             settlements.iter().filter_map(|end| Some((end.lease, end.as_ended(held.get(&end.lease)?)?))).collect();
-        let ending = with_materials(&transaction, ending).await?;
+        let ending = with_materials(&transaction, settlements, ending).await?;
         let valid: Vec<(&Settlement, &Held)> = settlements
             .iter()
             .filter_map(|end| {
@@ -344,12 +344,25 @@ impl SettlementKind {
     fn is_end(&self) -> bool {
         matches!(self, Self::Ended { .. })
     }
+
+    /// What AWS has answered to a job that is to be tried again.
+    fn answer(&self) -> Option<&Answered> {
+        match self {
+            Self::Retry { state, .. } => state.answered.as_ref(),
+            Self::Ended { .. } | Self::PutBack { .. } => None,
+        }
+    }
 }
 
 impl Settlement {
     /// The end instead of this, if an operator wants the job ended, and has either abandoned it or nothing is in doubt any
     /// more. What may be on the key is still to be added.
     fn as_ended(&self, held: &Held) -> Option<(Ending, Self)> {
+        let waits = matches!(&self.kind, SettlementKind::Retry { state, .. } if state.waiting.is_some());
+        if self.job.operation == Operation::Rotate.as_str() && (waits || held.has_changed) {
+            // What it has brought is known to its worker, which ends it at its next claim.
+            return None;
+        }
         let is_unsettled = match &self.kind {
             SettlementKind::Ended { .. } => return None,
             SettlementKind::Retry { state, .. } => state.in_doubt || state.answered.is_some() || held.is_answered,
@@ -481,12 +494,18 @@ impl Ended {
     }
 }
 
-/// What jobs that were abandoned may have put on their keys is on record like what others have.
+/// What jobs that were abandoned may have put on their keys is on record like what others have, with what AWS answered to
+/// the attempts that ended.
 async fn with_materials(
     transaction: &Transaction<'_>,
+    settlements: &[&Settlement],
     mut ending: HashMap<Lease, (Ending, Settlement)>,
 ) -> Result<HashMap<Lease, (Ending, Settlement)>, StoreError> {
     let in_doubt = |settlement: &Settlement| matches!(&settlement.kind, SettlementKind::Ended { outcome: Err(failure), .. } if failure.aws_changed);
+    let answers =
+        settlements.iter().filter(|end| ending.get(&end.lease).is_some_and(|(how, _)| *how == Ending::Abandoned));
+    let answers: Vec<(Uuid, &Answered)> = answers.filter_map(|end| Some((end.job.id, end.kind.answer()?))).collect();
+    abandon::note_answers(transaction, &answers).await?;
     let jobs: Vec<Uuid> = ending
         .values()
         .filter(|(ending, settlement)| *ending == Ending::Abandoned && in_doubt(settlement))
@@ -494,8 +513,11 @@ async fn with_materials(
         .collect();
     let mut found = abandon::materials(transaction, &jobs).await?;
     for (_, settlement) in ending.values_mut() {
-        if let SettlementKind::Ended { material, .. } = &mut settlement.kind {
+        if let SettlementKind::Ended { outcome, material, .. } = &mut settlement.kind {
             *material = found.remove(&settlement.job.id).map(|(_, material)| material);
+            if let Some(failure) = material.as_ref().and_then(abandon::failure) {
+                *outcome = Err(failure);
+            }
         }
     }
     Ok(ending)

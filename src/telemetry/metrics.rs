@@ -50,10 +50,14 @@ pub struct Metrics {
     pub broker_sessions: IntCounterVec,
     /// Those of them that ended by a fault, by the same.
     pub broker_sessions_broken: IntCounterVec,
+    /// Tries to open a session that failed, by the same.
+    pub broker_sessions_failed: IntCounterVec,
     /// Whether RabbitMQ takes no messages on a session's connection, for want of memory or disk, by transport and role.
     pub broker_blocked: IntGaugeVec,
     /// Transactions that Postgres did not carry out, by what ailed it: see the store's kinds.
     pub store_faults: IntCounterVec,
+    /// Tries to connect to Postgres that failed.
+    pub store_connects_failed: IntCounter,
     /// Messages of SQS that this process could do no more about and that come again, by reason: `not_deleted`,
     /// `not_dead_lettered`, `receipt_lost`.
     pub sqs_messages_left: IntCounterVec,
@@ -81,6 +85,8 @@ pub struct Metrics {
     pub keys_expiring: IntGaugeVec,
     /// KMS keys with material that has expired.
     pub keys_expired: IntGauge,
+    /// Those of them that have within the last hour.
+    pub keys_expired_lately: IntGauge,
     /// When the gauges of the whole store were last read.
     pub store_sampled: IntGauge,
     /// Connections of the pool, by state.
@@ -167,8 +173,17 @@ impl Metrics {
                 "Sessions with a broker that ended by a fault.",
                 &["transport", "role"],
             )?,
+            broker_sessions_failed: counters(
+                "keyferry_broker_sessions_failed_total",
+                "Tries to open a session with a broker that failed.",
+                &["transport", "role"],
+            )?,
             broker_blocked: broker_blocked(&registry)?,
             store_faults: store_faults(&registry)?,
+            store_connects_failed: counter(
+                "keyferry_store_connects_failed_total",
+                "Tries to connect to PostgreSQL that failed.",
+            )?,
             sqs_messages_left: counters(
                 "keyferry_sqs_messages_left_total",
                 "Messages of SQS that could not be settled and come again.",
@@ -205,6 +220,11 @@ impl Metrics {
                 &registry,
                 "keyferry_keys_expired",
                 "KMS keys with material that has expired; 5,000 stands for that many or more.",
+            )?,
+            keys_expired_lately: gauge(
+                &registry,
+                "keyferry_keys_expired_last_hour",
+                "KMS keys with material that has expired within the last hour; 5,000 stands for that many or more.",
             )?,
             store_sampled: gauge(
                 &registry,
@@ -260,6 +280,7 @@ impl Metrics {
             for role in ["ingress", "events"] {
                 metrics.broker_sessions.with_label_values(&[transport, role]);
                 metrics.broker_sessions_broken.with_label_values(&[transport, role]);
+                metrics.broker_sessions_failed.with_label_values(&[transport, role]);
             }
         }
         for reason in ["not_deleted", "not_dead_lettered", "receipt_lost"] {

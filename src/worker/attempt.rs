@@ -10,6 +10,7 @@ mod dry_run;
 mod end;
 mod import;
 mod judge;
+mod remove;
 mod replicate;
 mod rotate;
 mod source_key;
@@ -115,6 +116,9 @@ impl Attempt {
 
 impl Run {
     async fn steps(&mut self) -> Or<Settlement> {
+        if let Some(id) = self.to_remove() {
+            return self.remove(&id).await;
+        }
         self.authorise().await?;
         self.may_run()?;
         let before = self.describe().await?;

@@ -221,9 +221,10 @@ impl Meters {
         self.expiring.of(within).set(keys);
     }
 
-    /// How many have material that has expired.
-    pub(super) fn note_expired(&self, keys: i64) {
+    /// How many have material that has expired, and how many of them within the last hour.
+    pub(super) fn note_expired(&self, keys: i64, lately: i64) {
         self.metrics.keys_expired.set(keys);
+        self.metrics.keys_expired_lately.set(lately);
     }
 }
 

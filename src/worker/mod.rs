@@ -48,6 +48,8 @@ const PAGES: usize = 4;
 /// So often the backlog's changes are folded from the first on, for those that were committed late, and old refusals
 /// forgotten.
 const THOROUGH_EVERY: Duration = Duration::from_secs(60);
+/// How often it is looked whether the store's disk has room.
+const ROOM_EVERY: Duration = Duration::from_secs(15);
 
 /// What a worker works with.
 #[derive(Debug)]
@@ -414,6 +416,7 @@ async fn keep_house(context: Arc<Context>, stop: CancellationToken) {
     let mut pause = HOUSEKEEPING;
     let mut holds = Vec::new();
     let (mut folded, mut thorough_at) = (0, Instant::now());
+    let (mut has_room, mut room_at) = (true, Instant::now());
     loop {
         tokio::select! {
             () = stop.cancelled() => return,
@@ -432,7 +435,12 @@ async fn keep_house(context: Arc<Context>, stop: CancellationToken) {
         let folding = folding.inspect_err(|error| tracing::warn!(%error, "the backlog's changes could not be folded"));
         let seeing = see_folds(&context, is_thorough).await;
         let seeing = seeing.inspect_err(|error| tracing::warn!(%error, "folded refusals could not be told of"));
-        let is_whole = [&woken, &folding, &seeing].into_iter().all(Result::is_ok);
+        if !has_room || Instant::now() >= room_at {
+            room_at = Instant::now() + ROOM_EVERY;
+            let room = context.store.check_room().await.inspect_err(away);
+            has_room = room.inspect_err(|error| tracing::warn!(%error, "the store has no room for writes")).is_ok();
+        }
+        let is_whole = [&woken, &folding, &seeing].into_iter().all(Result::is_ok) && has_room;
         if [woken, folding, seeing].into_iter().any(|more| more.unwrap_or(false)) {
             pause = Duration::ZERO;
         }

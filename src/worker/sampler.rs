@@ -41,7 +41,7 @@ pub(super) async fn sample(context: Arc<Context>, stop: CancellationToken) {
 async fn sample_once(context: &Context, bounds: &mut Bounds, is_seldom: bool) -> Result<(), StoreError> {
     let (store, meters) = (&context.store, &context.meters);
     if is_seldom {
-        meters.note_expired(store.keys_expiring(Duration::ZERO).await?);
+        meters.note_expired(store.keys_expiring(Duration::ZERO).await?, store.keys_expired_lately().await?);
         for &within in Within::ALL {
             meters.note_expiring(within, store.keys_expiring(within.span()).await?);
         }

@@ -7,7 +7,6 @@ use crate::support::{eventually, http};
 use keyferry::telemetry::Metrics;
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
-use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -83,14 +82,21 @@ impl Prometheus {
              scrape_configs: [{{job_name: keyferry, static_configs: [{{targets: [{target:?}]}}]}}]\n"
         );
         std::fs::write(directory.join("prometheus.yml"), config).unwrap();
-        // It does not say which port it was given: one that was free a moment ago. Whoever takes it first ends the other.
-        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let mut command = Command::new("prometheus");
         command
             .arg(format!("--config.file={}", directory.join("prometheus.yml").display()))
             .arg(format!("--storage.tsdb.path={}", directory.join("prometheus").display()))
-            .arg(format!("--web.listen-address=127.0.0.1:{port}"));
+            .arg("--web.listen-address=127.0.0.1:0");
         let mut process = Process::start(&mut command, directory.join("prometheus.log"));
+        // It does not say which port it was given.
+        let port = eventually("Prometheus listens", || {
+            let (ended, log, port) = (process.ended(), process.log(), process.listens_on());
+            async move {
+                assert!(ended.is_none(), "Prometheus ended:\n{log}");
+                port
+            }
+        })
+        .await;
         let (url, client) = (format!("http://127.0.0.1:{port}"), http());
         eventually("Prometheus is ready", || {
             let (ended, log) = (process.ended(), process.log());

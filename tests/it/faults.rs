@@ -5,8 +5,10 @@ use crate::support::broker::JOBS;
 use crate::support::eventually;
 use crate::support::link::Link;
 use crate::support::private_broker::PrivateBroker;
+use crate::support::private_postgres::{Crash, PrivatePostgres};
 use crate::support::world::{Tuning, World, request};
 use serde_json::json;
+use std::path::PathBuf;
 use std::time::Duration;
 
 /// Lines of a worker's log while something is away for some seconds. Whoever spins writes thousands.
@@ -115,6 +117,7 @@ async fn postgres_that_restarts_is_found_again() {
     };
     eventually("faults are counted", refused).await;
     assert!(world.lines() - lines < MOST_LINES, "{} lines", world.lines() - lines);
+    world.shows("keyferry_store_connects_failed_total", 1.0).await;
     assert_eq!(world.vhost.ready(JOBS).await, 0, "the message is kept in hand");
     world.unlock_postgres().await;
     link.open();
@@ -190,6 +193,95 @@ async fn postgres_without_a_free_connection_is_waited_for() {
     world.finish().await;
 }
 
+/// Of the sessions of a worker: each temporary file that they make is on a disk that is full. Removed when it is dropped.
+struct FullDisk(PathBuf);
+
+impl FullDisk {
+    async fn of(world: &World) -> Self {
+        let directory: String = world.client.query_one("show data_directory", &[]).await.unwrap().get(0);
+        // Made by the first sort that does not fit into memory.
+        let spill = "set work_mem = '64kB'; select max(n) from (select n from generate_series(1, 100000) as n
+                     order by -n offset 0) as spilt; reset work_mem";
+        world.client.batch_execute(spill).await.unwrap();
+        Self(PathBuf::from(directory).join("base/pgsql_tmp"))
+    }
+
+    /// Also of sessions that were made since.
+    async fn fill(&self, world: &World) {
+        let sessions =
+            "select pid from pg_stat_activity where datname = current_database() and usename = 'keyferry_worker'";
+        for row in world.client.query(sessions, &[]).await.unwrap() {
+            for n in 0..100 {
+                let file = self.0.join(format!("pgsql_tmp{}.{n}", row.get::<_, i32>(0)));
+                // It may be there, made by us.
+                drop(std::os::unix::fs::symlink("/dev/full", file));
+            }
+        }
+    }
+}
+
+impl Drop for FullDisk {
+    fn drop(&mut self) {
+        for file in std::fs::read_dir(&self.0).unwrap().flatten() {
+            // Those of other tests' sorts are files.
+            if file.file_type().is_ok_and(|kind| kind.is_symlink()) {
+                drop(std::fs::remove_file(file.path()));
+            }
+        }
+    }
+}
+
+/// Nothing is to be done, and so nothing is written that could fail.
+#[tokio::test]
+async fn an_idle_worker_is_not_ready_while_postgres_has_no_room() {
+    let mut world = World::with_worker(Tuning::default()).await;
+    world.symmetric_key("payroll").await;
+    let lines = world.lines();
+    let full = FullDisk::of(&world).await;
+    eventually("/readyz says so", || async {
+        full.fill(&world).await;
+        let (_, body) = world.workers[0].ready().await?;
+        (body.trim() == "not ready: store").then_some(())
+    })
+    .await;
+    assert!(world.workers[0].metric(&store_faults("disk_full")).await >= 1.0);
+    drop(full);
+    world.says("ready").await;
+    assert!(world.lines() - lines < MOST_LINES, "{} lines", world.lines() - lines);
+    world.ask(&["r1"]).await;
+    world.succeeded("r1").await;
+    world.finish().await;
+}
+
+/// No answer of a server that goes in the middle of everything is lost, and none is given twice.
+#[tokio::test]
+async fn postgres_that_crashes_with_jobs_under_way_loses_none() {
+    let postgres = PrivatePostgres::start().await;
+    let mut world = World::on(Tuning::hasty(), &postgres).await;
+    world.symmetric_key("payroll").await;
+    world.respell("[database]", "[database]\nstatement_timeout_ms = 2000\nconnect_timeout_ms = 2000");
+    world.serve().await;
+    let arns = world.fake.seed(json!({"count": 20})).await;
+    for (round, crash) in [Crash::Immediate, Crash::Killed].into_iter().enumerate() {
+        let named = json!({"source_key_identifier": "payroll"});
+        world.fake.fault("ImportKeyMaterial", &arns[round], Some(1), json!({"kind": "hold"})).await;
+        let wave = (0..40).map(|n| request(&format!("r{round}-{n}"), &arns[n % 20], named.clone())).collect();
+        world.publish_all(wave).await;
+        let ended = format!("select count(*) from job where state <> 'waiting' and request_id like 'r{round}-%'");
+        world.fake.held(1, "ImportKeyMaterial", &arns[round]).await;
+        eventually("some have ended", || async { (world.count(&ended).await >= 5).then_some(()) }).await;
+        postgres.crash(crash).await;
+        world.says("not ready: store").await;
+        world.fake.release(&arns[round]).await;
+        postgres.start_again().await;
+        world.client = world.db.client().await;
+        world.says("ready").await;
+        world.until("all of the wave have succeeded", &format!("{ended} and state = 'succeeded'"), 40).await;
+    }
+    assert!(world.sessions("ingress").await < 1.5, "the consumer is not rebuilt");
+    world.finish().await;
+}
+
 #[tokio::test]
 async fn a_broker_that_swallows_everything_is_found_out_by_its_heartbeat() {
     let mut world = World::new(Tuning::default()).await;
@@ -211,6 +303,10 @@ async fn a_broker_that_swallows_everything_is_found_out_by_its_heartbeat() {
     eventually("it is tried again and again", || async { (link.made() >= made + 6).then_some(()) }).await;
     assert!(world.lines() - lines < 60, "{} lines in a few attempts", world.lines() - lines);
     assert!(world.sessions("events").await < world.sessions("ingress").await + 1.5, "no session is opened meanwhile");
+    for role in ["ingress", "events"] {
+        let failed = format!("keyferry_broker_sessions_failed_total{{role=\"{role}\",transport=\"rabbitmq\"}}");
+        world.shows(&failed, 1.0).await;
+    }
     // The tests' own connection does not go by the link.
     world.ask(&["r1"]).await;
     link.open();
@@ -239,11 +335,19 @@ async fn a_broker_that_is_short_of_memory_is_waited_for_and_one_that_restarts_is
     world.says("not ready: events (blocked by the broker)").await;
     world.shows(BLOCKED, 1.0).await;
     let lines = world.lines();
-    tokio::time::sleep(Duration::from_secs(7)).await;
+    // Longer than a relay's lease, by the store's clock: the window stays with the one that has it, whoever else looks.
+    world.serve().await;
+    let kept = "select count(*) from outbox where due_at > keyferry_now() + interval '25 s'";
+    for _ in 0..3 {
+        world.until("the relay keeps its window", kept, 3).await;
+        world.db.advance(Duration::from_secs(11)).await;
+    }
+    world.until("the relay keeps its window", kept, 3).await;
+    assert_eq!(world.count("select count(*) from outbox where attempts > 1").await, 0, "another relay took the window");
     assert_eq!(world.workers[0].ready().await.unwrap().1.trim(), "not ready: events (blocked by the broker)");
     assert!(world.count("select count(*) from outbox").await > 0);
     assert!(world.sessions("events").await < 1.5, "a blocked session is not given up");
-    assert!(world.lines() - lines < 40, "{} lines in seven seconds", world.lines() - lines);
+    assert!(world.lines() - lines < 40, "{} lines in half a minute", world.lines() - lines);
     broker.block(false).await;
     world.until("the events are told", "select count(*) from outbox", 0).await;
     world.says("ready").await;

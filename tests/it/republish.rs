@@ -71,6 +71,58 @@ async fn every_event_is_published_again_byte_for_byte() {
 }
 
 #[tokio::test]
+async fn events_of_refusals_carry_their_trace_and_are_published_again() {
+    const TRACE: &str = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+    let mut world = World::with_worker(Tuning::default()).await;
+    let arn = world.fake.key().await;
+    let elsewhere = arn.replace("eu-central-1", "eu-west-3");
+    world.send(Message::of(&request("no-target", &elsewhere, json!({}))).with("traceparent", TRACE)).await;
+    world.publish_all((0..12).map(|n| request(&format!("odd-{n}"), &arn, json!({"colour": n}))).collect()).await;
+    world.refused(13).await;
+    world.db.advance(std::time::Duration::from_secs(120)).await;
+    world.until("the fold is told of", "select count(*) from refusal_fold where told_at is null", 0).await;
+    world.until("all are told", "select count(*) from outbox", 0).await;
+    let told = by_id(world.events().await);
+    assert_eq!(told.len(), 12, "one for itself, ten of a code, and one for the other two");
+    let traced: Vec<&Received> =
+        world.events().await.iter().filter(|event| event.headers.contains_key("traceparent")).collect();
+    let body: Value = serde_json::from_slice(&traced[0].body).unwrap();
+    assert_eq!(
+        (traced.len(), &traced[0].headers["traceparent"], &body["traceparent"]),
+        (1, &TRACE.to_owned(), &json!(TRACE))
+    );
+    assert_eq!(traced[0].routing_key, "job.rejected.import.111122223333.eu-west-3");
+
+    let republish = async |world: &World, arguments: &[&str]| {
+        let ran = world.run(&[&["events", "republish", "--json"], arguments].concat()).await;
+        world.until("all are told", "select count(*) from outbox", 0).await;
+        ran
+    };
+    let ran = republish(&world, &["--since", "1h", "--outcome", "rejected"]).await;
+    assert_eq!((ran.code, &ran.json()["events"]), (Some(0), &json!(12)), "{ran:?}");
+    for (id, copies) in by_id(world.events().await) {
+        assert!(copies.len() == 2 && copies[0] == copies[1], "{id}: {copies:?}");
+    }
+    for (arguments, events) in [
+        (["--since", "1h", "--outcome", "succeeded"], 0),
+        (["--since", "1h", "--until", "0s"], 12),
+        (["--job", "no-target", "--outcome", "rejected"], 1),
+    ] {
+        let ran = republish(&world, &[&arguments[..], &["--dry-run"]].concat()).await;
+        assert_eq!((ran.code, &ran.json()["events"]), (Some(0), &json!(events)), "{arguments:?}: {ran:?}");
+    }
+    // Whichever of the folded ones is named, it is their one event.
+    let folded: uuid::Uuid = world.client.query_one("select id from refusal_folded limit 1", &[]).await.unwrap().get(0);
+    let ran = republish(&world, &["--job", &folded.to_string()]).await;
+    assert_eq!((ran.code, &ran.json()["events"]), (Some(0), &json!(1)), "{ran:?}");
+    // What an older version recorded of a refusal is not all that its event said.
+    world.client.batch_execute("update refusal set is_whole = false where request_id = 'no-target'").await.unwrap();
+    let ran = republish(&world, &["--job", "no-target"]).await;
+    assert!(ran.code == Some(1) && ran.json()["unreadable"] == 1 && ran.json()["events"] == 0, "{ran:?}");
+    world.finish().await;
+}
+
+#[tokio::test]
 async fn what_is_meant_is_chosen_by_job_batch_time_and_outcome() {
     let mut world = lived_in().await;
     let import = world.job("import").await.unwrap();

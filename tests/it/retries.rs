@@ -66,8 +66,9 @@ async fn a_failed_import_is_done_again_with_the_key_that_it_had_generated() {
     assert_eq!(over.code, Some(1));
     let waited = world.run(&["jobs", "wait", "--batch", "b", "--json"]).await;
     assert_eq!((waited.code, waited.json()), (Some(0), json!([{"state": "succeeded", "code": "", "count": 1}])));
-    let shown = world.run(&["jobs", "show", "r1", "--json"]).await;
+    let shown = world.run(&["jobs", "show", &failed.id.to_string(), "--json"]).await;
     assert_eq!((&shown.json()[0]["retried_by"], &shown.json()[0]["retry_of"]), (&json!(retry), &Value::Null));
+    assert_eq!(shown.json().as_array().unwrap().len(), 1);
     let shown = world.run(&["jobs", "show", &retry.to_string(), "--json"]).await;
     assert_eq!(shown.json()[0]["retry_of"], json!(failed.id));
     let told = world.events_of("r1").await;
@@ -76,6 +77,72 @@ async fn a_failed_import_is_done_again_with_the_key_that_it_had_generated() {
     assert_eq!(world.run(&["jobs", "retry", "--batch", "nobody"]).await.code, Some(1));
     assert_eq!(world.run(&["jobs", "retry", "--code", "access_denied", "r1"]).await.code, Some(2));
     assert_eq!(world.run(&["jobs", "retry", "--batch", "b", "--code", "no-such-code"]).await.code, Some(2));
+    world.finish().await;
+}
+
+fn ids(ran: &Ran) -> Vec<String> {
+    ran.json().as_array().unwrap().iter().map(|job| job["id"].as_str().unwrap().to_owned()).collect()
+}
+
+#[tokio::test]
+async fn the_id_of_a_request_means_the_last_of_its_retries() {
+    let mut world = World::with_worker(Tuning::default()).await;
+    let arn = world.fake.key().await;
+    assert_eq!(world.run(&["hold", "everything"]).await.code, Some(0));
+    world.publish(request("r1", &arn, json!({}))).await;
+    world.until("it waits", "select count(*) from job", 1).await;
+    assert_eq!(world.run(&["jobs", "cancel", "r1"]).await.code, Some(0));
+    let first = world.job("r1").await.unwrap().id.to_string();
+    let second = made(&world.run(&["jobs", "retry", "r1", "--json"]).await).to_string();
+    // What has not ended is what is waited for, told of, cancelled and abandoned; not the job that failed first.
+    let waited = world.run(&["jobs", "wait", "r1", "--timeout", "1s"]).await;
+    assert_eq!(waited.code, Some(4), "{waited:?}");
+    let told = world.run(&["events", "republish", "--job", "r1"]).await;
+    assert!(told.code == Some(1) && told.err.contains("has not ended"), "{told:?}");
+    let cancelled = world.run(&["jobs", "cancel", "r1", "--json"]).await;
+    assert_eq!((ids(&cancelled), became(&cancelled)), (vec![second.clone()], vec!["cancelled".into()]));
+    let third = made(&world.run(&["jobs", "retry", "r1", "--json"]).await).to_string();
+    let abandoned = world.run(&["jobs", "abandon", "r1", "--yes", "--json"]).await;
+    assert_eq!((&abandoned.json()["id"], &abandoned.json()["became"]), (&json!(third), &json!("abandoned")));
+    let shown = world.run(&["jobs", "show", "r1", "--json"]).await;
+    assert_eq!(ids(&shown), [third.clone(), second.clone(), first.clone()], "{shown:?}");
+    let links = |at: usize| (shown.json()[at]["retry_of"].clone(), shown.json()[at]["retried_by"].clone());
+    assert_eq!(links(0), (json!(second), Value::Null));
+    assert_eq!(links(1), (json!(first), json!(third)));
+    assert_eq!(links(2), (Value::Null, json!(second)));
+    // A job's own id means that job.
+    for (id, wait) in [(&first, 3), (&second, 3)] {
+        assert_eq!(ids(&world.run(&["jobs", "show", id, "--json"]).await), [id.clone()]);
+        assert_eq!(world.run(&["jobs", "wait", id]).await.code, Some(wait));
+    }
+    assert_eq!(world.run(&["release", "everything"]).await.code, Some(0));
+    world.finish().await;
+}
+
+#[tokio::test]
+async fn no_more_jobs_are_retried_than_may_wait() {
+    let mut world = World::new(Tuning::default()).await;
+    world.serve().await;
+    let arns = world.fake.seed(json!({"count": 2})).await;
+    assert_eq!(world.run(&["hold", "everything"]).await.code, Some(0));
+    let requests = (0..6).map(|n| request(&format!("r{n}"), &arns[n / 4], json!({"batch": "b"}))).collect();
+    world.publish_all(requests).await;
+    world.until("all wait", "select count(*) from job", 6).await;
+    assert_eq!(world.run(&["jobs", "cancel", "--batch", "b"]).await.code, Some(0));
+    world.configure("[intake]\nmax_waiting_per_key = 2\nmax_waiting_per_lane = 3\n");
+    let retry = ["jobs", "retry", "--batch", "b", "--json"];
+    let dry = world.run(&[&retry[..], &["--dry-run"]].concat()).await;
+    for ran in [dry, world.run(&retry).await] {
+        assert_eq!((ran.code, &ran.json()["retried"]), (Some(1), &json!(3)), "{ran:?}");
+        let left = ran.json()["left"].clone();
+        let left: Vec<_> = left.as_array().unwrap().iter().map(|left| (&left["became"], &left["count"])).collect();
+        assert_eq!(left, [(&json!("lane_full"), &json!(1)), (&json!("line_full"), &json!(2))], "{ran:?}");
+    }
+    assert_eq!(world.count("select count(*) from job where state = 'waiting'").await, 3);
+    let one = world.run(&["jobs", "retry", "r5", "--json"]).await;
+    assert_eq!((one.code, became(&one)), (Some(1), vec!["lane_full".into()]), "{one:?}");
+    assert_eq!(world.run(&["jobs", "cancel", "--batch", "b"]).await.code, Some(0));
+    assert_eq!(world.run(&["release", "everything"]).await.code, Some(0));
     world.finish().await;
 }
 

@@ -432,3 +432,51 @@ async fn an_answer_of_a_replica_that_was_lost_is_asked_for_again() {
     assert_eq!(case.calls(ROTATE).await, 1);
     case.world.finish().await;
 }
+
+#[tokio::test]
+async fn an_abandoned_rotate_takes_its_own_material_away_and_nobody_elses() {
+    let denied = json!({"kind": "error", "code": "AccessDeniedException", "message": "ordered by a test"});
+    let mut case = case(Tuning::default()).await;
+    // One that is dead already.
+    case.fault(ROTATE, denied.clone()).await;
+    case.ask("dead", json!({})).await;
+    let dead = case.world.failed("dead", "access_denied").await;
+    assert_eq!(case.roles().await, ["CURRENT", "PENDING_ROTATION"]);
+    let ran = case.world.run(&["jobs", "abandon", "dead", "--json"]).await;
+    assert_eq!((ran.code, &ran.json()["became"]), (Some(0), &json!("requested")), "{ran:?}");
+    let id = ran.json()["id"].as_str().unwrap().to_owned();
+    let waited = case.world.run(&["jobs", "wait", &id, "--json"]).await;
+    assert_eq!(waited.json()[0]["error"]["code"], "abandoned", "{waited:?}");
+    assert!(waited.json()[0]["error"]["message"].as_str().unwrap().contains("was removed again"), "{waited:?}");
+    assert_eq!((case.roles().await, case.calls(ROTATE).await), (vec!["CURRENT".to_owned()], 1));
+    assert_ne!(id, dead.id.to_string());
+    // One that is on its way, and comes to no end.
+    case.world.fake.fault(ROTATE, &case.arn, None, json!({"kind": "throttle"})).await;
+    case.ask("stuck", json!({})).await;
+    case.world
+        .until(
+            "it is stuck",
+            "select count(*) from progress where key_material_id is not null and last_error is not null",
+            1,
+        )
+        .await;
+    let ran = case.world.run(&["jobs", "abandon", "stuck", "--yes", "--json"]).await;
+    assert_eq!(ran.code, Some(0), "{ran:?}");
+    let job = case.world.failed("stuck", "abandoned").await;
+    assert!(job.aws_changed() && sentence(&job).contains("was removed again"), "{}", sentence(&job));
+    assert_eq!(case.roles().await, ["CURRENT"]);
+    case.world.fake.clear_faults().await;
+    // Where a stranger's has taken its place, that stays.
+    case.fault(ROTATE, denied).await;
+    case.ask("replaced", json!({})).await;
+    case.world.failed("replaced", "access_denied").await;
+    let own = case.world.fake.show(&case.arn).await["materials"][1]["key_material_id"].clone();
+    case.world.fake.stranger_deletes(&case.arn, own.as_str()).await;
+    case.stranger_brings().await;
+    let ran = case.world.run(&["jobs", "abandon", "replaced", "--json"]).await;
+    let id = ran.json()["id"].as_str().unwrap().to_owned();
+    let waited = case.world.run(&["jobs", "wait", &id, "--json"]).await;
+    assert!(waited.json()[0]["error"]["message"].as_str().unwrap().contains("no longer"), "{waited:?}");
+    assert_eq!(case.roles().await, ["CURRENT", "PENDING_ROTATION"]);
+    case.world.finish().await;
+}

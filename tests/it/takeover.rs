@@ -2,7 +2,7 @@
 
 use crate::aws_errors::CLOSED;
 use crate::support::proof::decrypts;
-use crate::support::world::{Tuning, World, request};
+use crate::support::world::{Tuning, Worker, World, request};
 use rustix::process::Signal;
 use serde_json::json;
 use time::format_description::well_known::Rfc3339;
@@ -94,31 +94,54 @@ async fn a_takeover_closes_the_line_to_the_next_job_that_contradicts() {
     world.finish().await;
 }
 
+/// A key whose import a worker left under way when it went, and a job with another expiry behind it: what the other worker
+/// has imported meanwhile stands, and the line is closed until the import has taken effect after all.
+struct LateImport {
+    world: World,
+    gone: usize,
+    arn: String,
+    bytes: Vec<u8>,
+}
+
+impl LateImport {
+    async fn of_a_worker_that(goes: impl Fn(&mut Worker)) -> Self {
+        let mut world = World::new(Tuning { signature_life_ms: 600_000, ..Tuning::hasty() }).await;
+        let bytes = world.symmetric_key("payroll").await;
+        let arn = world.fake.key().await;
+        let valid_to = (world.now().await + time::Duration::days(9)).format(&Rfc3339).unwrap();
+        // Were an import token good for one import only, the late effect could not happen.
+        world.fake.options(json!({"single_use_tokens": false})).await;
+        world.fake.fault("ImportKeyMaterial", &arn, Some(1), json!({"kind": "hold"})).await;
+        let gone = world.serve().await;
+        world.publish(request("r1", &arn, json!({"source_key_identifier": "payroll"}))).await;
+        world.fake.held(1, "ImportKeyMaterial", &arn).await;
+        let more = json!({"source_key_identifier": "payroll", "key_expiration": true, "valid_to": valid_to});
+        world.publish(request("r2", &arn, more)).await;
+        world.until("the other waits behind it", "select count(*) from job where state = 'waiting'", 2).await;
+        goes(&mut world.workers[gone]);
+        world.serve().await;
+        world.succeeded("r1").await;
+        world.until("the line is closed", CLOSED, 1).await;
+        world.fake.release(&arn).await;
+        world.fake.wait(2, &format!("key={arn}&effect=imported")).await;
+        Self { world, gone, arn, bytes }
+    }
+
+    async fn undoes_nothing(self) {
+        assert_eq!(self.world.job("r2").await.unwrap().state, "waiting");
+        self.world.db.advance(std::time::Duration::from_secs(600)).await;
+        self.world.succeeded("r2").await;
+        assert_eq!(self.world.fake.show(&self.arn).await["expiration_model"], "KEY_MATERIAL_EXPIRES");
+        assert!(decrypts(&self.world.fake, &self.arn, &self.bytes).await);
+        self.world.finish().await;
+    }
+}
+
 #[tokio::test]
 async fn a_dead_workers_call_that_takes_effect_late_undoes_nothing() {
-    let mut world = World::new(Tuning { signature_life_ms: 600_000, ..Tuning::hasty() }).await;
-    let bytes = world.symmetric_key("payroll").await;
-    let arn = world.fake.key().await;
-    let valid_to = (world.now().await + time::Duration::days(9)).format(&Rfc3339).unwrap();
-    // Were an import token good for one import only, the late effect could not happen.
-    world.fake.options(json!({"single_use_tokens": false})).await;
-    world.fake.fault("ImportKeyMaterial", &arn, Some(1), json!({"kind": "hold"})).await;
-    let first = world.serve().await;
-    world.publish(request("r1", &arn, json!({"source_key_identifier": "payroll"}))).await;
-    world.fake.held(1, "ImportKeyMaterial", &arn).await;
-    world.workers[first].kill();
-    let more = json!({"source_key_identifier": "payroll", "key_expiration": true, "valid_to": valid_to});
-    world.publish(request("r2", &arn, more)).await;
-    world.serve().await;
-    world.succeeded("r1").await;
-    world.until("the line is closed", CLOSED, 1).await;
-    world.fake.release(&arn).await;
-    world.fake.wait(1, &format!("key={arn}&late=true&effect=imported")).await;
-    world.db.advance(std::time::Duration::from_secs(600)).await;
-    world.succeeded("r2").await;
-    assert_eq!(world.fake.show(&arn).await["expiration_model"], "KEY_MATERIAL_EXPIRES");
-    assert!(decrypts(&world.fake, &arn, &bytes).await);
-    world.finish().await;
+    let late = LateImport::of_a_worker_that(Worker::kill).await;
+    late.world.fake.wait(1, &format!("key={}&late=true&effect=imported", late.arn)).await;
+    late.undoes_nothing().await;
 }
 
 #[tokio::test]
@@ -175,34 +198,12 @@ async fn a_worker_that_slept_past_its_lease_does_not_undo_the_delete_that_follow
 /// Its import is under way while it sleeps, and takes effect late; a job with another expiry waits until that is over.
 #[tokio::test]
 async fn the_late_import_of_a_sleeper_does_not_undo_the_expiry_that_followed() {
-    let mut world = World::new(Tuning { signature_life_ms: 600_000, ..Tuning::hasty() }).await;
-    let bytes = world.symmetric_key("payroll").await;
-    let arn = world.fake.key().await;
-    let valid_to = (world.now().await + time::Duration::days(9)).format(&Rfc3339).unwrap();
-    // Were an import token good for one import only, the late effect could not happen.
-    world.fake.options(json!({"single_use_tokens": false})).await;
-    world.fake.fault("ImportKeyMaterial", &arn, Some(1), json!({"kind": "hold"})).await;
-    let sleeper = world.serve().await;
-    world.publish(request("r1", &arn, json!({"source_key_identifier": "payroll"}))).await;
-    world.fake.held(1, "ImportKeyMaterial", &arn).await;
-    let more = json!({"source_key_identifier": "payroll", "key_expiration": true, "valid_to": valid_to});
-    world.publish(request("r2", &arn, more)).await;
-    world.until("the other waits behind it", "select count(*) from job where state = 'waiting'", 2).await;
-    world.workers[sleeper].signal(Signal::STOP);
-    world.serve().await;
-    world.succeeded("r1").await;
-    world.until("the line is closed", CLOSED, 1).await;
-    world.fake.release(&arn).await;
-    world.fake.wait(2, &format!("key={arn}&effect=imported")).await;
-    world.workers[sleeper].signal(Signal::CONT);
+    let late = LateImport::of_a_worker_that(|worker| worker.signal(Signal::STOP)).await;
+    let sleeper = &late.world.workers[late.gone];
+    sleeper.signal(Signal::CONT);
     crate::support::eventually("the sleeper learns that its lease is another's", || async {
-        (world.workers[sleeper].metric("keyferry_leases_lost_total").await >= 1.0).then_some(())
+        (sleeper.metric("keyferry_leases_lost_total").await >= 1.0).then_some(())
     })
     .await;
-    assert_eq!(world.job("r2").await.unwrap().state, "waiting");
-    world.db.advance(std::time::Duration::from_secs(600)).await;
-    world.succeeded("r2").await;
-    assert_eq!(world.fake.show(&arn).await["expiration_model"], "KEY_MATERIAL_EXPIRES");
-    assert!(decrypts(&world.fake, &arn, &bytes).await);
-    world.finish().await;
+    late.undoes_nothing().await;
 }

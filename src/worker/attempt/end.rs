@@ -3,7 +3,7 @@
 use super::judge::{Verdict, judge};
 use super::source_key::SourceKey;
 use super::{End, Or, Run};
-use crate::job::{Expiry, Failure, FailureCode, JobSummary, ScarceCall};
+use crate::job::{Expiry, Failure, FailureCode, JobSummary, ScarceCall, Work};
 use crate::kms::CallError;
 use crate::retry::{self, Class};
 use crate::store::{ClaimedJob, Ending, Material, Parameters, Removed, RetryState, Settlement, SettlementKind};
@@ -102,7 +102,15 @@ impl Run {
 
     /// An operator wants the job ended, and nothing stands against that.
     pub(super) fn ended_by_operator<T>(&mut self, ending: Ending) -> Or<T> {
-        let Failure { code, message, .. } = ending.failure(self.may_have_changed_aws());
+        if ending == Ending::Abandoned && self.waiting.is_some() && matches!(self.job.request.work, Work::Rotate(_)) {
+            // Its next claim begins with taking its material away.
+            return self.give_back("abandon", "given back: an operator has abandoned it, and its material waits");
+        }
+        let answered = self.answered.as_ref().filter(|_| matches!(self.job.request.work, Work::Import(_)));
+        let Failure { code, message, .. } = match (ending, answered) {
+            (Ending::Abandoned, Some(answer)) => Failure::abandoned_after_answer(answer.key_material_id.as_deref()),
+            _ => ending.failure(self.may_have_changed_aws()),
+        };
         self.fail(code, &message)
     }
 

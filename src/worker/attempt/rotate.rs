@@ -426,7 +426,7 @@ enum Brought {
 
 /// Where AWS shows the job's material.
 #[derive(Clone, Debug, PartialEq, Eq)]
-enum Place {
+pub(super) enum Place {
     /// It waits for its rotation.
     Waits,
     /// It waits, and a replica has yet to be given it.
@@ -441,7 +441,7 @@ enum Place {
     Gone,
 }
 
-fn place(held: &[HeldMaterial], id: &str) -> Place {
+pub(super) fn place(held: &[HeldMaterial], id: &str) -> Place {
     match held.iter().find(|held| held.id == id) {
         Some(own) => match own.state {
             MaterialState::Current => Place::InForce,

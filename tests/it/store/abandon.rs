@@ -1,32 +1,16 @@
 //! An abandoned job ends whatever is in doubt, says what it may have done, and leaves nothing behind that forgets it.
 
 use super::given::{
-    LEASE, SIGNATURE_LIFE, accept, accept_line, arn, assert_audit_holds, assert_dense, claim, claim_one, contents,
-    generating_step, job_with, put_back, retry, settle, succeeded, value,
+    Case, LEASE, OPERATOR, SIGNATURE_LIFE, accept, accept_line, arn, case, claim, claim_one, contents, generating_step,
+    job_with, put_back, retry, settle, succeeded, value,
 };
-use crate::support::db::TestDb;
 use keyferry::store::{
     Answered, Cancelled, ClaimedJob, Ending, FailedChoice, KeyDeletion, Prepared, RetryState, Scope, Settled, Standing,
-    Stop, Store,
+    Stop,
 };
 use serde_json::json;
 use std::time::Duration;
-use tokio_postgres::Client;
 use uuid::Uuid;
-
-const OPERATOR: &str = "op";
-
-struct Case {
-    db: TestDb,
-    store: Store,
-    client: Client,
-}
-
-async fn case() -> Case {
-    let db = TestDb::create().await;
-    let (store, client) = (db.store().await, db.client().await);
-    Case { db, store, client }
-}
 
 impl Case {
     async fn abandon(&self, id: Uuid) -> Cancelled {
@@ -47,6 +31,16 @@ impl Case {
         assert!(settle(&self.store, &again).await);
     }
 
+    /// What the job may have put on its key, or has by AWS's own word, is told of by the record and by its end.
+    async fn assert_on_record(&self, id: Uuid, answered: bool) {
+        let query = "select imported_at is not null, key_material_id from kms_material where job_id = $1";
+        let row = self.client.query_one(query, &[&id]).await.unwrap();
+        let record: (bool, Option<String>) = (row.get(0), row.get(1));
+        assert_eq!(record, (answered, answered.then(|| "m".into())));
+        let said: String = value(&self.client, "select error ->> 'message' from job where id = $1", &[&id]).await;
+        assert_eq!(said.contains("it took the material m,"), answered, "{said}");
+    }
+
     async fn assert_abandoned(&self, id: Uuid, aws_changed: bool) {
         let query = "select state, error ->> 'code', (error ->> 'aws_changed')::boolean from job where id = $1";
         let row = self.client.query_one(query, &[&id]).await.unwrap();
@@ -58,8 +52,7 @@ impl Case {
             let query = format!("select count(*) from {left} where job_id = $1");
             assert_eq!(value::<i64>(&self.client, &query, &[&id]).await, 0, "{left}");
         }
-        assert_dense(&self.client).await;
-        assert_audit_holds(&self.client).await;
+        self.assert_sound().await;
     }
 }
 
@@ -77,8 +70,7 @@ async fn a_job_in_doubt_ends_at_once_and_what_it_may_have_done_stays_on_record()
         let was = Cancelled::EndedBefore { state: "failed".into(), code: Some("abandoned".into()) };
         assert_eq!(case.abandon(job.id).await, was);
         assert_eq!(contents(&case.client).await, before);
-        let record = "select imported_at is not null from kms_material where job_id = $1";
-        assert_eq!(value::<bool>(&case.client, record, &[&job.id]).await, answered);
+        case.assert_on_record(job.id, answered).await;
         let Standing::Failed(failed) = case.store.standing(&[job.id]).await.unwrap().remove(0) else { panic!() };
         let Some(FailedChoice::Local { name, .. }) = failed.choice else { panic!() };
         let deleted = case.store.delete_source_key(&name, OPERATOR).await.unwrap();
@@ -118,8 +110,7 @@ async fn under_a_lease_it_ends_between_two_steps() {
     let settled = case.store.settle(&[&again], SIGNATURE_LIFE).await.unwrap();
     assert_eq!(settled, [Settled::Ended(Ending::Abandoned)]);
     case.assert_abandoned(leased.id, true).await;
-    let record = "select imported_at is null from kms_material where job_id = $1";
-    assert!(value::<bool>(&case.client, record, &[&leased.id]).await);
+    case.assert_on_record(leased.id, false).await;
     // When its worker has died, the next claim finds it, and the line is closed for what that may have sent.
     let left = claim_one(&case.store).await;
     assert!(left.late.is_some());
@@ -133,6 +124,23 @@ async fn under_a_lease_it_ends_between_two_steps() {
     let closed = "select extract(epoch from late_until - keyferry_now())::float8 from line";
     assert!(value::<f64>(&case.client, closed, &[]).await > 500.0, "from the takeover on");
     assert_eq!(claim_one(&case.store).await.request.id.as_str(), "j-4");
+}
+
+/// AWS answered, and did not show it yet, when the operator gave up: the answer is not lost with the attempt.
+#[tokio::test]
+async fn what_aws_answered_to_the_last_attempt_stays_known() {
+    let case = case().await;
+    accept_line(&case.store, "j", &arn(1), 1).await;
+    let leased = claim_one(&case.store).await;
+    assert_eq!(case.store.prepare(&[&generating_step(&leased).0]).await.unwrap(), [Prepared::Ready]);
+    assert_eq!(case.abandon(leased.id).await, Cancelled::Requested);
+    let answered = Answered { key_material_id: Some("m".into()) };
+    let state = RetryState { answered: Some(answered), ..RetryState::default() };
+    let looking = retry(&leased, Duration::ZERO, leased.deadline, state);
+    let settled = case.store.settle(&[&looking], SIGNATURE_LIFE).await.unwrap();
+    assert_eq!(settled, [Settled::Ended(Ending::Abandoned)]);
+    case.assert_abandoned(leased.id, true).await;
+    case.assert_on_record(leased.id, true).await;
 }
 
 #[tokio::test]

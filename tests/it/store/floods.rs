@@ -2,6 +2,7 @@
 
 use super::given::{assert_audit_holds, contents, nobody, refusal, value};
 use crate::support::db::TestDb;
+use crate::support::eventually;
 use keyferry::job::RefusalCode;
 use keyferry::store::{Candidate, KEPT, NewRefusal, Sender, Store, TOLD_A_MINUTE, Verdict, statements};
 use serde_json::{Value, json};
@@ -103,6 +104,47 @@ async fn a_flood_is_told_of_twice_over_and_each_of_its_messages_is_known() {
     assert_eq!((&record.digest[..], &record.id_hash[..]), (&key(folded).1[..], &folded.id_hash[..]));
     let found = store.find_jobs("payroll", "", &["f-449".to_owned(), folded.id.to_string()]).await.unwrap();
     assert!(found.len() == 2 && found.iter().all(|(_, view)| view.id == folded.id && view.state == "rejected"));
+}
+
+/// Whoever is about to record a refusal waits while this lock is held.
+const GATE: &str = "
+    create function gate() returns trigger language plpgsql
+        as $$ begin perform pg_advisory_xact_lock_shared(42); return new; end $$;
+    create trigger gate before insert on refusal for each row execute function gate();
+    create trigger gate before insert on refusal_folded for each row execute function gate()";
+const AT_THE_GATE: &str = "
+    select count(*) from pg_locks join pg_database on pg_database.oid = database
+    where locktype = 'advisory' and not granted and datname = current_database()";
+
+#[tokio::test]
+async fn a_message_that_comes_over_two_transports_at_once_is_counted_once() {
+    let db = early().await;
+    let (one, other, client) = (db.store().await, db.store().await, db.client().await);
+    let over = |ingress: &'static str, refusals: Vec<NewRefusal>| -> Vec<NewRefusal> {
+        refusals.into_iter().map(|new| NewRefusal { ingress, ..new }).collect()
+    };
+    client.batch_execute(GATE).await.unwrap();
+    // The one tells of its first ten and folds the rest; the other still has ten to tell, and then none.
+    refuse(&one, &over("rabbitmq", flood("a", 10, CODE))).await;
+    for name in ["both fold only one", "both fold"] {
+        let before: i64 = counts(&client).await.iter().take(2).sum();
+        client.execute("select pg_advisory_lock(42)", &[]).await.unwrap();
+        let message = flood(&name.replace(' ', "-"), 1, CODE);
+        let (mine, theirs) = (over("rabbitmq", message.clone()), over("sqs", message));
+        let (one, other) = (one.clone(), other.clone());
+        let both = tokio::spawn(async move { tokio::join!(refuse(&one, &mine), refuse(&other, &theirs)) });
+        eventually("both are about to record it", || async {
+            (value::<i64>(&client, AT_THE_GATE, &[]).await == 2).then_some(())
+        })
+        .await;
+        client.execute("select pg_advisory_unlock(42)", &[]).await.unwrap();
+        both.await.unwrap();
+        let after = counts(&client).await;
+        assert_eq!(after[0] + after[1], before + 1, "{name}: {after:?}");
+        assert_eq!(after[1], after[2], "{name}: each that is remembered is counted once");
+        refuse(&db.store().await, &over("sqs", flood("b", 10, CODE))).await;
+    }
+    assert_audit_holds(&client).await;
 }
 
 #[tokio::test]

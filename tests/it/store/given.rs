@@ -1,5 +1,6 @@
 //! What the store's tests start from: requests, keys, steps and ends, with no more said than a test is about.
 
+use crate::support::db::TestDb;
 use keyferry::audit::{Fact, Kind};
 use keyferry::job::{
     Failure, FailureCode, ImportParameters, JobResult, JobSummary, KeyArn, KeyKind, Refusal, RefusalCode, Request,
@@ -17,10 +18,36 @@ use tokio_postgres::Client;
 use tokio_postgres::types::ToSql;
 use uuid::Uuid;
 
+/// Who does what operators do.
+pub const OPERATOR: &str = "op";
 /// As in the default settings.
 pub const LEASE: Duration = Duration::from_secs(30);
 pub const SIGNATURE_LIFE: Duration = Duration::from_secs(600);
 pub const REGION: &str = "eu-central-1";
+
+/// A database of one test's own, a store on it, and a look behind that.
+pub struct Case {
+    pub db: TestDb,
+    pub store: Store,
+    pub client: Client,
+}
+
+pub async fn case() -> Case {
+    let db = TestDb::create().await;
+    let (store, client) = (db.store().await, db.client().await);
+    Case { db, store, client }
+}
+
+impl Case {
+    /// What holds between any two transactions.
+    pub async fn assert_sound(&self) {
+        assert_dense(&self.client).await;
+        assert_audit_holds(&self.client).await;
+        let off = "select coalesce(sum(change), 0)::bigint - (select count(*) from job where state = 'waiting')
+                   from (select change from backlog_change union all select waiting from backlog) as known";
+        assert_eq!(value::<i64>(&self.client, off, &[]).await, 0, "the backlog's count is off");
+    }
+}
 
 /// The `n`th key of the usual Region.
 pub fn arn(n: u128) -> KeyArn {
@@ -80,6 +107,7 @@ pub fn refusal(id: &str, code: RefusalCode) -> NewRefusal {
         ingress: "test",
         sender: nobody(),
         rule: None,
+        traceparent: None,
     }
 }
 

@@ -3,6 +3,7 @@
 mod abandon;
 mod accept;
 mod backlog;
+mod batch;
 mod bisection;
 mod cancel;
 mod claim;

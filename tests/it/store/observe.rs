@@ -117,6 +117,23 @@ async fn keys_are_counted_by_when_their_material_expires() {
         seen.push(store.keys_expiring(24 * days * HOUR).await.unwrap());
     }
     assert_eq!(seen, [1, 1, 2, 3, 4]);
+    // Whoever is imported again does not hide who expires meanwhile, however many have expired long ago.
+    let expire = async |keys: &str, at: &str| {
+        let set = format!("update kms_material set valid_to = keyferry_now() + interval '{at}' where {keys}");
+        admin.execute(&set, &[]).await.unwrap();
+        (store.keys_expiring(Duration::ZERO).await.unwrap(), store.keys_expired_lately().await.unwrap())
+    };
+    assert_eq!(expire("false", "0 s").await, (1, 0));
+    assert_eq!(expire("fingerprint in ('\\x0002', '\\x0003', '\\x0007')", "-10 min").await, (2, 1));
+    assert_eq!(expire("fingerprint = '\\x0001'", "90 days").await, (1, 1));
+    assert_eq!(expire("fingerprint in ('\\x0002', '\\x0003')", "-2 hours").await, (1, 0));
+    let long_ago = "
+        insert into kms_material (kms_key_id, fingerprint, fingerprint_version, source_tier, source_key_id,
+                                  source_key_name, job_id, valid_to)
+        select gen_random_uuid(), decode(lpad(n::text, 6, '0'), 'hex'), 1, 'local', 'x', 'x', gen_random_uuid(),
+               keyferry_now() - interval '9 days' from generate_series(1, 5001) as n";
+    admin.batch_execute(long_ago).await.unwrap();
+    assert_eq!(expire("fingerprint = '\\x0004'", "-1 min").await, (5_000, 1));
 }
 
 #[tokio::test]

@@ -71,6 +71,28 @@ async fn an_event_comes_back_when_its_relays_lease_ends_and_goes_when_confirmed(
 }
 
 #[tokio::test]
+async fn events_that_are_kept_stay_with_their_relay_until_another_has_taken_them() {
+    let db = TestDb::create().await;
+    let store = db.store().await;
+    make_events(&store, "e", 3).await;
+    let take = async || store.take_events(keyferry::store::Queue::Fresh, 10, LEASE, None).await.unwrap();
+    let mine = take().await;
+    assert_eq!(mine.len(), 3);
+    for _ in 0..3 {
+        db.advance(LEASE - Duration::from_secs(5)).await;
+        store.keep_events(&mine, LEASE).await.unwrap();
+        assert!(take().await.is_empty());
+    }
+    db.advance(LEASE + Duration::from_secs(1)).await;
+    let theirs = take().await;
+    assert_eq!(ids(&theirs), ids(&mine));
+    // Too late: they are another's now, for no longer than that one wants them.
+    store.keep_events(&mine, LEASE * 10).await.unwrap();
+    db.advance(LEASE + Duration::from_secs(1)).await;
+    assert_eq!(take().await.len(), 3);
+}
+
+#[tokio::test]
 async fn held_events_delay_no_fresh_one() {
     let db = TestDb::create().await;
     let (store, client) = (db.store().await, db.client().await);

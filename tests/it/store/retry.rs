@@ -1,38 +1,22 @@
 //! A failed job is done again once at a time, at the end of its line, with the bytes that it had chosen.
 
 use super::given::{
-    accept, accept_line, add_source_key, arn, assert_audit_holds, assert_dense, claim, claim_one, contents, end,
-    failed, generating_step, job_with, retry, sealed, settle, step, succeeded, value,
+    Case, OPERATOR, accept, accept_line, add_source_key, arn, case, claim, claim_one, contents, end, failed,
+    generating_step, job_with, retry, sealed, settle, step, succeeded, value,
 };
-use crate::support::db::TestDb;
 use keyferry::job::{Failure, FailureCode};
 use keyferry::source::Fingerprint;
 use keyferry::store::{
     Cancelled, Chosen, ClaimedJob, DsmChoice, FailedChoice, FailedJob, Intent, KeyDeletion, NewRetry, Prepared,
-    Removed, Retried, RetryState, SettlementKind, Standing, Step, Store,
+    Removed, Retried, RetryState, SettlementKind, Standing, Step,
 };
 use serde_json::json;
 use std::time::Duration;
 use time::format_description::well_known::Rfc3339;
-use tokio_postgres::Client;
 use uuid::Uuid;
 
-const OPERATOR: &str = "op";
-
-struct Case {
-    db: TestDb,
-    store: Store,
-    client: Client,
-}
-
-async fn case() -> Case {
-    let db = TestDb::create().await;
-    let (store, client) = (db.store().await, db.client().await);
-    Case { db, store, client }
-}
-
 fn new_retry(of: Uuid) -> NewRetry {
-    NewRetry { id: Uuid::now_v7(), of, rule: Some("imports".into()), policy: "allow-all".into() }
+    NewRetry { id: Uuid::now_v7(), of, rule: Some("imports".into()), policy: "allow-all".into(), abandons: false }
 }
 
 impl Case {
@@ -61,14 +45,6 @@ impl Case {
         assert_eq!(self.store.prepare(&[&step(&job)]).await.unwrap(), [Prepared::Ready]);
         assert!(settle(&self.store, &failed(&job, "no")).await);
         job.id
-    }
-
-    async fn assert_sound(&self) {
-        assert_dense(&self.client).await;
-        assert_audit_holds(&self.client).await;
-        let off = "select coalesce(sum(change), 0)::bigint - (select count(*) from job where state = 'waiting')
-                   from (select change from backlog_change union all select waiting from backlog) as known";
-        assert_eq!(value::<i64>(&self.client, off, &[]).await, 0, "the backlog's count is off");
     }
 }
 
@@ -110,6 +86,11 @@ async fn a_retry_takes_the_last_place_and_the_same_bytes_and_says_so() {
     let entry = "select entry::jsonb -> 'details' ->> 'operator' from audit_entry where subject = $1 and n = 1";
     assert_eq!(value::<String>(&case.client, entry, &[&id]).await, OPERATOR);
     assert!(matches!(case.standing(first.id).await, Standing::Succeeded(last) if last == id));
+    let found = case.store.find_jobs("anonymous", "", &["j-0".to_owned()]).await.unwrap();
+    assert_eq!(found.iter().map(|(_, view)| view.id).collect::<Vec<_>>(), [id], "what the request's id means now");
+    let before = case.store.retried_before(id).await.unwrap();
+    assert_eq!(before.iter().map(|view| view.id).collect::<Vec<_>>(), [first.id]);
+    assert!(case.store.retried_before(first.id).await.unwrap().is_empty());
     let found = case.store.find_jobs("anonymous", "", &[first.id.to_string(), id.to_string()]).await.unwrap();
     let links: Vec<_> = found.iter().map(|(_, view)| (view.id, view.retry_of, view.retried_by)).collect();
     assert!(links.contains(&(first.id, None, Some(id))) && links.contains(&(id, Some(first.id), None)), "{links:?}");
@@ -290,7 +271,7 @@ async fn of_a_batch_only_what_failed_and_was_not_retried_is_meant() {
         assert!(settle(&case.store, &outcome).await);
     }
     let start = case.store.now().await.unwrap();
-    let of = async |code: Option<&str>, after| case.store.failed_of_batch("b", code, after, start).await.unwrap();
+    let of = async |code: Option<&str>, after| case.store.failed_of_batch("b", code, after, start).await.unwrap().ids;
     assert_eq!(of(None, Uuid::nil()).await, [ids[0], ids[2], ids[3]]);
     assert_eq!(of(Some("key_disabled"), Uuid::nil()).await, [ids[2], ids[3]]);
     assert_eq!(of(None, ids[2]).await, [ids[3]]);

@@ -154,6 +154,8 @@ enum Deed {
     Import {
         sha256: String,
         valid_to: Option<i64>,
+        /// What an abandoned rotate took away again.
+        removed: Vec<String>,
     },
     /// The materials with these ids; none: the only one.
     Delete(Vec<String>),
@@ -161,25 +163,28 @@ enum Deed {
 
 impl Deed {
     fn of(snapshot: &Snapshot, job: &Job) -> Option<Self> {
+        // As it was committed before the first call.
+        let intended = entries_of(snapshot, job).find(|entry| entry["kind"] == "deletion_intended");
+        let ids = intended.as_ref().and_then(|entry| entry["details"]["key_material_ids"].as_array());
+        let removed = ids.map(|ids| ids.iter().filter_map(|id| Some(id.as_str()?.to_owned())).collect::<Vec<String>>());
         if job.operation == "delete" {
-            // As it was committed before the first call.
-            let intended = entries_of(snapshot, job).find(|entry| entry["kind"] == "deletion_intended")?;
-            let ids = intended["details"]["key_material_ids"].as_array()?;
-            return Some(Self::Delete(ids.iter().filter_map(|id| Some(id.as_str()?.to_owned())).collect()));
+            return Some(Self::Delete(removed?));
         }
+        let removed = removed.unwrap_or_default();
         let local = snapshot.source_keys.iter().find(|key| Some(key.id) == job.source_key_id).map(SourceKey::sha256);
         let of_dsm = || {
             let chosen = entries_of(snapshot, job).find(|entry| entry["kind"] == "material_chosen")?;
             snapshot.dsm_keys.get(chosen["details"]["source_key_id"].as_str()?).cloned()
         };
-        Some(Self::Import { sha256: local.or_else(of_dsm)?, valid_to: job.valid_to })
+        Some(Self::Import { sha256: local.or_else(of_dsm)?, valid_to: job.valid_to, removed })
     }
 
     fn allows(&self, effect: &Effect) -> bool {
         match (self, effect) {
-            (Self::Import { sha256, valid_to }, Effect::Import { sha256: seen, valid_to: until }) => {
+            (Self::Import { sha256, valid_to, .. }, Effect::Import { sha256: seen, valid_to: until }) => {
                 sha256 == seen && valid_to == until
             }
+            (Self::Import { removed, .. }, Effect::Delete(id)) => removed.contains(id),
             // Keys without material ids have one, which the double names all the same.
             (Self::Delete(ids), Effect::Delete(id)) => ids.is_empty() || ids.contains(id),
             _ => false,
@@ -191,7 +196,7 @@ impl Deed {
         let materials = key["materials"].as_array().cloned().unwrap_or_default();
         let mut held = materials.iter().filter(|held| held["imported"] == true);
         match self {
-            Self::Import { sha256, valid_to } => {
+            Self::Import { sha256, valid_to, .. } => {
                 held.any(|held| held["material_sha256"] == sha256.as_str() && seconds(&held["valid_to"]) == *valid_to)
             }
             Self::Delete(ids) => {
@@ -224,7 +229,7 @@ fn keys_hold_what_jobs_brought(snapshot: &Snapshot, found: &mut Vec<String>) {
             }
         }
         for (wanted, _) in allowed.iter().filter(|(_, succeeded)| *succeeded) {
-            let Deed::Import { sha256, valid_to } = wanted else { continue };
+            let Deed::Import { sha256, valid_to, .. } = wanted else { continue };
             let wanted = Effect::Import { sha256: sha256.clone(), valid_to: *valid_to };
             let jobs = allowed.iter().filter(|(deed, succeeded)| *succeeded && deed.allows(&wanted)).count();
             let times = effects.iter().filter(|effect| **effect == wanted).count();

@@ -20,24 +20,31 @@ const ADVISORY_LOCK: i64 = 0x6B66_7465_6D70_6C61;
 /// A database that lives as long as this value. Its owner is `keyferry_owner`.
 pub struct TestDb {
     name: String,
+    /// The superuser's URL of its server.
+    server: Url,
 }
 
 impl TestDb {
     /// A migrated database.
     pub async fn create() -> Self {
-        let admin = connect(&superuser_url("postgres")).await;
-        let template = template(&admin).await;
-        Self::make(&admin, &format!("template {template}")).await
+        Self::create_on(&server()).await
+    }
+
+    /// A migrated database on a server of which this is the superuser's URL.
+    pub async fn create_on(server: &Url) -> Self {
+        let admin = connect(&superuser_url(server, "postgres")).await;
+        let template = template(&admin, server).await;
+        Self::make(&admin, server, &format!("template {template}")).await
     }
 
     /// A database without a schema of ours.
     pub async fn create_empty() -> Self {
-        Self::make(&connect(&superuser_url("postgres")).await, "").await
+        let server = server();
+        Self::make(&connect(&superuser_url(&server, "postgres")).await, &server, "").await
     }
 
-    async fn make(admin: &Client, options: &str) -> Self {
-        let name = format!("test_{}", Uuid::new_v4().simple());
-        let made = Self { name };
+    async fn make(admin: &Client, server: &Url, options: &str) -> Self {
+        let made = Self { name: format!("test_{}", Uuid::new_v4().simple()), server: server.clone() };
         make_database(admin, &made.name, options).await;
         made
     }
@@ -68,7 +75,7 @@ impl TestDb {
     }
 
     fn role_url(&self, role: &str, password: &str) -> String {
-        let mut url = superuser_url(&self.name);
+        let mut url = superuser_url(&self.server, &self.name);
         url.set_username(role).unwrap();
         url.set_password(Some(&variable(password))).unwrap();
         url.into()
@@ -82,7 +89,7 @@ impl TestDb {
 
     /// The superuser on this database.
     pub async fn client(&self) -> Client {
-        connect(&superuser_url(&self.name)).await
+        connect(&superuser_url(&self.server, &self.name)).await
     }
 
     /// Moves this database's clock ahead, for all who use it.
@@ -101,13 +108,13 @@ impl TestDb {
 impl Drop for TestDb {
     /// Best effort: a database that is left goes with its server.
     fn drop(&mut self) {
-        let name = self.name.clone();
+        let (name, server) = (self.name.clone(), self.server.clone());
         // A test's own runtime cannot be blocked on from within it.
         let dropping = std::thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
             let Ok(runtime) = runtime else { return };
             runtime.block_on(async {
-                let Ok(admin) = try_connect(&superuser_url("postgres")).await else { return };
+                let Ok(admin) = try_connect(&superuser_url(&server, "postgres")).await else { return };
                 drop(admin.batch_execute(&format!("drop database if exists {name} with (force)")).await);
             });
         });
@@ -134,8 +141,13 @@ pub fn ca_file() -> PathBuf {
     variable("KEYFERRY_TEST_POSTGRES_CA").into()
 }
 
-fn superuser_url(database: &str) -> Url {
-    let mut url = Url::parse(&variable("KEYFERRY_TEST_POSTGRES")).unwrap();
+/// The run's server.
+fn server() -> Url {
+    Url::parse(&variable("KEYFERRY_TEST_POSTGRES")).unwrap()
+}
+
+fn superuser_url(server: &Url, database: &str) -> Url {
+    let mut url = server.clone();
     url.set_path(database);
     url.set_query(Some("sslmode=require"));
     url
@@ -157,7 +169,7 @@ async fn make_database(admin: &Client, name: &str, options: &str) {
 }
 
 /// The name of the migrated template, which is made unless it is there.
-async fn template(admin: &Client) -> String {
+async fn template(admin: &Client, server: &Url) -> String {
     let mut hasher = DefaultHasher::new();
     let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("migrations");
     let mut files: Vec<PathBuf> = std::fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path()).collect();
@@ -178,7 +190,7 @@ async fn template(admin: &Client) -> String {
         admin.batch_execute(&format!("drop database if exists {making} with (force)")).await.unwrap();
         make_database(admin, &making, "").await;
         // Not to be dropped: `TestDb` stands here only for its URLs.
-        let database = std::mem::ManuallyDrop::new(TestDb { name: making.clone() });
+        let database = std::mem::ManuallyDrop::new(TestDb { name: making.clone(), server: server.clone() });
         migrate(&database.owner_url(), &database.settings()).await.unwrap();
         rename(admin, &making, &name).await;
     }

@@ -39,6 +39,11 @@ pub fn registered(label: &str) -> (String, Vec<u8>) {
     (text("id"), hex::decode(text("holds")).unwrap())
 }
 
+/// Settings by which a server is soon asked again.
+pub fn hasty(servers: &[&str]) -> DsmConnection {
+    DsmConnection { connect_timeout_ms: 500, ..settings(servers, "client") }
+}
+
 /// Settings of a connection with the client certificate of that name.
 pub fn settings(servers: &[&str], client: &str) -> DsmConnection {
     DsmConnection {

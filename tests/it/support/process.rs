@@ -34,6 +34,21 @@ impl Process {
         kill_process(Pid::from_child(&self.child), signal).unwrap();
     }
 
+    /// The port on which it listens at 127.0.0.1, as the kernel knows it.
+    pub fn listens_on(&self) -> Option<u16> {
+        let own = std::fs::read_dir(format!("/proc/{}/fd", self.child.id())).ok()?;
+        let own: Vec<PathBuf> = own.flatten().filter_map(|entry| std::fs::read_link(entry.path()).ok()).collect();
+        let sockets = std::fs::read_to_string("/proc/net/tcp").ok()?;
+        sockets.lines().skip(1).find_map(|line| {
+            // Place, own address, the other's, state, queues, timer, retransmissions, user, time-out, inode (proc(5)).
+            let fields: Vec<&str> = line.split_whitespace().collect();
+            let (address, port) = fields[1].split_once(':')?;
+            let socket = PathBuf::from(format!("socket:[{}]", fields[9]));
+            let listens = fields[3] == "0A" && address == "0100007F" && own.contains(&socket);
+            u16::from_str_radix(port, 16).ok().filter(|_| listens)
+        })
+    }
+
     /// How it ended, if it has.
     pub fn ended(&mut self) -> Option<ExitStatus> {
         self.child.try_wait().unwrap()

@@ -5,6 +5,7 @@ use super::checker::violations;
 use super::db::{TestDb, connect};
 use super::fake::{ACCOUNT, Fake, REGION, SECRET, WORKER};
 use super::private_broker::PrivateBroker;
+use super::private_postgres::PrivatePostgres;
 use super::process::Process;
 use super::snapshot::{Job, Refusal, Secret, Snapshot, jobs, refusals};
 use super::sqs::{Queues, Role, SQS_REGION};
@@ -236,21 +237,29 @@ impl World {
 
     /// A world whose brokers have nothing.
     pub async fn bare(tuning: Tuning, carriage: Carriage) -> Self {
-        Self::at(tuning, carriage, Vhost::create().await).await
+        Self::at(tuning, carriage, Vhost::create().await, TestDb::create().await).await
     }
 
     /// A world with topology and schema, and no worker yet, at a broker of its own.
     pub async fn beside(tuning: Tuning, broker: &PrivateBroker) -> Self {
         let vhost = Vhost::create_on(&broker.amqp, &broker.api).await;
-        let world = Self::at(tuning, Carriage::RABBITMQ, vhost).await;
+        Self::with_topology(tuning, vhost, TestDb::create().await).await
+    }
+
+    /// The same with a database on a server of its own.
+    pub async fn on(tuning: Tuning, postgres: &PrivatePostgres) -> Self {
+        Self::with_topology(tuning, Vhost::create().await, TestDb::create_on(&postgres.url).await).await
+    }
+
+    async fn with_topology(tuning: Tuning, vhost: Vhost, db: TestDb) -> Self {
+        let world = Self::at(tuning, Carriage::RABBITMQ, vhost, db).await;
         world.vhost.apply_topology().await;
         world.vhost.open().await;
         world
     }
 
-    async fn at(tuning: Tuning, carriage: Carriage, vhost: Vhost) -> Self {
+    async fn at(tuning: Tuning, carriage: Carriage, vhost: Vhost, db: TestDb) -> Self {
         let directory = tempfile::tempdir().unwrap();
-        let db = TestDb::create().await;
         let fake = Fake::start(directory.path()).await;
         let mut bytes = [0; 32];
         getrandom::fill(&mut bytes).unwrap();
