@@ -73,37 +73,41 @@ enum Stranger {
 /// A world in which processes die, one scenario after the other, each with a key of its own.
 struct Deaths {
     world: World,
+    /// Keys that hold their first material, and no job has rotated.
+    fresh: Vec<String>,
     scenarios: usize,
 }
 
 impl Deaths {
-    async fn begin() -> Self {
+    /// With keys of so many Regions.
+    async fn begin(scenarios: usize, regions: usize) -> Self {
         // What was unanswered is over soon; leases run out when the clock is moved.
         let tuning = Tuning { signature_life_ms: 2_000, aws_timeout_ms: 1_500, ..Tuning::default() };
-        let world = World::new(tuning).await;
+        let mut world = World::new(tuning).await;
         world.respell("[database]", "[database]\nconnections = 3\nconnect_timeout_ms = 30000");
         world.symmetric_key("first").await;
-        Self { world, scenarios: 0 }
+        let at = world.serve().await;
+        let fresh = world.fake.seed(json!({"count": scenarios, "multi_region": regions == 2})).await;
+        let mut all = fresh.clone();
+        if regions == 2 {
+            for arn in &fresh {
+                all.push(world.fake.replica(arn, "us-east-1").await);
+            }
+        }
+        for (number, arn) in all.iter().enumerate() {
+            world.publish(request(&format!("first-{number}"), arn, json!({"source_key_identifier": "first"}))).await;
+        }
+        for number in 0..all.len() {
+            world.succeeded(&format!("first-{number}")).await;
+        }
+        world.workers[at].stop().await;
+        Self { world, fresh, scenarios: 0 }
     }
 
-    /// A key that holds its first material, in one Region or in two, and the request to rotate it.
-    async fn ask(&mut self, regions: usize) -> (String, String) {
+    /// Asks for the rotation of a fresh key.
+    async fn ask(&mut self) -> (String, String) {
         self.scenarios += 1;
-        let (arn, mut all) = if regions == 1 {
-            (self.world.fake.key().await, Vec::new())
-        } else {
-            let arn = self.world.fake.seed(json!({"multi_region": true})).await.remove(0);
-            (arn.clone(), vec![self.world.fake.replica(&arn, "us-east-1").await])
-        };
-        all.insert(0, arn.clone());
-        let at = self.world.serve().await;
-        for (region, arn) in all.iter().enumerate() {
-            let id = format!("first-{}-{region}", self.scenarios);
-            self.world.publish(request(&id, arn, json!({"source_key_identifier": "first"}))).await;
-            self.world.succeeded(&id).await;
-        }
-        self.world.workers[at].stop().await;
-        let id = format!("r{}", self.scenarios);
+        let (id, arn) = (format!("r{}", self.scenarios), self.fresh.pop().expect("a fresh key for each scenario"));
         self.world.publish(request(&id, &arn, json!({"operation": "rotate"}))).await;
         (id, arn)
     }
@@ -126,11 +130,11 @@ impl Deaths {
         died
     }
 
-    /// A process that lives does what is left.
-    async fn drain(&mut self) {
+    /// A process that lives does what is left. One that `looks` for what is gone does so until the clock is moved.
+    async fn drain(&mut self, looks: bool) {
         let at = self.world.serve().await;
         let id = format!("r{}", self.scenarios);
-        let job = self.world.ended_after_looking(&id).await;
+        let job = if looks { self.world.ended_after_looking(&id).await } else { self.world.ended(&id).await };
         assert!(job.state == "succeeded" || job.aws_changed() || job.code() == "pending_foreign", "{job:?}");
         self.world.workers[at].stop().await;
         self.world.judge().await;
@@ -139,11 +143,11 @@ impl Deaths {
 
 /// Each boundary alone.
 async fn dies_at(boundaries: &[Boundary], regions: usize) {
-    let mut deaths = Deaths::begin().await;
+    let mut deaths = Deaths::begin(boundaries.len(), regions).await;
     for boundary in boundaries {
-        let (id, _) = deaths.ask(regions).await;
+        let (id, _) = deaths.ask().await;
         assert!(deaths.die_at(*boundary, &id).await, "{boundary:?} did not end the worker");
-        deaths.drain().await;
+        deaths.drain(false).await;
         deaths.world.succeeded(&id).await;
     }
     deaths.world.finish().await;
@@ -176,13 +180,14 @@ async fn while_a_key_of_two_regions_is_brought_and_turned() {
 
 /// The first process dies at the one boundary; its successor at each of the others that it still comes past.
 async fn dies_twice_from(first: Boundary, least: usize) {
-    let mut deaths = Deaths::begin().await;
+    let seconds = [Sent, Replicated, TurnChosen, TurnSent, Ended];
+    let mut deaths = Deaths::begin(seconds.len(), 2).await;
     let mut died = 0;
-    for second in [Sent, Replicated, TurnChosen, TurnSent, Ended] {
-        let (id, _) = deaths.ask(2).await;
+    for second in seconds {
+        let (id, _) = deaths.ask().await;
         assert!(deaths.die_at(first, &id).await, "{first:?} did not end the worker");
         died += usize::from(deaths.die_at(second, &id).await);
-        deaths.drain().await;
+        deaths.drain(false).await;
         deaths.world.succeeded(&id).await;
     }
     assert!(died >= least, "after {first:?} {died} of five successors died");
@@ -210,9 +215,9 @@ twice! {
 
 /// A stranger has the key to himself for a while.
 async fn meddled(stranger: Stranger, boundaries: &[Boundary], regions: usize, codes: &[&str]) {
-    let mut deaths = Deaths::begin().await;
+    let mut deaths = Deaths::begin(boundaries.len(), regions).await;
     for boundary in boundaries {
-        let (id, arn) = deaths.ask(regions).await;
+        let (id, arn) = deaths.ask().await;
         assert!(deaths.die_at(*boundary, &id).await, "{boundary:?} did not end the worker");
         let shown = deaths.world.fake.show(&arn).await;
         let waits = |held: &&Value| held["role"].as_str().unwrap().starts_with("PENDING");
@@ -230,7 +235,7 @@ async fn meddled(stranger: Stranger, boundaries: &[Boundary], regions: usize, co
             }
             (_, None) => panic!("{boundary:?}: nothing waits: {shown:#}"),
         }
-        deaths.drain().await;
+        deaths.drain(codes.contains(&"pending_lost")).await;
         let job = deaths.world.ended(&id).await;
         let end = if job.state == "succeeded" { "succeeded" } else { job.code() };
         assert!(codes.contains(&end), "{stranger:?} after {boundary:?}: {job:?}");

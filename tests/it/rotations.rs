@@ -445,9 +445,10 @@ async fn an_abandoned_rotate_takes_its_own_material_away_and_nobody_elses() {
     let ran = case.world.run(&["jobs", "abandon", "dead", "--json"]).await;
     assert_eq!((ran.code, &ran.json()["became"]), (Some(0), &json!("requested")), "{ran:?}");
     let id = ran.json()["id"].as_str().unwrap().to_owned();
-    let waited = case.world.run(&["jobs", "wait", &id, "--json"]).await;
-    assert_eq!(waited.json()[0]["error"]["code"], "abandoned", "{waited:?}");
-    assert!(waited.json()[0]["error"]["message"].as_str().unwrap().contains("was removed again"), "{waited:?}");
+    case.world.run(&["jobs", "wait", &id]).await;
+    let shown = case.world.run(&["jobs", "show", &id, "--json"]).await;
+    assert_eq!(shown.json()[0]["error"]["code"], "abandoned", "{shown:?}");
+    assert!(shown.json()[0]["error"]["message"].as_str().unwrap().contains("was removed again"), "{shown:?}");
     assert_eq!((case.roles().await, case.calls(ROTATE).await), (vec!["CURRENT".to_owned()], 1));
     assert_ne!(id, dead.id.to_string());
     // One that is on its way, and comes to no end.
@@ -475,8 +476,9 @@ async fn an_abandoned_rotate_takes_its_own_material_away_and_nobody_elses() {
     case.stranger_brings().await;
     let ran = case.world.run(&["jobs", "abandon", "replaced", "--json"]).await;
     let id = ran.json()["id"].as_str().unwrap().to_owned();
-    let waited = case.world.run(&["jobs", "wait", &id, "--json"]).await;
-    assert!(waited.json()[0]["error"]["message"].as_str().unwrap().contains("no longer"), "{waited:?}");
+    case.world.run(&["jobs", "wait", &id]).await;
+    let shown = case.world.run(&["jobs", "show", &id, "--json"]).await;
+    assert!(shown.json()[0]["error"]["message"].as_str().unwrap().contains("no longer"), "{shown:?}");
     assert_eq!(case.roles().await, ["CURRENT", "PENDING_ROTATION"]);
     case.world.finish().await;
 }
