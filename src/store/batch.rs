@@ -71,13 +71,12 @@ impl Store {
                 .await?;
             after = None;
             for row in &rows {
-                match row.get::<_, Option<i64>>(4) {
-                    // The last row says how far the page went.
-                    Some(seen) => after = row.get::<_, Option<Uuid>>(3).filter(|_| seen == LOOK),
-                    None => {
-                        let of = counts.entry((row.get(0), row.get(1))).or_default();
-                        *of += u64::try_from(row.get::<_, i64>(2)).unwrap_or(0);
-                    }
+                // The last row says how far the page went.
+                if let Some(seen) = row.get::<_, Option<i64>>(4) {
+                    after = row.get::<_, Option<Uuid>>(3).filter(|_| seen == LOOK);
+                } else {
+                    let of = counts.entry((row.get(0), row.get(1))).or_default();
+                    *of += u64::try_from(row.get::<_, i64>(2)).unwrap_or(0);
                 }
             }
         }

@@ -336,7 +336,13 @@ async fn a_broker_that_is_short_of_memory_is_waited_for_and_one_that_restarts_is
     world.shows(BLOCKED, 1.0).await;
     let lines = world.lines();
     // Longer than a relay's lease, by the store's clock: the window stays with the one that has it, whoever else looks.
-    world.serve().await;
+    let other = world.start("").await;
+    eventually("the other worker publishes too, if it is let", || async {
+        world.workers[other].ready().await?;
+        let opened = "keyferry_broker_sessions_total{role=\"events\",transport=\"rabbitmq\"}";
+        (world.workers[other].metric(opened).await >= 1.0).then_some(())
+    })
+    .await;
     let kept = "select count(*) from outbox where due_at > keyferry_now() + interval '25 s'";
     for _ in 0..3 {
         world.until("the relay keeps its window", kept, 3).await;

@@ -112,7 +112,7 @@ async fn the_id_of_a_request_means_the_last_of_its_retries() {
     assert_eq!(links(2), (Value::Null, json!(second)));
     // A job's own id means that job.
     for (id, wait) in [(&first, 3), (&second, 3)] {
-        assert_eq!(ids(&world.run(&["jobs", "show", id, "--json"]).await), [id.clone()]);
+        assert_eq!(ids(&world.run(&["jobs", "show", id, "--json"]).await), std::slice::from_ref(id));
         assert_eq!(world.run(&["jobs", "wait", id]).await.code, Some(wait));
     }
     assert_eq!(world.run(&["release", "everything"]).await.code, Some(0));

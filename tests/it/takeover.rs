@@ -144,38 +144,46 @@ async fn a_dead_workers_call_that_takes_effect_late_undoes_nothing() {
     late.undoes_nothing().await;
 }
 
-#[tokio::test]
-async fn a_worker_that_slept_before_its_import_does_not_send_it() {
+/// A worker that is about to import into a key, and waits for the parameters.
+async fn about_to_import() -> (World, usize, String) {
     let mut world = World::new(Tuning::hasty()).await;
     world.symmetric_key("payroll").await;
     let arn = world.fake.key().await;
-    let sleeper = world.serve().await;
+    let worker = world.serve().await;
     world.fake.fault("GetParametersForImport", &arn, Some(1), json!({"kind": "hold"})).await;
     world.publish(request("r1", &arn, json!({"source_key_identifier": "payroll"}))).await;
     world.fake.held(1, "GetParametersForImport", &arn).await;
+    (world, worker, arn)
+}
+
+impl World {
+    /// Wakes a worker that slept past its lease, and waits until it has given up its job: it has imported nothing.
+    async fn wake(&self, sleeper: usize, arn: &str) {
+        self.workers[sleeper].signal(Signal::CONT);
+        crate::support::eventually("the sleeper gives up", || async {
+            let lost = self.workers[sleeper].metric("keyferry_leases_lost_total").await;
+            (lost >= 1.0 && self.workers[sleeper].metric("keyferry_jobs_running").await < 0.5).then_some(())
+        })
+        .await;
+        assert_eq!(self.fake.journal(&format!("key={arn}&operation=ImportKeyMaterial")).await.len(), 1);
+    }
+}
+
+#[tokio::test]
+async fn a_worker_that_slept_before_its_import_does_not_send_it() {
+    let (mut world, sleeper, arn) = about_to_import().await;
     world.workers[sleeper].signal(Signal::STOP);
     world.fake.release(&arn).await;
     world.serve().await;
     world.succeeded("r1").await;
-    world.workers[sleeper].signal(Signal::CONT);
-    crate::support::eventually("the sleeper gives up", || async {
-        (world.workers[sleeper].metric("keyferry_jobs_running").await < 0.5).then_some(())
-    })
-    .await;
-    assert_eq!(world.fake.journal(&format!("key={arn}&operation=ImportKeyMaterial")).await.len(), 1);
+    world.wake(sleeper, &arn).await;
     world.finish().await;
 }
 
 /// It slept on what it knew, the delete behind its job was done meanwhile, and it wakes up with an import in its hands.
 #[tokio::test]
 async fn a_worker_that_slept_past_its_lease_does_not_undo_the_delete_that_followed() {
-    let mut world = World::new(Tuning::hasty()).await;
-    world.symmetric_key("payroll").await;
-    let arn = world.fake.key().await;
-    let sleeper = world.serve().await;
-    world.fake.fault("GetParametersForImport", &arn, Some(1), json!({"kind": "hold"})).await;
-    world.publish(request("r1", &arn, json!({"source_key_identifier": "payroll"}))).await;
-    world.fake.held(1, "GetParametersForImport", &arn).await;
+    let (mut world, sleeper, arn) = about_to_import().await;
     world.publish(request("r2", &arn, json!({"operation": "delete"}))).await;
     world.until("the delete waits behind it", "select count(*) from job where state = 'waiting'", 2).await;
     world.workers[sleeper].signal(Signal::STOP);
@@ -183,13 +191,7 @@ async fn a_worker_that_slept_past_its_lease_does_not_undo_the_delete_that_follow
     world.serve().await;
     world.succeeded("r1").await;
     world.succeeded("r2").await;
-    world.workers[sleeper].signal(Signal::CONT);
-    crate::support::eventually("the sleeper gives up", || async {
-        let lost = world.workers[sleeper].metric("keyferry_leases_lost_total").await;
-        (lost >= 1.0 && world.workers[sleeper].metric("keyferry_jobs_running").await < 0.5).then_some(())
-    })
-    .await;
-    assert_eq!(world.fake.journal(&format!("key={arn}&operation=ImportKeyMaterial")).await.len(), 1);
+    world.wake(sleeper, &arn).await;
     let shown = world.fake.show(&arn).await;
     assert!(shown["materials"].as_array().unwrap().iter().all(|held| held["imported"] == false), "{shown:#}");
     world.finish().await;

@@ -79,7 +79,7 @@ async fn events_that_are_kept_stay_with_their_relay_until_another_has_taken_them
     let mine = take().await;
     assert_eq!(mine.len(), 3);
     for _ in 0..3 {
-        db.advance(LEASE - Duration::from_secs(5)).await;
+        db.advance(LEASE * 5 / 6).await;
         store.keep_events(&mine, LEASE).await.unwrap();
         assert!(take().await.is_empty());
     }

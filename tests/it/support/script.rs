@@ -8,12 +8,12 @@ use tempfile::TempDir;
 
 /// Before each script. Ends with its standard input, so that it cannot outlive a test that is killed: the server is a session
 /// of its own.
-const PRELUDE: &str = r#"
+const PRELUDE: &str = r"
 source ops/lib.sh
 dir=$1
 trap stop EXIT
 trap '' HUP INT TERM
-"#;
+";
 
 /// A script that answers words with lines. It and what it has started end when it is dropped.
 pub struct Script {
