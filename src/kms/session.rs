@@ -395,16 +395,42 @@ mod tests {
         assert!(!format!("{session:?}").contains("hush-hush"));
     }
 
+    /// The bounds are far from what is measured, and from what they would be if everybody waited.
+    #[tokio::test]
+    async fn nobody_waits_long_for_an_sts_that_hangs_and_most_not_at_all() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let endpoint = format!("http://{}", listener.local_addr().unwrap());
+        let session = session_at(&endpoint, Duration::from_secs(120));
+        let begun = Instant::now();
+        for _ in 0..60 {
+            assert_eq!(session.credentials().await.unwrap_err().kind, ErrorKind::NoSession);
+        }
+        assert!(begun.elapsed() < Duration::from_secs(30), "{:?}", begun.elapsed());
+        // All that time one call was under way.
+        assert!(session.state.borrow().is_asking);
+        listener.accept().await.unwrap();
+        let another = tokio::time::timeout(Duration::from_millis(50), listener.accept()).await;
+        assert!(another.is_err(), "a second AssumeRole");
+    }
+
     fn session() -> Arc<Session> {
+        session_at("http://127.0.0.1:1", Duration::from_secs(5))
+    }
+
+    fn session_at(endpoint: &str, attempt_timeout: Duration) -> Arc<Session> {
         let role = Role {
             arn: "arn:aws:iam::111122223333:role/keyferry".into(),
             external_id: Some("hush-hush".into()),
             session_name: "keyferry".into(),
             session: LIFE,
         };
-        let config = aws_sdk_sts::Config::builder().behavior_version(aws_config::BehaviorVersion::v2026_01_12());
+        let config = aws_sdk_sts::Config::builder()
+            .behavior_version(aws_config::BehaviorVersion::v2026_01_12())
+            .region(aws_sdk_sts::config::Region::new("eu-central-1"))
+            .credentials_provider(Credentials::for_tests())
+            .endpoint_url(endpoint);
         let sts = aws_sdk_sts::Client::from_conf(config.build());
         let calls = AwsCalls::of(&crate::telemetry::Metrics::new().unwrap());
-        Session::new(role, "111122223333".into(), sts, Duration::from_secs(5), calls)
+        Session::new(role, "111122223333".into(), sts, attempt_timeout, calls)
     }
 }
