@@ -3,12 +3,12 @@
 mod reload;
 
 use crate::amqp::Broker;
-use crate::config::{ConfigError, Intake as IntakeSettings, Loaded, Transport};
+use crate::config::{ConfigError, Intake as IntakeSettings, Loaded, Target, Transport};
 use crate::ingress::Ingress;
 use crate::ingress::rabbitmq::Queue;
 use crate::ingress::sqs::Source;
 use crate::intake::{Fuse, Intake, Limits, Marks, Watch};
-use crate::kms::Kms;
+use crate::kms::{Account, Kms, Role};
 use crate::outbox::rabbitmq::Exchange;
 use crate::outbox::sqs::Events;
 use crate::outbox::{Destination, Relay};
@@ -130,8 +130,11 @@ pub async fn serve(loaded: &Loaded, stop: CancellationToken, hang_up: Signal) ->
     let health = Health::of(&[Part::Store].into_iter().chain(ingresses).chain([Part::Events]).collect::<Vec<_>>());
     health.set(Part::Store, true);
     let (jobs, events) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
-    let regions = loaded.targets()?.iter().flat_map(|target| target.regions.iter().cloned());
-    let kms = Kms::connect(regions, settings.worker.aws_timeout(), &metrics).await;
+    for warning in loaded.target_file_warnings() {
+        tracing::warn!("{warning}");
+    }
+    let kms = Kms::connect(accounts(loaded)?, settings.worker.aws_timeout(), &metrics).await;
+    kms.warm();
 
     let finished = CancellationToken::new();
     let (address, admin) = serve_admin(settings.admin.listen, metrics.clone(), health.clone(), finished.clone())
@@ -357,6 +360,32 @@ pub fn limits(settings: &IntakeSettings) -> Limits {
 
 fn marks(settings: &IntakeSettings) -> Marks {
     Marks { pause_above: settings.pause_above, resume_below: settings.resume_below }
+}
+
+/// The accounts of the settings, and how they are reached. Reads the files of external ids.
+pub fn accounts(loaded: &Loaded) -> Result<Vec<Account>, ConfigError> {
+    let account = |target: &Target| {
+        let role = match &target.role_arn {
+            None => None,
+            Some(arn) => Some(Role {
+                arn: arn.clone(),
+                external_id: loaded.external_id(target)?,
+                session_name: target.session_name.clone(),
+                session: target.session(),
+            }),
+        };
+        Ok(Account {
+            partition: target.partition.clone(),
+            account: target.account.clone(),
+            regions: target.regions.clone(),
+            role,
+            sts_region: target.sts_region().to_owned(),
+            is_fips: target.fips,
+            is_dual_stack: target.dual_stack,
+            endpoints: target.endpoints.clone(),
+        })
+    };
+    loaded.targets()?.iter().map(account).collect()
 }
 
 /// The accounts and Regions of the settings.

@@ -6,6 +6,7 @@ mod intake;
 mod place;
 mod policy;
 mod sqs;
+mod target;
 mod template;
 
 pub use dsm::{DsmConnection, DsmProtocol};
@@ -14,6 +15,7 @@ pub use intake::Intake;
 pub use place::place;
 pub use policy::PolicySource;
 pub use sqs::{Sqs, Transport};
+pub use target::{Target, TargetFault};
 pub use template::{Filled, template};
 
 use crate::policy::{Policy, Proof};
@@ -134,19 +136,6 @@ pub struct Keys {
     pub kek_file: Option<PathBuf>,
 }
 
-/// An account and its Regions.
-#[derive(Clone, Debug, Deserialize, Serialize)]
-#[serde(deny_unknown_fields)]
-pub struct Target {
-    /// 12 digits.
-    pub account: String,
-    /// `aws`, `aws-us-gov`, ...
-    #[serde(default = "default_partition")]
-    pub partition: String,
-    /// Region names.
-    pub regions: Vec<String>,
-}
-
 /// The pool of jobs under way.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
@@ -229,6 +218,18 @@ pub enum ConfigError {
     Invalid {
         /// Dotted name.
         name: Cow<'static, str>,
+        /// The rule.
+        expected: &'static str,
+    },
+    /// A target that breaks a rule.
+    #[error("the setting {name} is wrong for account {account}: expected {expected}")]
+    Target {
+        /// Dotted name.
+        name: &'static str,
+        /// Which of the targets.
+        account: String,
+        /// What it is.
+        fault: TargetFault,
         /// The rule.
         expected: &'static str,
     },
@@ -494,7 +495,7 @@ impl Loaded {
             Some((name, _, expected)) => Err(ConfigError::Invalid { name: name.into(), expected }),
             None => match dsm::broken_rule(dsm, dsm_default.as_deref()) {
                 Some((name, expected)) => Err(ConfigError::Invalid { name: name.into(), expected }),
-                None => Ok(()),
+                None => target::broken_rule(targets).map_or(Ok(()), Err),
             },
         }
     }
@@ -611,10 +612,6 @@ fn open_to_others(path: &Path) -> Option<u32> {
 /// Nothing: every section brings its own defaults. Figment wants a base to name in its errors.
 #[derive(Default, Serialize)]
 struct Defaults {}
-
-fn default_partition() -> String {
-    "aws".into()
-}
 
 /// Shows that a secret is set, never what it is.
 #[expect(clippy::ref_option, reason = "serde hands the field over so")]

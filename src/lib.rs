@@ -29,7 +29,7 @@
 //! | [`source`] | obtains key material, holds it briefly, zeroises it | `job`; for servers `config`, `retry`, `telemetry`, `tls` |
 //! | [`wrap`](mod@wrap) | wraps material under a public key; pure | `job` |
 //! | [`audit`] | what is recorded | `job` |
-//! | [`kms`] | performs one AWS call truthfully | `job`, `telemetry` |
+//! | [`kms`] | performs one AWS call truthfully, as the key's account lets it | `job`, `telemetry` |
 //! | [`tls`] | who a client is and whom it trusts | - |
 //! | [`amqp`] | connections to RabbitMQ | `config`, `tls` |
 //! | [`sqs`] | performs calls and batches of SQS truthfully | `retry`, `telemetry` |

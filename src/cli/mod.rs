@@ -254,7 +254,7 @@ impl Config {
                 for transport in &loaded.settings.requests_from {
                     unproved.extend(policy.unproved(transport.as_str(), &loaded.proof(*transport, &policy)?));
                 }
-                loaded.targets()?;
+                app::accounts(loaded)?;
                 loaded.database_url()?;
                 loaded.transports()?;
                 if loaded.uses(Transport::RabbitMq) {
@@ -287,7 +287,8 @@ fn warn_of_kek_file(loaded: &Loaded) {
 }
 
 fn warn_of_open_files(loaded: &Loaded) {
-    for warning in loaded.rabbitmq_file_warnings().into_iter().chain(loaded.dsm_key_file_warnings()) {
+    let files = [loaded.rabbitmq_file_warnings(), loaded.dsm_key_file_warnings(), loaded.target_file_warnings()];
+    for warning in files.into_iter().flatten() {
         eprintln!("keyferry: warning: {warning}");
     }
 }
@@ -339,10 +340,11 @@ fn code(error: &anyhow::Error) -> &'static str {
     if let Some(fault) = error.downcast_ref::<MaterialFault>() {
         return fault.code();
     }
-    match error.downcast_ref::<Coded>() {
-        Some(coded) => coded.code,
-        None if is_setting(error) => "setting_wrong",
-        None => "failed",
+    match (error.downcast_ref::<Coded>(), setting(error)) {
+        (Some(coded), _) => coded.code,
+        (None, Some(ConfigError::Target { fault, .. })) => fault.code(),
+        (None, _) if is_setting(error) => "setting_wrong",
+        (None, _) => "failed",
     }
 }
 
@@ -376,7 +378,9 @@ impl Failed {
         let context = match (setting(&error), store_error(&error)) {
             (Some(ConfigError::Invalid { name, .. }), _) => Some(format!("in {}", place(file, name))),
             (Some(ConfigError::Unusable { name, .. }), _) => Some(format!("in {}", place(file, name))),
-            (Some(ConfigError::File { name, .. }), _) => Some(format!("in {}", place(file, name))),
+            (Some(ConfigError::File { name, .. } | ConfigError::Target { name, .. }), _) => {
+                Some(format!("in {}", place(file, name)))
+            }
             (_, Some(StoreError::Setting { setting, .. })) => Some(format!("in {}", place(file, setting))),
             (_, Some(StoreError::Unavailable(_))) => Some(format!("by {url} in {}", place(file, url))),
             _ => None,

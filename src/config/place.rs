@@ -21,7 +21,7 @@ pub(super) fn variable(name: &str) -> String {
 impl Loaded {
     /// What is wrong with who may read the settings file, if it holds a secret itself.
     pub fn settings_file_warning(&self) -> Option<String> {
-        let Settings { database, rabbitmq, keys, .. } = &self.settings;
+        let Settings { database, rabbitmq, keys, targets, .. } = &self.settings;
         let secrets = [
             ("database.url", &database.url),
             ("database.owner_url", &database.owner_url),
@@ -29,10 +29,13 @@ impl Loaded {
             ("rabbitmq.api_url", &rabbitmq.api_url),
             ("keys.kek", &keys.kek),
         ];
+        let external_ids = targets.iter().map(|target| ("targets.external_id", &target.external_id));
         let is_inside = |(name, value): &(&str, &Option<SecretString>)| {
-            value.is_some() && std::env::var_os(variable(name)).is_none()
+            // All targets are one variable.
+            let whole = name.split('.').next().unwrap_or_default();
+            value.is_some() && ![*name, whole].iter().any(|name| std::env::var_os(variable(name)).is_some())
         };
-        let (name, _) = secrets.iter().find(|secret| is_inside(secret))?;
+        let (name, _) = secrets.into_iter().chain(external_ids).find(|secret| is_inside(secret))?;
         open_to_others(&self.file).map(|mode| {
             format!(
                 "the settings file {} is open to more than its owner (mode {mode:o}) and may hold a secret, such as {name}; \

@@ -9,12 +9,13 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 /// Where the structs are written.
-const SOURCES: [&str; 5] = [
+const SOURCES: [&str; 6] = [
     include_str!("../config.rs"),
     include_str!("dsm.rs"),
     include_str!("identity.rs"),
     include_str!("intake.rs"),
     include_str!("sqs.rs"),
+    include_str!("target.rs"),
 ];
 
 /// The name of a connection in the example of a table `[dsm.NAME]`.
@@ -52,6 +53,15 @@ const EXAMPLES: &[(&str, &str)] = &[
     ("dsm.connect_timeout_ms", "5000"),
     ("dsm.request_timeout_ms", "5000"),
     ("targets.partition", "\"aws\""),
+    ("targets.role_arn", "\"arn:aws:iam::111122223333:role/keyferry\""),
+    ("targets.external_id", "\"EXTERNAL-ID\""),
+    ("targets.external_id_file", "\"/etc/keyferry/external-id\""),
+    ("targets.session_name", "\"keyferry\""),
+    ("targets.session_s", "3600"),
+    ("targets.sts_region", "\"eu-central-1\""),
+    ("targets.fips", "false"),
+    ("targets.dual_stack", "false"),
+    ("targets.endpoints", "{ eu-central-1 = \"https://vpce-0a1b.kms.eu-central-1.vpce.amazonaws.com\" }"),
 ];
 
 /// Settings that nobody can know but the reader, by the place that is to be filled in, with what is not filled in yet.

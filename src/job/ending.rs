@@ -277,6 +277,8 @@ words! {
         ValidToPassed = "valid_to_passed",
         /// IAM, the key policy or a control policy says no.
         AccessDenied = "access_denied",
+        /// STS does not let the account's role be assumed.
+        RoleNotAssumable = "role_not_assumable",
         /// AWS refuses the import parameters a second time.
         ImportParametersRefused = "import_parameters_refused",
         /// AWS could not unwrap, a second time.

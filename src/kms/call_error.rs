@@ -4,6 +4,7 @@
 //! Reference). Throttling, validation and access errors are not modelled by the SDK; their codes are.
 
 use super::guard::{Departure, Dropped};
+use aws_credential_types::provider::error::CredentialsError;
 use aws_sdk_kms::config::http::HttpResponse;
 use aws_sdk_kms::error::{ProvideErrorMetadata, SdkError};
 use aws_sdk_kms::operation::RequestId;
@@ -64,8 +65,12 @@ words! {
         Refused = "refused",
         /// An answer without what its documentation promises.
         Incomplete = "incomplete",
-        /// No client for the Region.
+        /// No client for the account and Region.
         NoTarget = "no_target",
+        /// Nothing was done: for the moment there are no credentials of the account's role.
+        NoSession = "no_session",
+        /// Nothing was sent: STS does not let the account's role be assumed.
+        RoleDenied = "role_denied",
     }
 }
 
@@ -94,8 +99,11 @@ impl ErrorKind {
             "ConflictException" => Self::Conflict,
             "LimitExceededException" => Self::LimitExceeded,
             "UnsupportedOperationException" => Self::Unsupported,
-            "AccessDeniedException" => Self::AccessDenied,
+            // The second is STS's.
+            "AccessDeniedException" | "AccessDenied" => Self::AccessDenied,
             "ExpiredTokenException"
+            | "ExpiredToken"
+            | "SignatureDoesNotMatch"
             | "UnrecognizedClientException"
             | "InvalidClientTokenId"
             | "InvalidSignatureException"
@@ -114,9 +122,13 @@ impl CallError {
     where
         E: ProvideErrorMetadata + RequestId + StdError + 'static,
     {
+        // There were no credentials to sign it with, and what is said of that is said already.
+        if let Some(of_session) = cause::<Self>(error) {
+            return of_session.clone();
+        }
         let code = ProvideErrorMetadata::code(error).map(str::to_owned);
         let kind = match error {
-            _ if caused_by(error, <dyn StdError + 'static>::is::<Dropped>) => ErrorKind::Dropped,
+            _ if cause::<Dropped>(error).is_some() => ErrorKind::Dropped,
             // It did not get as far as the gate: without credentials a request cannot even be signed.
             _ if !departure.happened() => ErrorKind::Credentials,
             SdkError::ServiceError(answer) => match code.as_deref().and_then(ErrorKind::of_code) {
@@ -128,7 +140,7 @@ impl CallError {
                 // Not AWS's words: something on the way spoke, and may have passed the call on.
                 None => ErrorKind::Unanswered,
             },
-            SdkError::DispatchFailure(_) if caused_by(error, was_refused) => ErrorKind::NotSent,
+            SdkError::DispatchFailure(_) if was_refused(error) => ErrorKind::NotSent,
             _ => ErrorKind::Unanswered,
         };
         let message = match ProvideErrorMetadata::message(error) {
@@ -138,6 +150,17 @@ impl CallError {
         // Postgres stores no NUL, and a long page of some proxy helps nobody.
         let message = message.replace('\0', "").chars().take(500).collect();
         Self { operation, kind, code, message, aws_request_id: error.request_id().map(str::to_owned) }
+    }
+
+    /// For the SDK, from which [`CallError::of`] has it back.
+    pub(super) fn into_credentials_error(self) -> CredentialsError {
+        CredentialsError::provider_error(self)
+    }
+
+    /// AWS does not know these credentials, or no longer.
+    pub(super) fn says_credentials_are_over(&self) -> bool {
+        let codes = ["ExpiredTokenException", "ExpiredToken", "UnrecognizedClientException", "InvalidClientTokenId"];
+        self.code.as_deref().is_some_and(|code| codes.contains(&code))
     }
 
     pub(super) fn incomplete(operation: &'static str, part: &str) -> Self {
@@ -161,19 +184,18 @@ impl fmt::Display for CallError {
 impl StdError for CallError {}
 
 /// The connection was refused: nobody was there to take the call.
-fn was_refused(cause: &(dyn StdError + 'static)) -> bool {
-    cause.downcast_ref::<std::io::Error>().is_some_and(|io| io.kind() == std::io::ErrorKind::ConnectionRefused)
+fn was_refused(error: &(dyn StdError + 'static)) -> bool {
+    causes(error).any(|cause| {
+        cause.downcast_ref::<std::io::Error>().is_some_and(|io| io.kind() == std::io::ErrorKind::ConnectionRefused)
+    })
 }
 
-fn caused_by(error: &(dyn StdError + 'static), is_it: impl Fn(&(dyn StdError + 'static)) -> bool) -> bool {
-    let mut cause = Some(error);
-    while let Some(error) = cause {
-        if is_it(error) {
-            return true;
-        }
-        cause = error.source();
-    }
-    false
+fn cause<'a, E: StdError + 'static>(error: &'a (dyn StdError + 'static)) -> Option<&'a E> {
+    causes(error).find_map(|cause| cause.downcast_ref())
+}
+
+fn causes<'a>(error: &'a (dyn StdError + 'static)) -> impl Iterator<Item = &'a (dyn StdError + 'static)> {
+    std::iter::successors(Some(error), |&error| error.source())
 }
 
 fn root_cause(error: &(dyn StdError + 'static)) -> String {

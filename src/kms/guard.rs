@@ -3,8 +3,8 @@
 use aws_sdk_kms::config::interceptors::BeforeTransmitInterceptorContextRef;
 use aws_sdk_kms::config::{ConfigBag, Intercept, RuntimeComponents};
 use aws_sdk_kms::error::BoxError;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 /// How long this process may still act for a line. Shared by the job that acts and the heartbeat that
@@ -52,13 +52,19 @@ fn millis(duration: Duration) -> u64 {
 #[error("too little of the lease was left to make the call")]
 pub(super) struct Dropped;
 
-/// Whether a call got past the gate. One that did not has changed nothing, whatever its error says.
+/// Whether a call got past the gate, and with which access key it was signed. One that did not has changed nothing,
+/// whatever its error says.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Departure(Arc<AtomicBool>);
+pub(super) struct Departure(Arc<OnceLock<Option<String>>>);
 
 impl Departure {
     pub(super) fn happened(&self) -> bool {
-        self.0.load(Ordering::Acquire)
+        self.0.get().is_some()
+    }
+
+    /// The access key's id, which is no secret.
+    pub(super) fn signer(&self) -> Option<&str> {
+        self.0.get()?.as_deref()
     }
 }
 
@@ -84,21 +90,37 @@ impl Intercept for Gate {
 
     fn read_before_transmit(
         &self,
-        _context: &BeforeTransmitInterceptorContextRef<'_>,
+        context: &BeforeTransmitInterceptorContextRef<'_>,
         _components: &RuntimeComponents,
         _config: &mut ConfigBag,
     ) -> Result<(), BoxError> {
         if self.guard.remaining() < self.needed {
             return Err(Dropped.into());
         }
-        self.departure.0.store(true, Ordering::Release);
+        let signer = context.request().headers().get("authorization").and_then(signer).map(str::to_owned);
+        // It leaves once: the SDK repeats nothing.
+        self.departure.0.get_or_init(|| signer);
         Ok(())
     }
+}
+
+/// `AWS4-HMAC-SHA256 Credential=AKIA.../20261124/...`.
+fn signer(authorization: &str) -> Option<&str> {
+    let (_, credential) = authorization.split_once("Credential=")?;
+    credential.split('/').next()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_signer_is_read() {
+        let header =
+            "AWS4-HMAC-SHA256 Credential=ASIA1/20261124/eu-central-1/kms/aws4_request, SignedHeaders=host, Signature=0";
+        assert_eq!(signer(header), Some("ASIA1"));
+        assert_eq!(signer("Bearer x"), None);
+    }
 
     #[test]
     fn a_lease_runs_out_is_renewed_and_once_lost_stays_lost() {

@@ -1,4 +1,4 @@
-//! A harmless call for whoever wants to know whether AWS is there, lets it in, and shows the same time.
+//! Harmless calls for whoever wants to know whether AWS is there, lets it in, and as whom, and shows the same time.
 
 use super::{Call, CallError, Kms, LeaseGuard};
 use crate::job::KeyArn;
@@ -19,7 +19,43 @@ pub struct Look {
     pub date: Option<OffsetDateTime>,
 }
 
+/// Whose credentials calls about a key are signed with.
+#[derive(Clone, Debug)]
+pub struct Whose {
+    /// 12 digits.
+    pub account: String,
+    /// The user's, role's or session's.
+    pub arn: String,
+}
+
 impl Kms {
+    /// Has the role of the key's account assumed; says nothing more of it, since STS's answer must be of that account.
+    /// Waits for STS as long as a call may take. `None`: the account has no role.
+    pub async fn assume(&self, key: &KeyArn) -> Option<Result<(), CallError>> {
+        let session = self.accounts.way(key)?.session.as_ref()?;
+        Some(session.credentials_at_length().await.map(drop))
+    }
+
+    /// `GetCallerIdentity` with the worker's own credentials, by the STS that the key's account is set to. Read-only.
+    pub async fn whose(&self, key: &KeyArn) -> Result<Whose, CallError> {
+        const OPERATION: Call = Call::GetCallerIdentity;
+        let unknown = || CallError::no_target(OPERATION.as_str(), key.region());
+        let request = self.accounts.way(key).ok_or_else(unknown)?.sts.get_caller_identity();
+        let (gate, departure) = self.gate(&LeaseGuard::new(Instant::now(), 2 * self.attempt_timeout));
+        let answer = request.customize().interceptor(gate).send().await;
+        let answer = answer.map_err(|error| CallError::of(OPERATION.as_str(), &error, &departure));
+        let part = |name| CallError::incomplete(OPERATION.as_str(), name);
+        self.counted(
+            OPERATION,
+            answer.and_then(|answer| {
+                Ok(Whose {
+                    account: answer.account.ok_or_else(|| part("Account"))?,
+                    arn: answer.arn.ok_or_else(|| part("Arn"))?,
+                })
+            }),
+        )
+    }
+
     /// `DescribeKey`, whatever comes of it. Read-only.
     pub async fn look(&self, key: &KeyArn) -> Look {
         const OPERATION: Call = Call::DescribeKey;

@@ -3,32 +3,36 @@
 //! One owner of retries: the SDK makes every call once, and what follows is decided by the worker and held in
 //! Postgres.
 
+mod accounts;
 mod call_error;
 mod description;
 mod guard;
 mod held;
 mod look;
+mod session;
 #[cfg(feature = "failpoints")]
 mod unread;
 
+pub use accounts::{Account, Role};
 pub use call_error::{CallError, ErrorKind};
 pub use description::{KeyDescription, RegionRole, Regions};
 pub use guard::LeaseGuard;
 pub use held::{HeldMaterial, MaterialState};
-pub use look::Look;
+pub use look::{Look, Whose};
 
 use crate::job::{Expiry, ImportParameters, KeyArn, Wrapping};
 use crate::telemetry::{AwsCalls, Metrics};
+use accounts::Accounts;
 use aws_config::{BehaviorVersion, SdkConfig};
 use aws_sdk_kms::Client;
-use aws_sdk_kms::config::retry::RetryConfig;
 use aws_sdk_kms::config::timeout::TimeoutConfig;
-use aws_sdk_kms::config::{Config, Region};
 use aws_sdk_kms::operation::RequestId as _;
 use aws_sdk_kms::primitives::{Blob, DateTime};
 use aws_sdk_kms::types::{AlgorithmSpec, ExpirationModelType, ImportType, IncludeKeyMaterial, WrappingKeySpec};
+use futures_util::future::join_all;
 use guard::{Departure, Gate};
-use std::collections::HashMap;
+use session::Session;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 use time::OffsetDateTime;
 
@@ -94,6 +98,10 @@ words! {
         GetPublicKey = "GetPublicKey",
         /// Read-only.
         ListKeyRotations = "ListKeyRotations",
+        /// Of STS: the credentials of an account's role.
+        AssumeRole = "AssumeRole",
+        /// Of STS, and not of a worker: whose the credentials are.
+        GetCallerIdentity = "GetCallerIdentity",
     }
 }
 
@@ -109,39 +117,45 @@ macro_rules! send {
         if departure.happened() {
             $kms.calls.took($operation, begun);
         }
-        answer.map_err(|error| CallError::of($operation.as_str(), &error, &departure))
+        answer.map_err(|error| $kms.judged(CallError::of($operation.as_str(), &error, &departure), &departure))
     }};
 }
 
-/// Clients for the configured Regions.
+/// Clients for the configured accounts and Regions.
 #[derive(Debug)]
 pub struct Kms {
-    clients: HashMap<String, Client>,
+    accounts: Accounts,
     attempt_timeout: Duration,
     calls: AwsCalls<Call, ErrorKind>,
 }
 
 impl Kms {
-    /// Builds the clients. Credentials and endpoints come from the SDK's own chain
-    /// (`AWS_ENDPOINT_URL_KMS`, profiles, roles).
-    pub async fn connect(
-        regions: impl IntoIterator<Item = String>,
-        attempt_timeout: Duration,
-        metrics: &Metrics,
-    ) -> Self {
+    /// Connects nowhere. Credentials and endpoints come from the SDK's own chain (`AWS_ENDPOINT_URL_KMS`, profiles,
+    /// roles), but for what is said of an account.
+    pub async fn connect(accounts: Vec<Account>, attempt_timeout: Duration, metrics: &Metrics) -> Self {
         let shared = aws_config::defaults(BehaviorVersion::v2026_01_12()).load().await;
-        Self::with_config(&shared, regions, attempt_timeout, metrics)
+        Self::with_config(&shared, accounts, attempt_timeout, metrics)
     }
 
-    fn with_config(
-        shared: &SdkConfig,
-        regions: impl IntoIterator<Item = String>,
-        attempt_timeout: Duration,
-        metrics: &Metrics,
-    ) -> Self {
-        let clients =
-            regions.into_iter().map(|region| (region.clone(), client(shared, &region, attempt_timeout))).collect();
-        Self { clients, attempt_timeout, calls: AwsCalls::of(metrics) }
+    fn with_config(shared: &SdkConfig, accounts: Vec<Account>, attempt_timeout: Duration, metrics: &Metrics) -> Self {
+        let calls = AwsCalls::of(metrics);
+        Self { accounts: Accounts::new(shared, accounts, attempt_timeout, &calls), attempt_timeout, calls }
+    }
+
+    /// Has the roles assumed in the background, so that first jobs need not wait for it, and what is wrong with a role
+    /// is told at the start.
+    pub fn warm(&self) {
+        const AT_ONCE: usize = 8;
+        let mut sessions: Vec<_> = self.accounts.sessions().cloned().collect();
+        // An account has one, and several Regions.
+        sessions.sort_unstable_by_key(Arc::as_ptr);
+        sessions.dedup_by(|one, other| Arc::ptr_eq(one, other));
+        tokio::spawn(async move {
+            for some in sessions.chunks(AT_ONCE) {
+                // Each tells of its own failure.
+                drop(join_all(some.iter().map(Session::credentials)).await);
+            }
+        });
     }
 
     /// `DescribeKey`. Read-only.
@@ -309,12 +323,20 @@ impl Kms {
     }
 
     fn client(&self, key: &KeyArn, operation: Call) -> Result<&Client, CallError> {
-        self.clients.get(key.region()).ok_or_else(|| CallError::no_target(operation.as_str(), key.region()))
+        self.accounts.client(key).ok_or_else(|| CallError::no_target(operation.as_str(), key.region()))
     }
 
     fn counted<T>(&self, operation: Call, outcome: Result<T, CallError>) -> Result<T, CallError> {
         self.calls.ended(operation, outcome.as_ref().err().map(|error| error.kind));
         outcome
+    }
+
+    /// Credentials of a role that KMS no longer takes are asked for anew: a matter of a moment, and of nobody's hands.
+    fn judged(&self, error: CallError, departure: &Departure) -> CallError {
+        let is_over = error.kind == ErrorKind::Credentials && error.says_credentials_are_over();
+        let signer = departure.signer().filter(|_| is_over);
+        let is_session = signer.is_some_and(|key| self.accounts.sessions().any(|session| session.distrusts(key)));
+        if is_session { CallError { kind: ErrorKind::NoSession, ..error } } else { error }
     }
 
     /// A call leaves only when the lease outlives its time-out, so that its answer falls into the lease.
@@ -323,18 +345,11 @@ impl Kms {
     }
 }
 
-fn client(shared: &SdkConfig, region: &str, attempt_timeout: Duration) -> Client {
-    let timeouts = TimeoutConfig::builder()
-        .connect_timeout(attempt_timeout.min(Duration::from_millis(3_100)))
-        .operation_attempt_timeout(attempt_timeout)
-        .build();
-    let config = Config::from(shared)
-        .to_builder()
-        .region(Region::new(region.to_owned()))
-        .timeout_config(timeouts)
-        .retry_config(RetryConfig::disabled())
-        .build();
-    Client::from_conf(config)
+fn timeouts(attempt: Duration) -> TimeoutConfig {
+    TimeoutConfig::builder()
+        .connect_timeout(attempt.min(Duration::from_millis(3_100)))
+        .operation_attempt_timeout(attempt)
+        .build()
 }
 
 #[cfg(test)]

@@ -4,6 +4,7 @@ use super::*;
 use aws_config::retry::RetryConfig as SharedRetry;
 use aws_credential_types::Credentials;
 use aws_sdk_kms::config::SharedCredentialsProvider;
+use std::collections::BTreeMap;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpListener;
 
@@ -32,7 +33,21 @@ fn kms(endpoint: &str, credentials: Option<Credentials>) -> Kms {
         .endpoint_url(endpoint)
         .retry_config(SharedRetry::disabled());
     config.set_credentials_provider(credentials.map(SharedCredentialsProvider::new));
-    Kms::with_config(&config.build(), ["eu-central-1".to_owned()], TIMEOUT, &Metrics::new().unwrap())
+    Kms::with_config(&config.build(), vec![account()], TIMEOUT, &Metrics::new().unwrap())
+}
+
+/// Without a role.
+fn account() -> Account {
+    Account {
+        partition: "aws".into(),
+        account: "111122223333".into(),
+        regions: vec!["eu-central-1".into()],
+        role: None,
+        sts_region: "eu-central-1".into(),
+        is_fips: false,
+        is_dual_stack: false,
+        endpoints: BTreeMap::new(),
+    }
 }
 
 fn credentials() -> Credentials {

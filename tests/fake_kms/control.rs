@@ -14,6 +14,7 @@
 //! | `POST /_fake/quota` | `{"enabled":bool,"rates":{"GetParametersForImport":0.25}}` | `{"enabled":bool}` |
 //! | `GET /_fake/options`, `POST` | any of [`crate::world::Options`] | all options |
 //! | `GET /_fake/faults`, `POST`, `DELETE` | `{"operation","key","times","skip","fault":{"kind",...}}`; `?id=` for one | the orders; `{"id":n}`; `{}` |
+//! | `GET /_fake/roles`, `POST`, `DELETE` | [`crate::roles::Role`]; `?arn=` | `{"roles":[...],"sessions":[{"access_key","secret","token"}]}` |
 //! | `GET /_fake/waiting` | `operation`, `key`, `at_least`, `timeout_ms` | `{"waiting":n,"reached":bool,"calls":[...]}` |
 //! | `POST /_fake/release` | `{"operation","key","count"}`, all optional | `{"released":n}` |
 //! | `GET /_fake/pending_late` | `operation`, `key`, `at_least`, `timeout_ms` | `{"pending":n,"reached":bool,"calls":[...]}` |
@@ -43,6 +44,7 @@ use crate::engine::release_late;
 use crate::faults::Order;
 use crate::journal::{Filter, names};
 use crate::kinds::{Operation, rfc3339};
+use crate::roles::{Role, Session};
 use crate::world::{Call, World};
 
 /// The routes of the control interface.
@@ -58,6 +60,7 @@ pub fn router(world: Arc<World>) -> Router {
         .route("/_fake/quota", post(set_quota))
         .route("/_fake/options", get(show_options).post(set_options))
         .route("/_fake/faults", get(list_faults).post(add_fault).delete(clear_faults))
+        .route("/_fake/roles", get(list_roles).post(set_role).delete(remove_role))
         .route("/_fake/waiting", get(waiting))
         .route("/_fake/release", post(release))
         .route("/_fake/pending_late", get(pending_late))
@@ -244,6 +247,33 @@ async fn clear_faults(State(world): State<Arc<World>>, uri: Uri) -> Answer {
     let id = Query::of(&uri).number("id")?;
     world.state().faults.clear(id);
     Ok(Json(json!({})))
+}
+
+async fn list_roles(State(world): State<Arc<World>>) -> Answer {
+    let state = world.state();
+    let session = |(access_key, session): (&String, &Session)| json!({ "access_key": access_key, "secret": session.secret, "token": session.token });
+    let sessions: Vec<_> = state.roles.sessions().map(session).collect();
+    Ok(Json(json!({ "roles": state.roles.list(), "sessions": sessions })))
+}
+
+async fn set_role(State(world): State<Arc<World>>, body: Bytes) -> Answer {
+    let role: Role = parse(&body)?;
+    // A misspelt role would make a test pass for the wrong reason.
+    let parts: Vec<_> = role.arn.splitn(6, ':').collect();
+    if !matches!(parts[..], ["arn", _, "iam", "", _, name] if name.starts_with("role/")) {
+        return Err(bad("arn is not a role's"));
+    }
+    world.state().roles.set(role);
+    list_roles(State(world)).await
+}
+
+async fn remove_role(State(world): State<Arc<World>>, uri: Uri) -> Answer {
+    let query = Query::of(&uri);
+    let arn = query.text("arn").ok_or_else(|| bad("which role?"))?;
+    if !world.state().roles.remove(arn) {
+        return Err(bad("no such role"));
+    }
+    list_roles(State(world)).await
 }
 
 async fn waiting(State(world): State<Arc<World>>, uri: Uri) -> Answer {

@@ -52,14 +52,16 @@ pub struct Entry {
     pub at: Millis,
     /// Operation, as the client named it if it is known.
     pub operation: &'static str,
-    /// Key, if the call names one.
+    /// Key, if the call names one; of `AssumeRole` the role.
     pub key_arn: Option<Arc<str>>,
     /// Account of the caller; absent if the caller could not be authenticated.
     pub account: Option<Arc<str>>,
     /// Region of the call.
     pub region: Option<Arc<str>>,
-    /// Access key of the caller; absent for what KMS does by itself.
+    /// Access key of the caller, or of whoever assumed the caller's role; absent for what KMS does by itself.
     pub access_key: Option<Arc<str>>,
+    /// The caller's session, as an ARN, if the caller assumed a role.
+    pub session: Option<Arc<str>>,
     /// `ok`, an error code, `throttled`, `hang` or `late`.
     pub outcome: Cow<'static, str>,
     /// The fault that was applied, if any.
@@ -159,6 +161,7 @@ impl Entry {
             "account": self.account.as_deref(),
             "region": self.region.as_deref(),
             "access_key": self.access_key.as_deref(),
+            "session": self.session.as_deref(),
             "outcome": self.outcome,
             "fault": self.fault,
             "late": self.late,
@@ -221,6 +224,7 @@ mod tests {
             account: None,
             region: None,
             access_key: None,
+            session: None,
             outcome: "ok".into(),
             fault: None,
             late: false,

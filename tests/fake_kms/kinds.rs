@@ -69,6 +69,15 @@ named! {
         ListResourceTags = "ListResourceTags",
         GetKeyPolicy = "GetKeyPolicy",
         ListAliases = "ListAliases",
+        AssumeRole = "AssumeRole",
+        GetCallerIdentity = "GetCallerIdentity",
+    }
+}
+
+impl Operation {
+    /// Whether it is one of STS, not of KMS.
+    pub fn is_of_sts(self) -> bool {
+        matches!(self, Self::AssumeRole | Self::GetCallerIdentity)
     }
 }
 

@@ -1,6 +1,6 @@
-//! `fake-kms`: a test double of AWS KMS, as far as importing key material goes.
+//! `fake-kms`: a test double of AWS KMS, as far as importing key material goes, and of as much of STS as its callers need.
 //!
-//! A process of its own that speaks AWS JSON 1.1 over HTTP, checks signatures, holds real wrapping keys and really
+//! A process of its own that speaks AWS JSON 1.1 over HTTP (and for STS forms and XML, on the same port), checks signatures, holds real wrapping keys and really
 //! unwraps, so that the whole AWS SDK stack is exercised. It shares no code with the product. What it answers follows
 //! `aws-kms-import.md`, the project's reference; where the reference does not know what AWS does, the code says
 //! UNVERIFIED. The control interface is described in [`control`], the layout of ciphertexts in [`crypto`].
@@ -25,12 +25,15 @@ mod metadata;
 mod operations;
 mod pair_ops;
 mod pairs;
+mod query;
 mod quotas;
 mod refusal;
 mod request;
+mod roles;
 mod rotation_ops;
 mod sigv4;
 mod specs;
+mod sts_ops;
 mod table;
 mod tokens;
 #[cfg(test)]
@@ -153,7 +156,7 @@ fn credentials(texts: &[String]) -> anyhow::Result<HashMap<String, Credential>> 
             let [access_key, secret, account] = text.split(':').collect::<Vec<_>>()[..] else {
                 anyhow::bail!("a credential is ACCESSKEY:SECRET:ACCOUNT");
             };
-            let principal = Principal { access_key: access_key.into(), account: account.into() };
+            let principal = Principal { access_key: access_key.into(), account: account.into(), session: None };
             Ok((access_key.to_owned(), Credential { secret: secret.to_owned(), principal }))
         })
         .collect()

@@ -18,7 +18,7 @@ use crate::pairs::Pair;
 use crate::refusal::{self, Refusal};
 use crate::request::{self, choice, number, parse, required};
 use crate::world::{Call, State};
-use crate::{crypto_ops, import_ops, pair_ops, rotation_ops};
+use crate::{crypto_ops, import_ops, pair_ops, rotation_ops, sts_ops};
 
 /// What an operation works on besides the state.
 pub struct Work<'a> {
@@ -108,6 +108,10 @@ impl Work<'_> {
         if arn.split(':').nth(3) != Some(&self.call.region) {
             return Err(refusal::not_found(&arn));
         }
+        // Key policies here let in nobody but the key's own account.
+        if arn.split(':').nth(4) != Some(&self.call.principal.account) {
+            return Err(refusal::not_authorised(self.call.principal.arn(), self.call.operation.name(), &arn));
+        }
         Ok(arn)
     }
 }
@@ -138,6 +142,8 @@ pub fn apply(state: &mut State, work: &mut Work<'_>) -> Result<Done, Halt> {
         Operation::ListResourceTags => list_resource_tags(state, work),
         Operation::GetKeyPolicy => get_key_policy(state, work),
         Operation::ListAliases => Ok(json!({ "Aliases": [], "Truncated": false }).into()),
+        Operation::AssumeRole => sts_ops::assume_role(state, work),
+        Operation::GetCallerIdentity => Ok(sts_ops::get_caller_identity(work)),
     }
 }
 

@@ -3,7 +3,7 @@
 # publishes for importing key material. What Encrypt, GenerateMac and Sign answer is verified by a third implementation
 # that knows nothing but the key material.
 #
-#   procedure.sh [symmetric] [hmac] [pairs]     all of them if none is named
+#   procedure.sh [symmetric] [hmac] [pairs] [roles]     all of them if none is named
 #
 # Needs: AWS_CLI (the `aws` to run), FAKE_KMS_URL (a running fake-kms), PYTHON (a Python with `cryptography`).
 set -euo pipefail
@@ -13,7 +13,7 @@ export AWS_ACCESS_KEY_ID="${AWS_ACCESS_KEY_ID:-AKIAFAKEKEYFERRY0001}"
 export AWS_SECRET_ACCESS_KEY="${AWS_SECRET_ACCESS_KEY:-fake-secret}"
 export AWS_DEFAULT_REGION=eu-central-1 AWS_REGION=eu-central-1 AWS_PAGER='' AWS_MAX_ATTEMPTS=1
 export AWS_CONFIG_FILE=/dev/null AWS_SHARED_CREDENTIALS_FILE=/dev/null AWS_EC2_METADATA_DISABLED=true
-unset AWS_PROFILE AWS_SESSION_TOKEN AWS_ENDPOINT_URL AWS_ENDPOINT_URL_KMS
+unset AWS_PROFILE AWS_SESSION_TOKEN AWS_ENDPOINT_URL AWS_ENDPOINT_URL_KMS AWS_ENDPOINT_URL_STS
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -240,6 +240,31 @@ pairs() {
         || fail "the signature is not the P-384 key's"
 }
 
-if (($# == 0)); then set -- symmetric hmac pairs; fi
+sts() { "$AWS_CLI" --endpoint-url "$FAKE_KMS_URL" --output text sts "$@"; }
+roles() {
+    local key role=arn:aws:iam::444455556666:role/keyferry
+    echo "a role in another account"
+    "$PYTHON" - "$FAKE_KMS_URL/_fake/roles" <<PYTHON
+import json, sys, urllib.request
+role = {"arn": "$role", "trusts": "111122223333", "external_id": "prod-42"}
+urllib.request.urlopen(urllib.request.Request(sys.argv[1], json.dumps(role).encode())).read()
+PYTHON
+    same "who calls" arn:aws:iam::111122223333:user/AKIAFAKEKEYFERRY0001 "$(sts get-caller-identity --query Arn)"
+    local assume=(assume-role --role-arn "$role" --role-session-name cli --duration-seconds 900)
+    if sts "${assume[@]}" --external-id other >answer.txt 2>&1; then fail "a wrong external id was taken"; fi
+    grep -qF "(AccessDenied)" answer.txt || fail "a wrong external id: $(cat answer.txt)"
+    read -r AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY AWS_SESSION_TOKEN < <(sts "${assume[@]}" --external-id prod-42 \
+        --query 'Credentials.[AccessKeyId, SecretAccessKey, SessionToken]')
+    export AWS_SESSION_TOKEN
+    same "whose session" arn:aws:sts::444455556666:assumed-role/keyferry/cli "$(sts get-caller-identity --query Arn)"
+    key=$(value create-key --origin EXTERNAL --query KeyMetadata.Arn)
+    [[ $key == *:444455556666:* ]] || fail "a key in the wrong account: $key"
+    # The own credentials again, of which the key's account knows nothing.
+    export AWS_ACCESS_KEY_ID=AKIAFAKEKEYFERRY0001 AWS_SECRET_ACCESS_KEY=fake-secret
+    unset AWS_SESSION_TOKEN
+    refused AccessDeniedException describe-key --key-id "$key"
+}
+
+if (($# == 0)); then set -- symmetric hmac pairs roles; fi
 for part; do "$part"; done
 echo "procedure ok"

@@ -81,7 +81,9 @@ fn default_rate(operation: Operation) -> Option<f64> {
         | Operation::VerifyMac
         | Operation::Sign
         | Operation::Verify
-        | Operation::ListResourceTags => None,
+        | Operation::ListResourceTags
+        | Operation::AssumeRole
+        | Operation::GetCallerIdentity => None,
     }
 }
 

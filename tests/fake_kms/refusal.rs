@@ -51,6 +51,20 @@ pub fn not_found(arn: &str) -> Refusal {
     Refusal::new("NotFoundException", format!("Key '{arn}' does not exist"))
 }
 
+/// The key's policy does not let the caller in.
+pub fn not_authorised(caller: impl std::fmt::Display, operation: &str, arn: &str) -> Refusal {
+    let text = format!(
+        "User: {caller} is not authorized to perform: kms:{operation} on resource: {arn} because no resource-based policy \
+         allows the kms:{operation} action"
+    );
+    Refusal::new("AccessDeniedException", text)
+}
+
+/// The session's credentials have come to their end.
+pub fn expired_session() -> Refusal {
+    Refusal::new("ExpiredTokenException", "The security token included in the request is expired")
+}
+
 /// The key's material is not imported.
 pub fn wrong_origin(arn: &str, origin: &str) -> Refusal {
     unsupported(format!("{arn} origin is {origin} which is not valid for this operation."))

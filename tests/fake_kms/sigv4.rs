@@ -74,17 +74,18 @@ impl<'a> Claim<'a> {
         })
     }
 
-    /// Whether the request was signed with this secret, for KMS, and within `life` of `now`.
+    /// Whether the request was signed with this secret, for this service, and within `life` of `now`.
     pub fn verify(
         &self,
         request: Request<'_>,
+        service: &str,
         secret: &str,
         now: OffsetDateTime,
         life: Duration,
     ) -> Result<(), Refusal> {
         let timestamp = text(request.headers, "x-amz-date").ok_or_else(incomplete)?;
-        if self.service != "kms" {
-            return Err(invalid_signature("Credential should be scoped to correct service: 'kms'."));
+        if self.service != service {
+            return Err(invalid_signature(format!("Credential should be scoped to correct service: '{service}'.")));
         }
         if !timestamp.starts_with(self.date) {
             return Err(invalid_signature(
@@ -92,9 +93,13 @@ impl<'a> Claim<'a> {
             ));
         }
         let signed: Vec<_> = self.signed_headers.split(';').collect();
-        // A signature that leaves these out does not bind what matters.
-        if ["host", "x-amz-date", "x-amz-target"].iter().any(|name| !signed.contains(name)) {
-            return Err(invalid_signature("'Host', 'X-Amz-Date' and 'X-Amz-Target' must be signed headers."));
+        // A signature that leaves these out does not bind what matters; two of them are not in every request.
+        let is_sent = |name: &&str| ["host", "x-amz-date"].contains(name) || request.headers.contains_key(*name);
+        let binding = ["host", "x-amz-date", "x-amz-target", "x-amz-security-token"];
+        if binding.iter().filter(|name| is_sent(name)).any(|name| !signed.contains(name)) {
+            return Err(invalid_signature(
+                "'Host', 'X-Amz-Date', 'X-Amz-Target' and 'X-Amz-Security-Token' must be signed headers.",
+            ));
         }
         check_age(timestamp, now, life)?;
         let expected = self.signature(request, timestamp, secret);
@@ -277,7 +282,7 @@ mod tests {
         let now = datetime!(2015-08-30 12:36:00 UTC);
         let life = Duration::minutes(5);
         let code = |claim: Claim<'_>, request, secret, now| {
-            claim.verify(request, secret, now, life).map_err(|refusal| refusal.code.into_owned())
+            claim.verify(request, "kms", secret, now, life).map_err(|refusal| refusal.code.into_owned())
         };
         let good = || Claim { signature: &signature, ..claim("kms", signed) };
         let refused = Err("InvalidSignatureException".to_owned());
@@ -291,7 +296,7 @@ mod tests {
         assert_eq!(code(good(), request, SECRET, now + Duration::seconds(300)), Ok(()));
         assert_eq!(code(good(), request, SECRET, now + Duration::seconds(301)), refused);
         assert_eq!(code(good(), request, SECRET, now - Duration::seconds(301)), refused);
-        let expired = good().verify(request, SECRET, now + Duration::seconds(301), life).unwrap_err();
+        let expired = good().verify(request, "kms", SECRET, now + Duration::seconds(301), life).unwrap_err();
         assert_eq!(
             expired.message,
             "Signature expired: 20150830T123600Z is now earlier than 20150830T123601Z (20150830T124101Z - 5 min.)"

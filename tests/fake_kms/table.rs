@@ -143,6 +143,7 @@ fn of_kms_itself(key: &Key, operation: &'static str, now: Millis, deleted: Delet
         account: Some(Arc::clone(&key.account)),
         region: Some(Arc::clone(&key.region)),
         access_key: None,
+        session: None,
         outcome: "ok".into(),
         fault: None,
         late: false,

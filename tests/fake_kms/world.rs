@@ -14,6 +14,7 @@ use crate::imports::RepeatedNew;
 use crate::journal::{Entry, Journal};
 use crate::kinds::{Millis, Operation};
 use crate::quotas::Quotas;
+use crate::roles::Roles;
 use crate::table::Keys;
 use crate::tokens::Tokens;
 
@@ -47,8 +48,20 @@ pub struct Credential {
 pub struct Principal {
     /// Id of the access key.
     pub access_key: Arc<str>,
-    /// Account of the access key.
+    /// Account of the access key, or of the role.
     pub account: Arc<str>,
+    /// The session of a role, as an ARN; the access key is then that of whoever assumed it.
+    pub session: Option<Arc<str>>,
+}
+
+impl Principal {
+    /// As AWS names the caller.
+    pub fn arn(&self) -> String {
+        match &self.session {
+            Some(session) => session.to_string(),
+            None => format!("arn:aws:iam::{}:user/{}", self.account, self.access_key),
+        }
+    }
 }
 
 /// What changes. Every critical section is short; no private operation of RSA happens inside.
@@ -63,6 +76,8 @@ pub struct State {
     pub faults: Faults,
     /// Request quotas.
     pub quotas: Quotas,
+    /// What STS knows.
+    pub roles: Roles,
     /// Choices between behaviours that are UNVERIFIED for AWS.
     pub options: Options,
     /// Calls that wait for their release.
@@ -134,7 +149,7 @@ pub struct Call {
     pub principal: Principal,
     /// In which Region.
     pub region: Arc<str>,
-    /// The key it names, as an ARN, whether or not it exists.
+    /// The key or role that it names, as an ARN, whether or not it exists.
     pub key_arn: Option<Arc<str>>,
     /// The fault it suffers.
     pub fault: Option<&'static str>,
@@ -168,6 +183,7 @@ impl World {
                 journal: Journal::new(journal_limit, Arc::clone(&grown)),
                 faults: Faults::default(),
                 quotas: Quotas::new(quotas),
+                roles: Roles::default(),
                 options: Options::default(),
                 held: Vec::new(),
                 late: Vec::new(),
@@ -233,6 +249,7 @@ impl Call {
             account: Some(Arc::clone(&self.principal.account)),
             region: Some(Arc::clone(&self.region)),
             access_key: Some(Arc::clone(&self.principal.access_key)),
+            session: self.principal.session.clone(),
             outcome: outcome.into(),
             fault: self.fault,
             late: self.late || self.gone.load(Ordering::Acquire),

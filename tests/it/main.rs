@@ -4,6 +4,7 @@
 #![allow(missing_docs, reason = "nothing here is for others; what is not obvious says so all the same")]
 
 mod abandoned;
+mod accounts;
 mod architecture;
 mod aws_errors;
 mod broken_links;

@@ -50,6 +50,11 @@ async fn awss_own_client_imports_pairs_by_awss_own_procedure() {
     procedure("pairs").await;
 }
 
+#[tokio::test]
+async fn awss_own_client_assumes_a_role() {
+    procedure("roles").await;
+}
+
 /// A pair of this kind: its private key in PKCS#8, and its public key.
 fn pair(kind: &str) -> (Vec<u8>, Vec<u8>) {
     let algorithm = match kind {

@@ -1,12 +1,13 @@
-//! AWS KMS, for each target: credentials, the right to look at a key, the clock. One harmless call each.
+//! AWS KMS, for each target: the role or whose the credentials are, the right to look at a key, the clock. Harmless calls.
 
 use super::database::Seen;
 use super::finding::Finding;
 use super::{clock, within};
+use crate::app::accounts;
 use crate::cli::sender::now;
 use crate::config::Loaded;
 use crate::job::KeyArn;
-use crate::kms::{CallError, ErrorKind, Kms, Look};
+use crate::kms::{Account, CallError, ErrorKind, Kms, Look, Role, Whose};
 use crate::telemetry::Metrics;
 use futures_util::future::join_all;
 use std::time::Duration;
@@ -25,26 +26,102 @@ struct Probe {
 
 pub(super) async fn check(loaded: &Loaded, seen: Option<&Seen>, timeout: Duration) -> anyhow::Result<Vec<Finding>> {
     const CHECK: &str = "aws";
-    let Ok(targets) = loaded.targets() else {
+    if loaded.settings.targets.is_empty() {
         return Ok(vec![Finding::skipped(CHECK, "setting_missing", "targets are missing")]);
+    }
+    let Ok(accounts) = accounts(loaded) else {
+        return Ok(vec![Finding::skipped(CHECK, "needs_settings", "a file that targets name is not as it should be")]);
     };
-    let probes: Vec<Probe> = targets
-        .iter()
-        .flat_map(|target| target.regions.iter().map(move |region| (target, region)))
-        .filter_map(|(target, region)| probe(&target.partition, &target.account, region, seen))
-        .collect();
-    let (regions, metrics) = (probes.iter().map(|probe| probe.key.region().to_owned()), Metrics::new()?);
+    let (metrics, targets) = (Metrics::new()?, accounts.clone());
     let asking = Box::pin(async {
-        let kms = Kms::connect(regions, loaded.settings.worker.aws_timeout(), &metrics).await;
-        join_all(probes.iter().map(|probe| ask(&kms, probe))).await
+        let kms = Kms::connect(accounts, loaded.settings.worker.aws_timeout(), &metrics).await;
+        join_all(targets.iter().map(|target| of_target(&kms, target, seen))).await
     });
-    let looks = match within(timeout, CHECK, "aws_unreachable", asking).await {
-        Ok(looks) => looks,
+    let found = match within(timeout, CHECK, "aws_unreachable", asking).await {
+        Ok(found) => found,
         Err(finding) => return Ok(vec![finding]),
     };
-    let mut found: Vec<Finding> = probes.iter().zip(&looks).map(|(probe, (look, ..))| of(probe, look)).collect();
-    found.extend(looks.iter().find_map(of_clock));
-    Ok(found)
+    let (found, clocks): (Vec<_>, Vec<_>) = found.into_iter().unzip();
+    Ok(found.into_iter().flatten().chain(clocks.into_iter().flatten().take(1)).collect())
+}
+
+/// What there is to say of a target, and of AWS's clock.
+async fn of_target(kms: &Kms, target: &Account, seen: Option<&Seen>) -> (Vec<Finding>, Option<Finding>) {
+    let probes: Vec<Probe> = target.regions.iter().filter_map(|region| probe(target, region, seen)).collect();
+    let Some(first) = probes.first() else { return (Vec::new(), None) };
+    let mut found = match (&target.role, kms.assume(&first.key).await) {
+        (Some(role), Some(Err(error))) => {
+            let wait =
+                |probe: &Probe| Finding::skipped(&probe.check, "needs_role", "looked at once the role is assumed");
+            let denied = of_role_denied(target, role, &error);
+            return (std::iter::once(denied).chain(probes.iter().map(wait)).collect(), None);
+        }
+        (Some(Role { arn, .. }), _) => {
+            let told = format!("the role {arn} is assumed, and is of this account");
+            vec![Finding::ok(format!("aws.{}.role", target.account), told)]
+        }
+        (None, _) => vec![of_identity(target, kms.whose(&first.key).await)],
+    };
+    let looks = join_all(probes.iter().map(|probe| ask(kms, probe))).await;
+    found.extend(probes.iter().zip(&looks).map(|(probe, (look, ..))| of(probe, look)));
+    (found, looks.iter().find_map(of_clock))
+}
+
+fn of_role_denied(target: &Account, role: &Role, error: &CallError) -> Finding {
+    let check = format!("aws.{}.role", target.account);
+    let name = role.arn.rsplit('/').next().unwrap_or_default();
+    let (code, advice) = match error.kind {
+        ErrorKind::RoleDenied => (
+            "aws_role_denied",
+            format!(
+                "with credentials of account {}: aws iam get-role --role-name {name} shows its trust policy. Principal must \
+                 name who the worker is, which aws sts get-caller-identity tells; sts:ExternalId in Condition must be what \
+                 targets.external_id_file holds, or be absent where that is not set; MaxSessionDuration must be {} or more. \
+                 The worker's own policy must allow sts:AssumeRole on {}",
+                target.account,
+                role.session.as_secs(),
+                role.arn
+            ),
+        ),
+        ErrorKind::Credentials => (
+            "aws_credentials_refused",
+            "give the worker AWS credentials of its own, which assume the role: aws sts get-caller-identity tells whether \
+             it has any, and whose"
+                .to_owned(),
+        ),
+        _ => (
+            "sts_unavailable",
+            format!(
+                "look at the network, at the proxy, at AWS_ENDPOINT_URL_STS if it is set, and whether there is an STS in {} \
+                 that is as the target's settings want it (sts_region, fips, dual_stack)",
+                target.sts_region
+            ),
+        ),
+    };
+    Finding::failed(check, code, error.to_string(), advice)
+}
+
+/// Of a target without a role. AWS imports no material into keys of another account (AWS KMS API Reference,
+/// `ImportKeyMaterial`, "Cross-account use").
+fn of_identity(target: &Account, whose: Result<Whose, CallError>) -> Finding {
+    let check = format!("aws.{}.identity", target.account);
+    match whose {
+        Ok(Whose { account, arn }) if account == target.account => {
+            Finding::ok(check, format!("the credentials are of this account: {arn}"))
+        }
+        Ok(Whose { account, arn }) => Finding::failed(
+            check,
+            "aws_other_account",
+            format!(
+                "the credentials are of account {account}: {arn}; AWS takes material for keys of that account only"
+            ),
+            format!(
+                "write into this target the role to assume there: role_arn = \"arn:{}:iam::{}:role/NAME\"",
+                target.partition, target.account
+            ),
+        ),
+        Err(error) => Finding::skipped(check, "aws_identity_unseen", format!("whose the credentials are: {error}")),
+    }
 }
 
 /// With this host's time before and after.
@@ -54,8 +131,10 @@ async fn ask(kms: &Kms, probe: &Probe) -> (Look, OffsetDateTime, OffsetDateTime)
 }
 
 /// `None` for what is no partition, account or Region; the settings say so.
-fn probe(partition: &str, account: &str, region: &str, seen: Option<&Seen>) -> Option<Probe> {
-    let of_target = |key: &&KeyArn| (key.partition(), key.account(), key.region()) == (partition, account, region);
+fn probe(target: &Account, region: &str, seen: Option<&Seen>) -> Option<Probe> {
+    let Account { partition, account, .. } = target;
+    let of_target =
+        |key: &&KeyArn| (key.partition(), key.account(), key.region()) == (&**partition, &**account, region);
     let known = seen.and_then(|seen| seen.last_keys.iter().find(of_target));
     let key = match known {
         Some(key) => key.clone(),

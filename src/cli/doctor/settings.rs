@@ -1,6 +1,7 @@
 //! The settings, the policy, and the files that they name. No network.
 
 use super::finding::Finding;
+use crate::app::accounts;
 use crate::config::{ConfigError, Loaded, PolicySource, Transport};
 
 /// Settings that nothing else can be told from.
@@ -40,7 +41,7 @@ fn incomplete(loaded: &Loaded) -> Vec<ConfigError> {
         Transport::RabbitMq => loaded.amqp_url().map(drop),
         Transport::Sqs => loaded.sqs_requests_urls().map(drop),
     });
-    [loaded.database_url().map(drop), loaded.targets().map(drop), events.map(drop)]
+    [loaded.database_url().map(drop), accounts(loaded).map(drop), events.map(drop)]
         .into_iter()
         .chain(requests)
         .filter_map(Result::err)
@@ -87,6 +88,7 @@ fn files(loaded: &Loaded) -> Vec<Finding> {
         .flatten()
         .chain(loaded.rabbitmq_file_warnings())
         .chain(loaded.dsm_key_file_warnings())
+        .chain(loaded.target_file_warnings())
         .collect();
     if warnings.is_empty() {
         return vec![Finding::ok("files", "no file with a secret is open to others than its owner")];
@@ -102,6 +104,7 @@ pub(super) fn of(check: &str, error: &ConfigError) -> Finding {
         ConfigError::Unreadable(_) | ConfigError::Syntax { .. } => {
             ("settings_unreadable", "mend the line; keyferry config check reads it again")
         }
+        ConfigError::Target { fault, .. } => (fault.code(), "mend it; keyferry config check reads it again"),
         ConfigError::Invalid { .. } => ("setting_wrong", "mend it; keyferry config check reads it again"),
         ConfigError::File { .. } => {
             ("file_unreadable", "name the right file, or let the worker's user read it; ls -l FILE")

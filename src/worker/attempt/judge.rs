@@ -26,6 +26,7 @@ pub(super) fn judge(error: &CallError) -> Verdict {
         | ErrorKind::NotSent
         | ErrorKind::Unanswered
         | ErrorKind::ServerFault
+        | ErrorKind::NoSession
         | ErrorKind::Incomplete => Verdict::Retry(Class::Transient),
         ErrorKind::Throttled => Verdict::Retry(Class::Throttled),
         ErrorKind::Credentials => Verdict::Retry(Class::Credentials),
@@ -36,6 +37,10 @@ pub(super) fn judge(error: &CallError) -> Verdict {
         ErrorKind::LimitExceeded => {
             Verdict::Fail(FailureCode::RotationsSpent, "make a new KMS key and let its alias point to that")
         }
+        // IAM shows a new role or trust policy late, as KMS a new key, and a slip in one trust policy is every waiting job
+        // of its account: it gets the time of a key that is not visible yet, a minute and a half, and then the end, since
+        // only a person can mend it.
+        ErrorKind::RoleDenied => Verdict::Await(FailureCode::RoleNotAssumable),
         ErrorKind::ExpiredImportToken | ErrorKind::InvalidImportToken => {
             Verdict::Refresh(FailureCode::ImportParametersRefused)
         }

@@ -64,7 +64,7 @@ impl Trial {
         let call = Call {
             operation,
             body: Bytes::from(body.to_string()),
-            principal: Principal { access_key: "AKIA".into(), account: "111122223333".into() },
+            principal: Principal { access_key: "AKIA".into(), account: "111122223333".into(), session: None },
             region: region.into(),
             key_arn: body["KeyId"].as_str().map(Into::into),
             fault: None,

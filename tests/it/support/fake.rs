@@ -123,6 +123,21 @@ impl Fake {
         Self::read(self.client.delete(format!("{}/_fake/faults", self.url))).await;
     }
 
+    /// Adds a role that the worker's account may assume, or changes it: with `external_id`, `trusts`,
+    /// `max_session_seconds`.
+    pub async fn role(&self, arn: &str, more: Value) {
+        let mut role = json!({"arn": arn, "trusts": ACCOUNT});
+        role.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        self.post("roles", role).await;
+    }
+
+    /// Secrets and tokens of all sessions that were given out.
+    pub async fn session_secrets(&self) -> Vec<String> {
+        let answer = self.get("roles").await;
+        let texts = |session: &Value| ["secret", "token"].map(|name| session[name].as_str().unwrap().to_owned());
+        answer["sessions"].as_array().unwrap().iter().flat_map(texts).collect()
+    }
+
     /// Chooses between behaviours that nobody knows of AWS.
     pub async fn options(&self, changes: Value) {
         self.post("options", changes).await;

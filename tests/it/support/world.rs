@@ -407,6 +407,7 @@ impl World {
             .env_clear()
             .env("USER", "tester")
             .env("AWS_ENDPOINT_URL_KMS", self.fake.url())
+            .env("AWS_ENDPOINT_URL_STS", self.fake.url())
             .env("AWS_ENDPOINT_URL_SQS", self.proxy.url())
             .env("AWS_ACCESS_KEY_ID", WORKER)
             .env("AWS_SECRET_ACCESS_KEY", SECRET)
