@@ -28,6 +28,7 @@ const WINDOW: usize = 200;
     keyferry submit --key arn:aws:kms:eu-central-1:111122223333:key/... --source-key payroll --wait\n  \
     keyferry submit --key ... --source-key payroll --valid-to 2027-01-31T12:00:00Z\n  \
     keyferry submit --key ... --source-key payroll --dry-run --wait\n  \
+    keyferry submit --key ... --operation rotate --wait\n  \
     keyferry submit --key ... --operation delete --urgent --wait\n  \
     keyferry submit --key ... --source-key payroll --sign-key-file payroll.pem --sign-key-id payroll-2026\n  \
     keyferry submit --file requests.jsonl --wait --timeout 10m\n  \
@@ -39,7 +40,7 @@ pub(super) struct Submit {
     /// Idempotency key; a random one if absent.
     #[arg(long, requires = "key", value_parser = request_id)]
     id: Option<String>,
-    /// What is to be done: import or delete.
+    /// What is to be done: import, rotate (new material comes into force) or delete.
     #[arg(long, value_name = "NAME", requires = "key")]
     operation: Option<String>,
     /// The source key's name or id; absent: a new key is generated, or that of --key-material-id is taken.
