@@ -341,8 +341,11 @@ fn code(error: &anyhow::Error) -> &'static str {
     }
     match error.downcast_ref::<Coded>() {
         Some(coded) => coded.code,
-        None if is_setting(error) => "setting_wrong",
-        None => "failed",
+        None => match setting(error) {
+            Some(ConfigError::Quota { code, .. }) => code,
+            _ if is_setting(error) => "setting_wrong",
+            _ => "failed",
+        },
     }
 }
 
@@ -375,7 +378,9 @@ impl Failed {
         let Self::Error(error) = self else { return self };
         let context = match (setting(&error), store_error(&error)) {
             (Some(ConfigError::Invalid { name, .. }), _) => Some(format!("in {}", place(file, name))),
-            (Some(ConfigError::Unusable { name, .. }), _) => Some(format!("in {}", place(file, name))),
+            (Some(ConfigError::Quota { name, .. } | ConfigError::Unusable { name, .. }), _) => {
+                Some(format!("in {}", place(file, name)))
+            }
             (Some(ConfigError::File { name, .. }), _) => Some(format!("in {}", place(file, name))),
             (_, Some(StoreError::Setting { setting, .. })) => Some(format!("in {}", place(file, setting))),
             (_, Some(StoreError::Unavailable(_))) => Some(format!("by {url} in {}", place(file, url))),

@@ -5,7 +5,7 @@ use super::judge::{Verdict, judge};
 use super::source_key::SourceKey;
 use super::{Or, Run, sha256_hex};
 use crate::audit::{Fact, Kind};
-use crate::job::{Expiry, FailureCode, Import, ImportParameters, KeyKind, Wrapping, rfc3339};
+use crate::job::{Expiry, FailureCode, Import, ImportParameters, KeyKind, Scarce, Wrapping, rfc3339};
 use crate::kms::{CallError, ErrorKind, ImportCall, KeyDescription, MaterialRole, RegionRole};
 use crate::retry::Class;
 use crate::source::SealedKey;
@@ -129,6 +129,7 @@ impl Run {
             return Ok((kept.clone(), false));
         }
         self.not_stopping()?;
+        self.slot(&self.job.key.clone(), Scarce::GetParametersForImport).await?;
         let _timing = self.attempt.context.meters.time(Stage::Parameters);
         match self.attempt.context.kms.parameters(&self.job.key, wrapping, &self.attempt.guard).await {
             Ok(parameters) => Ok((parameters, true)),
@@ -263,6 +264,7 @@ impl Run {
             description: self.description(asked, kind, &role),
             role,
         };
+        self.slot(&self.job.key.clone(), Scarce::ImportKeyMaterial).await?;
         self.authorise().await?;
         let timing = self.attempt.context.meters.time(Stage::Import);
         let answer = self.attempt.context.kms.import(&self.job.key, call, &self.attempt.guard).await;

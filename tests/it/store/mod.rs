@@ -16,6 +16,7 @@ mod look;
 mod observe;
 mod outbox;
 mod plans;
+mod quota;
 mod read;
 mod republish;
 mod retry;

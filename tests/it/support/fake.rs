@@ -123,6 +123,11 @@ impl Fake {
         Self::read(self.client.delete(format!("{}/_fake/faults", self.url))).await;
     }
 
+    /// Says whether calls are counted, and at which rates.
+    pub async fn quotas(&self, quotas: Value) {
+        self.post("quota", quotas).await;
+    }
+
     /// Chooses between behaviours that nobody knows of AWS.
     pub async fn options(&self, changes: Value) {
         self.post("options", changes).await;
