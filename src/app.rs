@@ -8,6 +8,7 @@ use crate::ingress::Ingress;
 use crate::ingress::rabbitmq::Queue;
 use crate::ingress::sqs::Source;
 use crate::intake::{Fuse, Intake, Limits, Marks, Watch};
+use crate::job::Scarce;
 use crate::kms::{Account, Kms, Role};
 use crate::outbox::rabbitmq::Exchange;
 use crate::outbox::sqs::Events;
@@ -15,7 +16,7 @@ use crate::outbox::{Destination, Relay};
 use crate::policy::{Current, Policy, Proof, Targets};
 use crate::source::{Dsm, Kek, KekError, Keyring};
 use crate::sqs::Sqs;
-use crate::store::{SchemaError, Store, StoreError};
+use crate::store::{QuotaLane, SchemaError, Store, StoreError};
 use crate::telemetry::{Health, Metrics, Part, serve_admin};
 use crate::worker::{self, Context, Meters};
 use reload::Reload;
@@ -124,6 +125,7 @@ pub async fn serve(loaded: &Loaded, stop: CancellationToken, hang_up: Signal) ->
     let keyring = Arc::new(open_keyring(loaded, &store).await?);
     let metrics = Metrics::new()?;
     let store = store.counted_by(&metrics);
+    govern(loaded, &store).await?;
     let dsm = Arc::new(open_dsm(loaded, &metrics)?);
     let (reload, policy) = Reload::start(loaded.policy_source()?, policy, store.clone(), metrics.clone()).await?;
     let ingresses = settings.requests_from.iter().map(|transport| part(*transport));
@@ -167,6 +169,7 @@ pub async fn serve(loaded: &Loaded, stop: CancellationToken, hang_up: Signal) ->
         policy,
         targets,
         settings: settings.worker.clone(),
+        quota: settings.quota.clone(),
         meters: Meters::of(&metrics),
         metrics,
         health,
@@ -351,6 +354,30 @@ fn proofs(loaded: &Loaded, policy: &Policy) -> Result<HashMap<&'static str, Proo
         proofs.insert(transport.as_str(), proof);
     }
     Ok(proofs)
+}
+
+/// Says in the store how far apart calls with scarce quotas are to be, in all lanes of the targets: before the first claim.
+async fn govern(loaded: &Loaded, store: &Store) -> Result<(), StartError> {
+    let quota = &loaded.settings.quota;
+    let mut lanes = Vec::new();
+    for target in loaded.targets()? {
+        for (region, &operation) in
+            target.regions.iter().flat_map(|region| Scarce::ALL.iter().map(move |one| (region, one)))
+        {
+            let lane = QuotaLane { account: target.account.clone(), region: region.clone(), operation };
+            lanes.push((lane, quota.pace(&target.account, region, operation)));
+        }
+    }
+    lanes.sort_by(|(one, _), (other, _)| one.cmp(other));
+    lanes.dedup_by(|(one, _), (other, _)| one == other);
+    let changed = store.govern(&lanes).await?;
+    if changed > 0 {
+        tracing::info!(lanes = changed, "the quotas of the settings hold from now on, in all workers");
+    }
+    for warning in quota.warnings() {
+        tracing::warn!("{warning}");
+    }
+    Ok(())
 }
 
 /// How many jobs of one key, and of one account and Region, may wait.

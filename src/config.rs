@@ -5,6 +5,7 @@ mod identity;
 mod intake;
 mod place;
 mod policy;
+mod quota;
 mod sqs;
 mod target;
 mod template;
@@ -14,6 +15,7 @@ pub use identity::{Identity, IdentityProof, Senders};
 pub use intake::Intake;
 pub use place::place;
 pub use policy::PolicySource;
+pub use quota::{Quota, QuotaOverride, Rate};
 pub use sqs::{Sqs, Transport};
 pub use target::{Target, TargetFault};
 pub use template::{Filled, template};
@@ -59,6 +61,8 @@ pub struct Settings {
     pub dsm_default: Option<String>,
     /// Accounts and Regions that requests may name.
     pub targets: Vec<Target>,
+    /// AWS's quotas, and what part of them is Keyferry's.
+    pub quota: Quota,
     /// How many jobs may wait.
     pub intake: Intake,
     /// The pool of jobs under way.
@@ -230,6 +234,16 @@ pub enum ConfigError {
         account: String,
         /// What it is.
         fault: TargetFault,
+        /// The rule.
+        expected: &'static str,
+    },
+    /// The same of a quota. Each fault has a word of its own.
+    #[error("the setting {name} is wrong: expected {expected}")]
+    Quota {
+        /// The word.
+        code: &'static str,
+        /// Dotted name.
+        name: String,
         /// The rule.
         expected: &'static str,
     },
@@ -495,7 +509,10 @@ impl Loaded {
             Some((name, _, expected)) => Err(ConfigError::Invalid { name: name.into(), expected }),
             None => match dsm::broken_rule(dsm, dsm_default.as_deref()) {
                 Some((name, expected)) => Err(ConfigError::Invalid { name: name.into(), expected }),
-                None => target::broken_rule(targets).map_or(Ok(()), Err),
+                None => match target::broken_rule(targets) {
+                    Some(error) => Err(error),
+                    None => self.settings.quota.check(targets),
+                },
             },
         }
     }
@@ -514,6 +531,7 @@ impl Default for Settings {
             dsm: BTreeMap::new(),
             dsm_default: None,
             targets: Vec::new(),
+            quota: Quota::default(),
             intake: Intake::default(),
             worker: Worker::default(),
             admin: Admin::default(),

@@ -10,7 +10,7 @@
 //!     ^                  parse, target, policy    | commit                 ^ store::take_events
 //!     +---- Settlement: done, or dead letter <----+                        |
 //!                                                 v                        |
-//!  worker::run --> store::claim (lease) --> worker::attempt                |
+//!  worker::run --> store::claim (lease, slot) --> worker::attempt          |
 //!                    may run? -> DescribeKey -> source key (store, or KMIP server) -> GetParametersForImport
 //!                    -> store::prepare -> wrap -> ImportKeyMaterial -> verify
 //!                    (a delete: which materials -> store::prepare -> DeleteImportedKeyMaterial -> verify)
@@ -25,6 +25,7 @@
 //! |---|---|---|
 //! | [`job`] | what a valid request is, how its job may end; no I/O | - |
 //! | [`policy`] | who may ask for what, which targets exist; pure | `job` |
+//! | [`quota`] | when calls may be made under a quota; pure | - |
 //! | [`retry`] | error class and attempt in, delay out; the only user of `backoff` | - |
 //! | [`source`] | obtains key material, holds it briefly, zeroises it | `job`; for servers `config`, `retry`, `telemetry`, `tls` |
 //! | [`wrap`](mod@wrap) | wraps material under a public key; pure | `job` |
@@ -34,14 +35,14 @@
 //! | [`amqp`] | connections to RabbitMQ | `config`, `tls` |
 //! | [`sqs`] | performs calls and batches of SQS truthfully | `retry`, `telemetry` |
 //! | [`ingress`] | broker deliveries in, settlements out | `job`, `amqp`, `sqs`, `retry`, `telemetry` |
-//! | [`store`] | every SQL statement and transaction | `job`, `audit`, `source`'s sealed types, `config`, `telemetry`, `tls` |
+//! | [`store`] | every SQL statement and transaction | `job`, `audit`, `quota`, `source`'s sealed types, `config`, `telemetry`, `tls` |
 //! | [`intake`] | parse, authorise, accept or refuse, settle | `ingress`, `job`, `policy`, `retry`, `source`, `store` |
 //! | [`dead`] | dead letters: shown, matched to their refusals, sent again | `amqp`, `sqs`, `ingress`, `job`, `policy`, `retry`, `source`, `store` |
 //! | [`outbox`] | committed events to the broker until confirmed | `amqp`, `sqs`, `retry`, `store` |
 //! | [`worker`] | drives a job | the above except `ingress`, `intake`, `outbox` |
 //! | [`topology`] | RabbitMQ's queues as data | - |
 //! | [`words`] | closed sets of words | - |
-//! | [`config`], [`telemetry`] | settings; logs, metrics, traces, admin HTTP | `policy`; `config`, `tls`, `words` |
+//! | [`config`], [`telemetry`] | settings; logs, metrics, traces, admin HTTP | `job`, `policy`, `quota`; `config`, `tls`, `words` |
 //! | [`app`], [`cli`] | composition; commands | all |
 //!
 //! `aws_*`, `lapin` and `tokio_postgres` types stay in the rooms that talk to these systems.
@@ -53,6 +54,7 @@
 //! - Which bytes a job imports is durable before AWS is changed; every attempt imports the same.
 //! - AWS cannot be fenced. A call leaves only while its answer still falls into the lease, and a line stays closed
 //!   to jobs that would contradict a call that may still take effect.
+//! - A call with a scarce quota leaves in its slot of one schedule that all workers follow.
 //! - No lock and no transaction is held across a network call or a wrap.
 
 #[macro_use]
@@ -72,6 +74,7 @@ pub mod job;
 pub mod kms;
 pub mod outbox;
 pub mod policy;
+pub mod quota;
 pub mod retry;
 pub mod source;
 pub mod sqs;

@@ -21,15 +21,21 @@ import time
 import urllib.parse
 import urllib.request
 
+import quota
+from table import Table
+
 IN_FLIGHT = 64
 MOST_CALLS = 4
 REQUEST_BYTES = 400
 SOURCE_KEYS = 4
 SLOW_MS = 20
 RATE, RATE_SECONDS = 100, 20
-PARTS = ["throughput", "slow", "latency", "memory", "sqs"]
+PARTS = ["throughput", "slow", "latency", "memory", "sqs", "quota"]
 POLLERS = 4
 FEW = 2000
+OPERATIONS = ["GetParametersForImport", "ImportKeyMaterial", "DeleteImportedKeyMaterial", "RotateKeyOnDemand",
+              "ListKeyRotations"]
+UNGOVERNED = "quota.rates = { " + ", ".join(f'{name} = "unlimited"' for name in OPERATIONS) + " }"
 TICK_MS = 1000 / os.sysconf("SC_CLK_TCK")
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -44,6 +50,7 @@ def arguments():
     parser.add_argument("--waiting", type=int, default=100_000)
     parser.add_argument("--against", type=pathlib.Path)
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--debug", action="store_true")
     parser.add_argument("--check", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if unknown := set(given.parts) - set(PARTS):
@@ -164,6 +171,7 @@ class Bench:
         with open(self.dir / "kek", "x", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
             file.write(os.urandom(32).hex())
         self.config.write_text(f"""policy = "allow-all"
+{UNGOVERNED}
 
 [keys]
 kek_file = "{self.dir}/kek"
@@ -594,21 +602,6 @@ def call_management(path):
         return json.loads(answer.read())
 
 
-class Table:
-    def __init__(self):
-        self.rows = []
-
-    def add(self, what, ours, naive="", ratio="", target="", good=None):
-        self.rows.append((what, ours, naive, ratio, target, {None: "", True: "ok", False: "MISSED"}[good]))
-
-    def print(self):
-        rows = [("", "ours", "naive", "ours beside it", "target", ""), *self.rows]
-        widths = [max(len(row[at]) for row in rows) for at in range(6)]
-        for row in rows:
-            print("  ".join(cell.ljust(width) if at in (0, 5) else cell.rjust(width)
-                            for at, (cell, width) in enumerate(zip(row, widths))).rstrip())
-
-
 def throughput_rows(table, ours, naive):
     both = bool(ours and naive)
 
@@ -673,6 +666,8 @@ def main():
         table.add("  memory MiB, few in SQS", f"{few / 1024:.1f}")
         table.add(f"  with {found['messages_waiting']} waiting there", f"{many / 1024:.1f}", "", f"{many / few:.2f}x",
                   "<= 1.10x", many / few <= 1.1)
+    if "quota" in given.parts:
+        summary["quota"] = quota.measure(bench, sys.modules[__name__], table)
     if given.profile:
         bench.profile()
     (bench.dir / "runs.json").write_text(json.dumps({**about, "runs": bench.runs}, indent=1, default=str))

@@ -343,6 +343,7 @@ fn code(error: &anyhow::Error) -> &'static str {
     match (error.downcast_ref::<Coded>(), setting(error)) {
         (Some(coded), _) => coded.code,
         (None, Some(ConfigError::Target { fault, .. })) => fault.code(),
+        (None, Some(ConfigError::Quota { code, .. })) => code,
         (None, _) if is_setting(error) => "setting_wrong",
         (None, _) => "failed",
     }
@@ -377,7 +378,9 @@ impl Failed {
         let Self::Error(error) = self else { return self };
         let context = match (setting(&error), store_error(&error)) {
             (Some(ConfigError::Invalid { name, .. }), _) => Some(format!("in {}", place(file, name))),
-            (Some(ConfigError::Unusable { name, .. }), _) => Some(format!("in {}", place(file, name))),
+            (Some(ConfigError::Quota { name, .. } | ConfigError::Unusable { name, .. }), _) => {
+                Some(format!("in {}", place(file, name)))
+            }
             (Some(ConfigError::File { name, .. } | ConfigError::Target { name, .. }), _) => {
                 Some(format!("in {}", place(file, name)))
             }

@@ -9,11 +9,12 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 /// Where the structs are written.
-const SOURCES: [&str; 6] = [
+const SOURCES: [&str; 7] = [
     include_str!("../config.rs"),
     include_str!("dsm.rs"),
     include_str!("identity.rs"),
     include_str!("intake.rs"),
+    include_str!("quota.rs"),
     include_str!("sqs.rs"),
     include_str!("target.rs"),
 ];
@@ -205,8 +206,7 @@ impl Page<'_> {
                 let example = EXAMPLES.iter().find(|(known, _)| *known == dotted).map(|(_, value)| (*value).to_owned());
                 let value = match default {
                     Value::Null => example.unwrap_or_else(|| toml_text("")),
-                    // Lists, texts, numbers and truths are written as JSON writes them.
-                    default => default.to_string(),
+                    default => toml_value(default),
                 };
                 self.line(&format!("#{name} = {value}"));
             }
@@ -222,6 +222,18 @@ impl Page<'_> {
     fn line(&mut self, line: &str) {
         self.text.push_str(line);
         self.text.push('\n');
+    }
+}
+
+/// Lists, texts, numbers and truths are written as JSON writes them; a table is written in one line.
+fn toml_value(value: &Value) -> String {
+    match value {
+        Value::Object(fields) => {
+            let fields: Vec<String> =
+                fields.iter().map(|(name, value)| format!("{name} = {}", toml_value(value))).collect();
+            format!("{{ {} }}", fields.join(", "))
+        }
+        value => value.to_string(),
     }
 }
 

@@ -7,6 +7,7 @@ mod event;
 mod key_kind;
 mod parameters;
 mod request;
+mod scarce;
 mod wrapping;
 
 pub use arn::KeyArn;
@@ -19,4 +20,5 @@ pub use request::{
     CONTENT_TYPE_CLOUDEVENTS, DeleteTarget, Envelope, Expiry, Import, KeyRef, MAX_BODY_BYTES, Operation, Rejected,
     Request, RequestId, ScarceCall, SourceKeyRef, SourceMaterial, Work, id_hash,
 };
+pub use scarce::Scarce;
 pub use wrapping::{NoWrapping, Wrapping, WrappingAlgorithm, WrappingKeySpec};

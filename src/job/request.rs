@@ -2,7 +2,7 @@
 
 mod fields;
 
-use super::{DsmKeyRef, KeyArn, Refusal, RefusalCode, WrappingAlgorithm, WrappingKeySpec};
+use super::{DsmKeyRef, KeyArn, Refusal, RefusalCode, Scarce, WrappingAlgorithm, WrappingKeySpec};
 use fields::Fields;
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
@@ -201,28 +201,37 @@ pub enum ScarceCall {
     DeleteImportedKeyMaterial,
     /// 5/s by default.
     RotateKeyOnDemand,
+    /// 100/s by default.
+    ListKeyRotations,
     /// None: only calls with wide quotas.
     Nothing,
 }
 
 impl ScarceCall {
     /// Every one.
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 6] = [
         Self::GetParametersForImport,
         Self::ImportKeyMaterial,
         Self::DeleteImportedKeyMaterial,
         Self::RotateKeyOnDemand,
+        Self::ListKeyRotations,
         Self::Nothing,
     ];
 
     /// The word in the lane.
     pub fn as_str(self) -> &'static str {
+        self.operation().map_or("nothing", Scarce::as_str)
+    }
+
+    /// The operation, if any.
+    pub fn operation(self) -> Option<Scarce> {
         match self {
-            Self::GetParametersForImport => "GetParametersForImport",
-            Self::ImportKeyMaterial => "ImportKeyMaterial",
-            Self::DeleteImportedKeyMaterial => "DeleteImportedKeyMaterial",
-            Self::RotateKeyOnDemand => "RotateKeyOnDemand",
-            Self::Nothing => "nothing",
+            Self::GetParametersForImport => Some(Scarce::GetParametersForImport),
+            Self::ImportKeyMaterial => Some(Scarce::ImportKeyMaterial),
+            Self::DeleteImportedKeyMaterial => Some(Scarce::DeleteImportedKeyMaterial),
+            Self::RotateKeyOnDemand => Some(Scarce::RotateKeyOnDemand),
+            Self::ListKeyRotations => Some(Scarce::ListKeyRotations),
+            Self::Nothing => None,
         }
     }
 }

@@ -1,7 +1,7 @@
 //! Heads that stand at jobs which have ended go on.
 
 use super::StoreError;
-use super::settle::SKIP;
+use super::release::SKIP;
 use deadpool_postgres::Transaction;
 
 /// What becomes of a line's lease when its head goes on.

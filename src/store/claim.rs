@@ -1,15 +1,23 @@
 //! Claims: lines with work, each under a lease, with all that the head's job needs.
 
+mod lines;
+
+pub use lines::CLAIM;
+
 use super::advance::{Leases, advance};
 use super::hold::{Holds, Parked, park};
+use super::quota::{QuotaLane, QuotaSlot, hand_out};
 use super::urgent::OVERTAKE;
 use super::{DsmChoice, Ending, Replicas, Store, StoreError};
-use crate::job::{ImportParameters, KeyArn, KeyKind, Request, RequestId, Wrapping, WrappingAlgorithm, WrappingKeySpec};
+use crate::job::{
+    ImportParameters, KeyArn, KeyKind, Request, RequestId, Scarce, Wrapping, WrappingAlgorithm, WrappingKeySpec,
+};
+use crate::quota::AHEAD_MS;
 use crate::source::{Fingerprint, SealedKey};
 use deadpool_postgres::Transaction;
 use futures_util::{TryFutureExt as _, try_join};
 use std::collections::{BTreeMap, HashMap, HashSet};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use time::OffsetDateTime;
 use tokio_postgres::Row;
 use tokio_postgres::types::ToSql;
@@ -86,6 +94,8 @@ pub struct ClaimedJob {
     pub materials: Vec<KnownMaterial>,
     /// A call of an earlier job that may still take effect: what it does, until when.
     pub late: Option<(String, OffsetDateTime)>,
+    /// When the scarce call that its lane stands for may be made; `None`: the lane is not governed, or it was taken over.
+    pub slot: Option<QuotaSlot>,
 }
 
 /// How far a job has come.
@@ -158,78 +168,6 @@ impl KnownMaterial {
         }
     }
 }
-
-/// Takes up to `$1` due lines: lanes that have any, the longest unserved first, an equal share each.
-///
-/// `$2` lease in milliseconds. `$3` whether to look below the lanes' `scan_from`.
-/// A lane that was served lately may have left many dead entries in the index of due lines: it is looked at above its
-/// `scan_from` only, and the search for other lanes with work, which skips from one to the next in the index, goes
-/// round it. So neither dead entries nor idle lanes cost anything.
-pub const CLAIM: &str = "
-    with recursive clock as materialized (select keyferry_now() as now),
-    known as materialized (
-        select id, case when $3::boolean then '-infinity' else scan_from end as scan_from
-        from lane where served_at > (select now from clock) - interval '1 day' order by id
-    ),
-    gap(low, high) as (
-        select coalesce(lag(id) over (order by id), 0), id from known
-        union all
-        select coalesce(max(id), 0), 9223372036854775807 from known
-    ),
-    other(lane_id, high) as (
-        select (select line.lane_id from line
-                where due_at is not null and line.lane_id > gap.low and line.lane_id < gap.high
-                order by line.lane_id limit 1), high
-        from gap
-        union all
-        select (select line.lane_id from line
-                where due_at is not null and line.lane_id > other.lane_id and line.lane_id < other.high
-                order by line.lane_id limit 1), high
-        from other where other.lane_id is not null
-    ),
-    busy(lane_id) as (
-        select id from known
-        where exists (select from line where line.lane_id = known.id
-                      and line.due_at >= known.scan_from and line.due_at <= (select now from clock))
-        union all
-        -- A lane whose lines are all parked, or wait, takes no share from the others.
-        select lane_id from other where lane_id is not null
-        and exists (select from line where line.lane_id = other.lane_id and line.due_at <= (select now from clock))
-    ),
-    open_lane as materialized (
-        select lane.id, case when $3::boolean then '-infinity' else lane.scan_from end as scan_from, count(*) over () as lanes
-        from busy join lane on lane.id = busy.lane_id
-        where lane.open_at <= (select now from clock)
-        order by lane.served_at, lane.id
-    ),
-    picked as materialized (
-        select due.id, due.lane_id, due.taken_over from open_lane cross join lateral (
-            select line.id, line.lane_id, line.token is not null as taken_over from line
-            where line.lane_id = open_lane.id
-              and line.due_at >= open_lane.scan_from and line.due_at <= (select now from clock)
-            order by line.due_at
-            limit greatest(1, $1 / open_lane.lanes)
-            for no key update skip locked
-        ) as due
-        limit $1
-    ),
-    served as (
-        update lane set served_at = (select now from clock)
-        where id in (
-            select lane.id from lane
-            where lane.id in (select lane_id from picked)
-              and lane.served_at < (select now from clock) - interval '100 ms'
-            for no key update skip locked)
-    )
-    update line
-    set token = gen_random_uuid(),
-        due_at = clock.now + $2 * interval '1 ms',
-        attempt = line.attempt + 1,
-        urgent_seq = null
-    from picked, clock
-    where line.id = picked.id
-    returning line.id, line.token, picked.taken_over, clock.now,
-              case when line.late_until > clock.now then line.late_effect end, line.late_until";
 
 /// Reads what the jobs of claimed lines need. A statement of its own: it must not see an older state
 /// than the lines that were just locked.
@@ -329,10 +267,14 @@ impl Store {
         let transaction = client.transaction().await?;
         let claim = transaction.prepare_cached(CLAIM).await?;
         let most = i64::try_from(most).unwrap_or(i64::MAX);
-        let claimed = transaction.query(&claim, &[&most, &millis(lease), &(scan == Scan::Whole)]).await?;
-        if claimed.is_empty() {
+        let asked_at = Instant::now();
+        let claimed = transaction.query(&claim, &[&most, &millis(lease), &(scan == Scan::Whole), &AHEAD_MS]).await?;
+        let is_nothing = |row: &Row| row.get::<_, Option<i64>>(0).is_none();
+        if let Some(row) = claimed.first().filter(|row| is_nothing(row)) {
+            let opens: Option<OffsetDateTime> = row.get(9);
+            let opens_in = opens.map(|at| Duration::try_from(at - row.get::<_, OffsetDateTime>(3)).unwrap_or_default());
             transaction.rollback().await?;
-            return Ok(Claimed::default());
+            return Ok(Claimed { opens_in, ..Claimed::default() });
         }
         let heads: HashMap<i64, Head> = claimed.iter().map(|row| (row.get(0), Head::of(row))).collect();
         let lines: Vec<i64> = heads.keys().copied().collect();
@@ -371,8 +313,10 @@ impl Store {
         transaction.commit().await?;
         let put_aside = put_aside + held.len();
         let held: HashSet<i64> = held.into_keys().collect();
-        let jobs = jobs.into_iter().filter(|job| !held.contains(&job.lease.line_id)).collect();
-        Ok(Claimed { jobs, put_aside })
+        let mut jobs: Vec<ClaimedJob> = jobs.into_iter().filter(|job| !held.contains(&job.lease.line_id)).collect();
+        let slots = claimed.iter().filter_map(|row| Some((row.get(0), slot(row, asked_at)?)));
+        let unused = hand_out(&mut jobs, slots.collect());
+        Ok(Claimed { jobs, put_aside, unused, opens_in: None })
     }
 
     /// Renews leases that are still held; returns those that are. A line that is locked right now is left
@@ -478,6 +422,10 @@ pub struct Claimed {
     pub jobs: Vec<ClaimedJob>,
     /// Due lines without a job that can run now. They are not due any more, or have gone on: others may be.
     pub put_aside: usize,
+    /// Slots of theirs.
+    pub unused: Vec<QuotaSlot>,
+    /// Where nothing was found: when the first closed lane with work opens.
+    pub opens_in: Option<Duration>,
 }
 
 /// What became of leases that were to be renewed.
@@ -510,6 +458,13 @@ impl Head {
             late: row.get::<_, Option<String>>(4).zip(row.get::<_, Option<OffsetDateTime>>(5)),
         }
     }
+}
+
+/// The slot that a line was given.
+fn slot(row: &Row, asked_at: Instant) -> Option<QuotaSlot> {
+    let operation = Scarce::parse(row.get::<_, Option<&str>>(8)?)?;
+    let lane = QuotaLane { account: row.get(6), region: row.get(7), operation };
+    QuotaSlot::of(row, 9, lane, row.get(3), asked_at)
 }
 
 fn claimed_job(row: &Row, heads: &HashMap<i64, Head>) -> Result<ClaimedJob, StoreError> {
@@ -555,6 +510,7 @@ fn claimed_job(row: &Row, heads: &HashMap<i64, Head>) -> Result<ClaimedJob, Stor
         source_key: source_key(row).map_err(broken)?,
         materials: known_materials(row),
         late: head.late.clone(),
+        slot: None,
     })
 }
 

@@ -1,10 +1,10 @@
 //! Ends of attempts: outcome, audit entries, event, and the line's next head in one transaction.
 
 use super::accept::{insert_audit, insert_events};
-use super::claim::millis;
 use super::deletions::Deletions;
 use super::lock::{Held, lock};
-use super::{Ending, Lease, Store, StoreError, abandon, backlog, together, urgent};
+use super::release::release;
+use super::{Ending, Lease, QuotaLane, Store, StoreError, abandon, backlog, together, urgent};
 use crate::audit::{Fact, Kind};
 use crate::job::{Event, Failure, JobResult, JobSummary, KeyArn, Operation, ScarceCall, failure_json};
 use crate::source::Fingerprint;
@@ -61,6 +61,17 @@ pub enum SettlementKind {
         state: RetryState,
         /// The scarce call that it makes first.
         next: ScarceCall,
+    },
+    /// It waits for its turn in the lane of a scarce call, before all others. It counts only if a call was made.
+    AwaitSlot {
+        /// The job's deadline.
+        deadline: OffsetDateTime,
+        /// What the next attempt must know, if this one has committed anything.
+        state: Option<RetryState>,
+        /// The lane.
+        lane: QuotaLane,
+        /// AWS throttled it all the same: why, in one line, for `jobs show`.
+        throttled: Option<Value>,
     },
     /// The attempt did not begin; it does not count.
     PutBack {
@@ -202,63 +213,6 @@ pub const END_JOBS: &str = "
          as ended(id, state, at, result, error, source_key_id, attempts)
     where job.id = ended.id";
 
-/// Gives lines back: on to the next head, or later to the same job.
-///
-/// `$10`: how many places the head goes on at most. Where all of these ended out of turn, the line is due and its next
-/// claim goes on from there.
-pub const RELEASE: &str = "
-    with released as materialized (
-        select asked.*, before.urgent_seq is null as was_head,
-               coalesce(next.seq, least(before.tail_seq + 1, ahead.first + $10)) as next_seq,
-               coalesce(next.lane_id, before.lane_id) as next_lane_id
-        from unnest($1::bigint[], $2::boolean[], $3::boolean[], $4::timestamptz[], $5::timestamptz[], $6::text[], $7::text[])
-             as asked(id, ended, counted, due_at, deadline, operation, late_effect)
-        join line as before on before.id = asked.id
-        -- From the head on, or from behind it if its job is the one that ends.
-        cross join lateral (
-            select before.head_seq + (coalesce(before.urgent_seq, before.head_seq) = before.head_seq)::int as first
-        ) as ahead
-        left join lateral (
-            -- Jobs that ended out of turn, being urgent or cancelled, are passed over.
-            select job.seq, job.lane_id from (
-                select seq, lane_id, state from job
-                where line_id = before.id and seq >= ahead.first order by seq limit $10
-            ) as job
-            where job.state = 'waiting' order by job.seq limit 1
-        ) as next on asked.ended
-    )
-    update line set
-        token = null,
-        urgent_seq = null,
-        head_seq = case when released.ended then released.next_seq else line.head_seq end,
-        attempt = case
-            when released.ended then case when released.next_seq = line.head_seq then line.attempt else 0 end
-            when released.was_head then line.attempt - (not released.counted)::int
-            else line.attempt end,
-        due_at = case
-            when released.ended and released.next_seq > line.tail_seq then null
-            -- The head was overtaken: it goes on waiting as it was to.
-            when released.ended and released.next_seq = line.head_seq then greatest($8, line.head_due_at)
-            when released.ended then $8::timestamptz
-            when $8 < released.deadline then greatest($8, least(released.due_at, released.deadline))
-            else greatest($8, released.due_at) end,
-        lane_id = coalesce(
-            case when released.ended and released.next_seq = line.head_seq then line.head_lane_id end,
-            case when released.ended then released.next_lane_id
-                 else (select waiting.id from lane as now join lane as waiting using (account, region)
-                       where now.id = line.lane_id and waiting.operation = released.operation) end,
-            line.lane_id),
-        head_due_at = case when not released.ended and not released.was_head then line.head_due_at end,
-        head_lane_id = case when not released.ended and not released.was_head then line.head_lane_id end,
-        late_effect = coalesce(released.late_effect, line.late_effect),
-        late_until = case when released.late_effect is null then line.late_until
-                          else greatest(line.late_until, $8 + $9 * interval '1 ms') end
-    from released
-    where line.id = released.id";
-
-/// How many jobs that ended out of turn are passed over at once.
-pub(super) const SKIP: i64 = 1_000;
-
 impl Store {
     /// Settles a slice; says what became of each.
     pub async fn settle(
@@ -348,9 +302,22 @@ impl SettlementKind {
     /// What AWS has answered to a job that is to be tried again.
     fn answer(&self) -> Option<&Answered> {
         match self {
-            Self::Retry { state, .. } => state.answered.as_ref(),
-            Self::Ended { .. } | Self::PutBack { .. } => None,
+            Self::Retry { state, .. } | Self::AwaitSlot { state: Some(state), .. } => state.answered.as_ref(),
+            Self::Ended { .. } | Self::PutBack { .. } | Self::AwaitSlot { state: None, .. } => None,
         }
+    }
+
+    /// The id of a rotate's own material, if the attempt has learnt it.
+    fn waiting(&self) -> Option<&String> {
+        match self {
+            Self::Retry { state, .. } | Self::AwaitSlot { state: Some(state), .. } => state.waiting.as_ref(),
+            Self::Ended { .. } | Self::PutBack { .. } | Self::AwaitSlot { state: None, .. } => None,
+        }
+    }
+
+    /// Whether what is known of the job stays as it was.
+    fn leaves_progress(&self) -> bool {
+        matches!(self, Self::PutBack { .. } | Self::AwaitSlot { state: None, .. })
     }
 }
 
@@ -358,15 +325,16 @@ impl Settlement {
     /// The end instead of this, if an operator wants the job ended, and has either abandoned it or nothing is in doubt any
     /// more. What may be on the key is still to be added.
     fn as_ended(&self, held: &Held) -> Option<(Ending, Self)> {
-        let waits = matches!(&self.kind, SettlementKind::Retry { state, .. } if state.waiting.is_some());
-        if self.job.operation == Operation::Rotate.as_str() && (waits || held.has_changed) {
+        if self.job.operation == Operation::Rotate.as_str() && (self.kind.waiting().is_some() || held.has_changed) {
             // What it has brought is known to its worker, which ends it at its next claim.
             return None;
         }
         let is_unsettled = match &self.kind {
             SettlementKind::Ended { .. } => return None,
-            SettlementKind::Retry { state, .. } => state.in_doubt || state.answered.is_some() || held.is_answered,
-            SettlementKind::PutBack { .. } => held.is_unsettled(),
+            SettlementKind::Retry { state, .. } | SettlementKind::AwaitSlot { state: Some(state), .. } => {
+                state.in_doubt || state.answered.is_some() || held.is_answered
+            }
+            SettlementKind::PutBack { .. } | SettlementKind::AwaitSlot { state: None, .. } => held.is_unsettled(),
         };
         let ending = held.ends_as(is_unsettled)?;
         let failure = ending.failure(is_unsettled || held.has_changed || self.removed != Removed::Nothing);
@@ -397,8 +365,10 @@ impl Settlement {
                 Some(Fact::new(Kind::Succeeded, details))
             }
             SettlementKind::Ended { outcome: Err(failure), .. } => Some(Fact::new(Kind::Failed, failure_json(failure))),
-            SettlementKind::Retry { reason, .. } => Some(Fact::new(Kind::AttemptFailed, reason.clone())),
-            SettlementKind::PutBack { .. } => None,
+            SettlementKind::Retry { reason, .. } | SettlementKind::AwaitSlot { throttled: Some(reason), .. } => {
+                Some(Fact::new(Kind::AttemptFailed, reason.clone()))
+            }
+            SettlementKind::PutBack { .. } | SettlementKind::AwaitSlot { throttled: None, .. } => None,
         }
     }
 
@@ -407,13 +377,15 @@ impl Settlement {
         match &self.kind {
             SettlementKind::Ended { outcome: Ok(_), .. } => Some(Kind::Succeeded),
             SettlementKind::Ended { outcome: Err(_), .. } => Some(Kind::Failed),
-            SettlementKind::Retry { .. } => Some(Kind::AttemptFailed),
-            SettlementKind::PutBack { .. } => None,
+            SettlementKind::Retry { .. } | SettlementKind::AwaitSlot { throttled: Some(_), .. } => {
+                Some(Kind::AttemptFailed)
+            }
+            SettlementKind::PutBack { .. } | SettlementKind::AwaitSlot { throttled: None, .. } => None,
         }
     }
 
     fn fact_count(&self) -> i32 {
-        let own = usize::from(!matches!(self.kind, SettlementKind::PutBack { .. }));
+        let own = usize::from(self.own_kind().is_some());
         i32::try_from(self.facts.len() + own).unwrap_or(i32::MAX)
     }
 }
@@ -619,7 +591,7 @@ async fn keep_progress(transaction: &Transaction<'_>, ends: &[(&Settlement, &Hel
             imported = excluded.imported or progress.imported,
             key_material_id = coalesce(excluded.key_material_id, progress.key_material_id),
             replicas = coalesce(excluded.replicas, progress.replicas),
-            last_error = excluded.last_error,
+            last_error = coalesce(excluded.last_error, progress.last_error),
             refreshes = progress.refreshes + excluded.refreshes";
     // Parameters that AWS refused are of no more use, whatever the reason; nor are those that it has taken.
     const DISCARD: &str = "
@@ -631,20 +603,21 @@ async fn keep_progress(transaction: &Transaction<'_>, ends: &[(&Settlement, &Hel
     const COUNT: &str = "
         insert into progress (job_id, audit_n) select * from unnest($1::uuid[], $2::integer[])
         on conflict (job_id) do update set audit_n = excluded.audit_n";
-    let told: Vec<&(&Settlement, &Held)> = ends
-        .iter()
-        .filter(|(end, _)| matches!(end.kind, SettlementKind::PutBack { .. }) && !end.facts.is_empty())
-        .collect();
+    let told: Vec<&(&Settlement, &Held)> =
+        ends.iter().filter(|(end, _)| end.kind.leaves_progress() && end.fact_count() > 0).collect();
     if !told.is_empty() {
         let jobs: Vec<Uuid> = told.iter().map(|(end, _)| end.job.id).collect();
         let counts: Vec<i32> = told.iter().map(|(end, held)| held.audit_n + end.fact_count()).collect();
         let count = transaction.prepare_cached(COUNT).await?;
         transaction.execute(&count, &[&jobs, &counts]).await?;
     }
-    let retries: Vec<(&Settlement, &Held, &Value, &RetryState)> = ends
+    let retries: Vec<(&Settlement, &Held, Option<&Value>, &RetryState)> = ends
         .iter()
         .filter_map(|(end, held)| match &end.kind {
-            SettlementKind::Retry { reason, state, .. } => Some((*end, *held, reason, state)),
+            SettlementKind::Retry { reason, state, .. } => Some((*end, *held, Some(reason), state)),
+            SettlementKind::AwaitSlot { throttled, state: Some(state), .. } => {
+                Some((*end, *held, throttled.as_ref(), state))
+            }
             _ => None,
         })
         .collect();
@@ -659,7 +632,7 @@ async fn keep_progress(transaction: &Transaction<'_>, ends: &[(&Settlement, &Hel
     let replicas: Vec<Option<Value>> = retries.iter().map(|(.., state)| state.replicas.stored()).collect();
     let refresh: Vec<bool> = retries.iter().map(|(.., state)| state.parameters == Parameters::Refused).collect();
     let reset: Vec<bool> = retries.iter().map(|(.., state)| state.reset_refreshes).collect();
-    let reasons: Vec<&Value> = retries.iter().map(|(_, _, reason, _)| *reason).collect();
+    let reasons: Vec<Option<&Value>> = retries.iter().map(|(_, _, reason, _)| *reason).collect();
     let write = transaction.prepare_cached(WRITE).await?;
     transaction
         .execute(&write, &[&jobs, &counts, &doubts, &answered, &ids, &refresh, &reset, &reasons, &replicas])
@@ -748,49 +721,14 @@ async fn serve_urgent(
                 lines.push(line);
             }
             // It keeps its own delay.
-            (Some(_), SettlementKind::Retry { .. }) => {}
-            (Some(seq), SettlementKind::PutBack { .. }) => uncounted.push((line, seq)),
+            (Some(_), SettlementKind::Retry { .. } | SettlementKind::AwaitSlot { throttled: Some(_), .. }) => {}
+            (Some(seq), SettlementKind::PutBack { .. } | SettlementKind::AwaitSlot { .. }) => {
+                uncounted.push((line, seq));
+            }
             (None, _) => lines.push(line),
         }
     }
     urgent::end(transaction, &ended).await?;
     urgent::uncount(transaction, &uncounted).await?;
     urgent::hurry(transaction, &lines, now).await
-}
-
-async fn release(
-    transaction: &Transaction<'_>,
-    ends: &[(&Settlement, &Held)],
-    now: OffsetDateTime,
-    signature_life: Duration,
-) -> Result<(), StoreError> {
-    let count = ends.len();
-    let (mut lines, mut ended, mut counted) =
-        (Vec::with_capacity(count), Vec::with_capacity(count), Vec::with_capacity(count));
-    let (mut due, mut deadlines) = (Vec::with_capacity(count), Vec::with_capacity(count));
-    let (mut operations, mut late) = (Vec::with_capacity(count), Vec::with_capacity(count));
-    for (end, _) in ends {
-        let (is_end, counts, at, deadline, operation) = match &end.kind {
-            SettlementKind::Ended { .. } => (true, true, now, now, None),
-            SettlementKind::Retry { delay, deadline, next, .. } => {
-                (false, true, now + *delay, *deadline, Some(next.as_str()))
-            }
-            SettlementKind::PutBack { until, deadline } => (false, false, *until, *deadline, None),
-        };
-        lines.push(end.lease.line_id);
-        ended.push(is_end);
-        counted.push(counts);
-        due.push(at);
-        deadlines.push(deadline);
-        operations.push(operation);
-        late.push(end.late_effect.as_deref());
-    }
-    let release = transaction.prepare_cached(RELEASE).await?;
-    transaction
-        .execute(
-            &release,
-            &[&lines, &ended, &counted, &due, &deadlines, &operations, &late, &now, &millis(signature_life), &SKIP],
-        )
-        .await?;
-    Ok(())
 }

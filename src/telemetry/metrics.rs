@@ -7,7 +7,9 @@ pub use catalogue::Family;
 pub use closed::{AwsCalls, Closed};
 
 use catalogue::Catalogue;
-use prometheus::{Gauge, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Registry, TextEncoder};
+use prometheus::{
+    Gauge, GaugeVec, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Registry, TextEncoder,
+};
 use std::sync::Arc;
 
 /// The text that [`Metrics::render`] gives.
@@ -38,6 +40,16 @@ pub struct Metrics {
     pub job_stage_seconds: HistogramVec,
     /// From acceptance, or `not_before`, to the end of jobs that were under way here, by outcome.
     pub job_seconds: HistogramVec,
+    /// Slots that were reserved for calls with a scarce quota, by operation.
+    pub quota_slots: IntCounterVec,
+    /// Jobs given back because no such slot was near, by operation.
+    pub quota_waits: IntCounterVec,
+    /// Calls that AWS throttled although they had a slot, by operation.
+    pub quota_throttled: IntCounterVec,
+    /// The lowest part of its rate that a lane of the whole store has, by operation.
+    pub quota_factor: GaugeVec,
+    /// Lanes of the whole store that have less than all of it, by operation.
+    pub quota_lanes_slowed: IntGaugeVec,
     /// Leases that another worker took over or that ran out.
     pub leases_lost: IntCounter,
     /// Claims put back because a late effect may still contradict them.
@@ -152,6 +164,31 @@ impl Metrics {
                 "From acceptance to the end of jobs.",
                 &["outcome"],
                 &JOB_SECONDS,
+            )?,
+            quota_slots: counters(
+                "keyferry_quota_slots_total",
+                "Slots reserved for calls with a scarce quota.",
+                &["operation"],
+            )?,
+            quota_waits: counters(
+                "keyferry_quota_waits_total",
+                "Jobs given back because no slot was near.",
+                &["operation"],
+            )?,
+            quota_throttled: counters(
+                "keyferry_quota_throttled_total",
+                "Calls that AWS throttled although they had a slot.",
+                &["operation"],
+            )?,
+            quota_factor: registry.reals(
+                "keyferry_quota_lowest_factor",
+                "The lowest part of its rate that a lane has after AWS throttled, in the whole store.",
+                &["operation"],
+            )?,
+            quota_lanes_slowed: gauges(
+                "keyferry_quota_lanes_slowed",
+                "Lanes of the whole store that have less than all of their rate.",
+                &["operation"],
             )?,
             leases_lost: counter("keyferry_leases_lost_total", "Leases taken over by another worker or run out.")?,
             lines_closed: counter(

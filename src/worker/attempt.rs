@@ -13,17 +13,19 @@ mod judge;
 mod remove;
 mod replicate;
 mod rotate;
+mod slot;
 mod source_key;
 mod verify;
 
 use super::Context;
 use super::batcher::Batcher;
 use crate::audit::Fact;
-use crate::job::{Expiry, FailureCode, KeyArn, KeyKind, Partition, Work};
+use crate::job::{Expiry, FailureCode, KeyArn, KeyKind, Partition, Scarce, Work};
 use crate::kms::{HeldMaterial, KeyDescription, LeaseGuard};
 use crate::source::PlainKey;
 use crate::store::{
-    Answered, ClaimedJob, Ending, Parameters, Prepared, Removed, Replicas, Settlement, SettlementKind, Step, StoreError,
+    Answered, ClaimedJob, Ending, Parameters, Prepared, QuotaAnswer, QuotaAsk, QuotaLane, QuotaSlot, Removed, Replicas,
+    Settlement, SettlementKind, Step, StoreError,
 };
 pub(super) use end::Broken;
 use source_key::SourceKey;
@@ -38,6 +40,7 @@ const SETTLE_AFTER_DEADLINE: time::Duration = time::Duration::days(1);
 pub(super) struct Attempt {
     pub(super) context: Arc<Context>,
     pub(super) steps: Batcher<Step, Result<Prepared, StoreError>>,
+    pub(super) quota: Batcher<QuotaAsk, Result<QuotaAnswer, StoreError>>,
     /// For opening and wrapping, which take a core for less than a millisecond.
     pub(super) computing: Arc<Semaphore>,
     /// For generating, which takes one for seconds, and must not keep the others waiting.
@@ -83,11 +86,16 @@ struct Run {
     parameters: Parameters,
     /// This attempt has written something that the next one must know.
     has_committed: bool,
+    /// A slot that was not used yet.
+    slot: Option<QuotaSlot>,
+    /// Where the last call with a scarce quota had its slot.
+    last_lane: Option<QuotaLane>,
 }
 
 impl Attempt {
     /// Runs the attempt; `None` when its lease is another's.
-    pub(super) async fn run(self, job: ClaimedJob) -> Option<Settlement> {
+    pub(super) async fn run(self, mut job: ClaimedJob) -> Option<Settlement> {
+        let slot = job.slot.take();
         let progress = &job.progress;
         let mut run = Run {
             in_doubt: progress.in_doubt,
@@ -103,11 +111,15 @@ impl Attempt {
             source_key: None,
             fetched: None,
             has_committed: false,
+            slot,
+            last_lane: None,
             attempt: self,
             facts: Vec::new(),
             job,
         };
-        match run.steps().await {
+        let end = run.steps().await;
+        run.give_back_slot();
+        match end {
             Ok(settlement) => Some(settlement),
             Err(end) => end.map(|settlement| *settlement),
         }
@@ -205,6 +217,7 @@ impl Run {
     /// The same of the job's key in another Region.
     async fn materials_of(&mut self, key: &KeyArn) -> Or<Vec<HeldMaterial>> {
         self.not_stopping()?;
+        self.slot(key, Scarce::ListKeyRotations).await?;
         match self.attempt.context.kms.materials(key, &self.attempt.guard).await {
             Ok(materials) => Ok(materials),
             Err(error) => self.read_failed(&error),

@@ -59,6 +59,12 @@ impl<T: Send + 'static, R: Send + 'static> Batcher<T, R> {
         self.queue.send((item, answer)).await.ok()?;
         outcome.await.ok()
     }
+
+    /// Leaves an item that nobody waits for. It may be lost where very many wait.
+    pub(super) fn post(&self, item: T) {
+        let (answer, _) = oneshot::channel();
+        drop(self.queue.try_send((item, answer)));
+    }
 }
 
 #[cfg(test)]

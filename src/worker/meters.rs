@@ -1,11 +1,11 @@
 //! What the worker counts and measures, by closed sets.
 
 use crate::audit::Kind;
-use crate::job::{FailureCode, RefusalCode};
+use crate::job::{FailureCode, RefusalCode, Scarce};
 use crate::retry::Class;
 use crate::store::{PoolUse, Store, Unpublished, Work};
 use crate::telemetry::{Closed, Metrics};
-use prometheus::{Histogram, HistogramTimer, IntCounter, IntGauge};
+use prometheus::{Gauge, Histogram, HistogramTimer, IntCounter, IntGauge};
 use std::time::Duration;
 use tracing::Span;
 
@@ -123,6 +123,11 @@ pub struct Meters {
     events: Closed<Unsent, IntGauge>,
     connections: Closed<Connection, IntGauge>,
     expiring: Closed<Within, IntGauge>,
+    slots: Closed<Scarce, IntCounter>,
+    waits: Closed<Scarce, IntCounter>,
+    throttled: Closed<Scarce, IntCounter>,
+    factors: Closed<Scarce, Gauge>,
+    slowed: Closed<Scarce, IntGauge>,
     metrics: Metrics,
 }
 
@@ -149,6 +154,15 @@ impl Meters {
             events: Closed::gauges(&metrics.outbox_events),
             connections: Closed::gauges(&metrics.store_connections),
             expiring: Closed::gauges(&metrics.keys_expiring),
+            slots: Closed::counters(&metrics.quota_slots),
+            waits: Closed::counters(&metrics.quota_waits),
+            throttled: Closed::counters(&metrics.quota_throttled),
+            factors: Closed::make(|operation| {
+                let factor = metrics.quota_factor.with_label_values(&[operation]);
+                factor.set(1.0);
+                factor
+            }),
+            slowed: Closed::gauges(&metrics.quota_lanes_slowed),
             metrics: metrics.clone(),
         }
     }
@@ -214,6 +228,29 @@ impl Meters {
         self.events.of(Unsent::Held).set(events.held);
         self.metrics.oldest_event.set(events.oldest);
         self.metrics.store_sampled.set(time::OffsetDateTime::now_utc().unix_timestamp());
+    }
+
+    /// A slot was reserved.
+    pub(super) fn took_slot(&self, operation: Scarce) {
+        self.slots.of(operation).inc();
+    }
+
+    /// A job was given back because no slot was near.
+    pub(super) fn waits_for_slot(&self, operation: Scarce) {
+        self.waits.of(operation).inc();
+    }
+
+    /// A call was throttled that had its slot.
+    pub(super) fn throttled(&self, operation: Scarce) {
+        self.throttled.of(operation).inc();
+    }
+
+    /// How far AWS's throttling has slowed lanes down: by operation the lowest part of its rate, and how many have not all.
+    pub(super) fn note_slowed(&self, slowed: &[(Scarce, f64, i64)]) {
+        for (operation, factor, lanes) in slowed {
+            self.factors.of(*operation).set(*factor);
+            self.slowed.of(*operation).set(*lanes);
+        }
     }
 
     /// How many keys have material that expires so soon.

@@ -9,15 +9,15 @@ mod leases;
 mod meters;
 mod sampler;
 
-use crate::config::Worker as WorkerSettings;
+use crate::config::{Quota, Worker as WorkerSettings};
 use crate::job::{Failure, FailureCode};
 use crate::kms::{Kms, LeaseGuard};
 use crate::policy::{Current, Targets};
 use crate::retry::{Attempts, Class};
 use crate::source::{Dsm, Keyring};
 use crate::store::{
-    ClaimedJob, FOLD_PAGE, FOLDS_PAGE, Fault, FaultKind, Hold, JOIN_PAGE, Prepared, Scan, Settled, Settlement,
-    SettlementKind, Step, Store, StoreError, bisect,
+    Claimed, ClaimedJob, FOLD_PAGE, FOLDS_PAGE, Fault, FaultKind, Hold, JOIN_PAGE, Prepared, QuotaAnswer, QuotaAsk,
+    Scan, Settled, Settlement, SettlementKind, Step, Store, StoreError, bisect,
 };
 use crate::telemetry::{Health, Metrics, Part, follow};
 use attempt::Attempt;
@@ -42,6 +42,8 @@ const WHOLE_INDEX_EVERY: Duration = Duration::from_secs(5);
 /// With less than this part of the permits free, a claim waits a moment.
 const CLAIM_SHARE: usize = 4;
 const CLAIM_PACE: Duration = Duration::from_millis(10);
+/// So soon at the earliest a lane that opens is looked for.
+const SOON: Duration = Duration::from_millis(5);
 const HOUSEKEEPING: Duration = Duration::from_secs(1);
 /// Pages of one kind of housekeeping before the others have their turn.
 const PAGES: usize = 4;
@@ -68,6 +70,8 @@ pub struct Context {
     pub targets: Targets,
     /// Limits and times.
     pub settings: WorkerSettings,
+    /// Which calls are counted.
+    pub quota: Quota,
     /// Counters.
     pub metrics: Metrics,
     /// Those of them that jobs write.
@@ -97,6 +101,15 @@ pub async fn run(context: Arc<Context>, stop: CancellationToken) {
         background.spawn(running);
         steps
     };
+    let quota = {
+        let context = Arc::clone(&context);
+        let (quota, running) = Batcher::new(BATCH, move |asks: Vec<QuotaAsk>| {
+            let context = Arc::clone(&context);
+            async move { ask_quota(&context, asks).await }
+        });
+        background.spawn(running);
+        quota
+    };
     let settler = {
         let context = Arc::clone(&context);
         let (settler, running) = Batcher::new(BATCH, move |ends: Vec<Settlement>| {
@@ -118,6 +131,7 @@ pub async fn run(context: Arc<Context>, stop: CancellationToken) {
         generating: Arc::new(Semaphore::new(cores.div_ceil(2))),
         leases,
         steps,
+        quota,
         settler,
         give_back: give_back.clone(),
         jobs: TaskTracker::new(),
@@ -147,6 +161,7 @@ struct Pool {
     generating: Arc<Semaphore>,
     leases: Leases,
     steps: Batcher<Step, Result<Prepared, StoreError>>,
+    quota: Batcher<QuotaAsk, Result<QuotaAnswer, StoreError>>,
     settler: Batcher<Settlement, bool>,
     give_back: CancellationToken,
     jobs: TaskTracker,
@@ -179,17 +194,19 @@ impl Pool {
             let claimed =
                 self.context.store.claim(permits.len(), settings.lease(), settings.signature_life(), scan).await;
             let pause = match claimed {
-                Ok(claimed) => {
+                Ok(mut claimed) => {
                     outage.reset();
                     waiting = None;
                     let found = !claimed.jobs.is_empty() || claimed.put_aside > 0;
+                    self.note_slots(&mut claimed);
                     for (job, permit) in claimed.jobs.into_iter().zip(permits) {
                         self.start(job, permit, asked_at);
                     }
                     if found {
                         continue;
                     }
-                    Duration::from_millis(settings.poll_ms)
+                    let opens_in = claimed.opens_in.unwrap_or(Duration::MAX);
+                    opens_in.clamp(SOON, Duration::from_millis(settings.poll_ms).max(SOON))
                 }
                 Err(error) => {
                     waiting.get_or_insert_with(|| self.context.health.wait(Part::Store));
@@ -203,6 +220,16 @@ impl Pool {
                 () = self.context.jobs.notified() => {}
                 () = tokio::time::sleep(pause) => {}
             }
+        }
+    }
+
+    /// Counts the slots that a claim brought, and gives back those that nobody needs.
+    fn note_slots(&self, claimed: &mut Claimed) {
+        for slot in claimed.jobs.iter().filter_map(|job| job.slot.as_ref()).chain(&claimed.unused) {
+            self.context.meters.took_slot(slot.lane.operation);
+        }
+        for slot in claimed.unused.drain(..) {
+            self.quota.post(QuotaAsk::GiveBack(slot));
         }
     }
 
@@ -225,6 +252,7 @@ impl Pool {
         let attempt = Attempt {
             context: Arc::clone(&self.context),
             steps: self.steps.clone(),
+            quota: self.quota.clone(),
             computing: Arc::clone(&self.computing),
             generating: Arc::clone(&self.generating),
             give_back: self.give_back.clone(),
@@ -297,6 +325,28 @@ async fn prepare(store: &Store, steps: Vec<Step>) -> Vec<Result<Prepared, StoreE
                 other => Fault { kind: FaultKind::Other, reason: other.to_string() },
             };
             steps.iter().map(|_| Err(StoreError::Unavailable(fault.clone()))).collect()
+        }
+    }
+}
+
+/// Asks for slots. None of these rows can be at fault.
+async fn ask_quota(context: &Context, asks: Vec<QuotaAsk>) -> Vec<Result<QuotaAnswer, StoreError>> {
+    let rows: Vec<&QuotaAsk> = asks.iter().collect();
+    match context.store.quota(&rows).await {
+        Ok(answers) => {
+            for answer in &answers {
+                if let QuotaAnswer::Slot(slot) = answer {
+                    context.meters.took_slot(slot.lane.operation);
+                }
+            }
+            answers.into_iter().map(Ok).collect()
+        }
+        Err(error) => {
+            let fault = match error {
+                StoreError::Unavailable(fault) => fault,
+                other => Fault { kind: FaultKind::Other, reason: other.to_string() },
+            };
+            asks.iter().map(|_| Err(StoreError::Unavailable(fault.clone()))).collect()
         }
     }
 }

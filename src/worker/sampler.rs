@@ -48,6 +48,7 @@ async fn sample_once(context: &Context, bounds: &mut Bounds, is_seldom: bool) ->
     }
     let work = store.observe_work(bounds).await?;
     let events = store.observe_outbox(bounds).await?;
+    meters.note_slowed(&store.quota_slowed().await?);
     meters.note_work(&work, &events);
     Ok(())
 }

@@ -11,7 +11,8 @@
 //! | `GET /_fake/wait` | `count`, `from`, `timeout_ms` and the filters | `{"count":n,"reached":bool,"next":n}` |
 //! | `GET /_fake/clock`, `POST` | `{"advance_seconds":n}` | `{"now"}` |
 //! | `POST /_fake/latency` | `{"ms":n}` | `{"ms":n}` |
-//! | `POST /_fake/quota` | `{"enabled":bool,"rates":{"GetParametersForImport":0.25}}` | `{"enabled":bool}` |
+//! | `GET /_fake/quota` | | `{"enabled":bool,"strangers":[{"account","region","operation","taken"}]}` |
+//! | `POST /_fake/quota` | `{"enabled":bool,"rates":{"GetParametersForImport":0.25},"strangers":{"ImportKeyMaterial":5}}` | the same |
 //! | `GET /_fake/options`, `POST` | any of [`crate::world::Options`] | all options |
 //! | `GET /_fake/faults`, `POST`, `DELETE` | `{"operation","key","times","skip","fault":{"kind",...}}`; `?id=` for one | the orders; `{"id":n}`; `{}` |
 //! | `GET /_fake/roles`, `POST`, `DELETE` | [`crate::roles::Role`]; `?arn=` | `{"roles":[...],"sessions":[{"access_key","secret","token"}]}` |
@@ -57,7 +58,7 @@ pub fn router(world: Arc<World>) -> Router {
         .route("/_fake/wait", get(wait))
         .route("/_fake/clock", get(show_clock).post(move_clock))
         .route("/_fake/latency", post(set_latency))
-        .route("/_fake/quota", post(set_quota))
+        .route("/_fake/quota", get(show_quota).post(set_quota))
         .route("/_fake/options", get(show_options).post(set_options))
         .route("/_fake/faults", get(list_faults).post(add_fault).delete(clear_faults))
         .route("/_fake/roles", get(list_roles).post(set_role).delete(remove_role))
@@ -188,18 +189,35 @@ struct Quota {
     enabled: bool,
     #[serde(default)]
     rates: HashMap<String, f64>,
+    #[serde(default)]
+    strangers: HashMap<String, f64>,
+}
+
+async fn show_quota(State(world): State<Arc<World>>) -> Answer {
+    let state = world.state();
+    let taken = |(account, region, operation, taken): (&str, &str, Operation, u64)| json!({ "account": account, "region": region, "operation": operation.name(), "taken": taken });
+    let strangers: Vec<Value> = state.quotas.taken().map(taken).collect();
+    Ok(Json(json!({ "enabled": state.quotas.enabled, "strangers": strangers })))
 }
 
 async fn set_quota(State(world): State<Arc<World>>, body: Bytes) -> Answer {
     let quota: Quota = parse(&body)?;
-    let mut state = world.state();
-    for (name, rate) in quota.rates {
-        let operation = Operation::parse(&name).ok_or_else(|| bad(format!("unknown operation {name}")))?;
-        state.quotas.rates.insert(operation, rate);
+    let operations = |rates: HashMap<String, f64>| -> Result<HashMap<Operation, f64>, Bad> {
+        let named = rates.into_iter().map(|(name, rate)| {
+            let operation = Operation::parse(&name).ok_or_else(|| bad(format!("unknown operation {name}")))?;
+            Ok((operation, rate))
+        });
+        named.collect()
+    };
+    let (rates, strangers) = (operations(quota.rates)?, operations(quota.strangers)?);
+    {
+        let mut state = world.state();
+        state.quotas.rates.extend(rates);
+        state.quotas.strangers.extend(strangers);
+        state.quotas.enabled = quota.enabled;
+        state.quotas.refill();
     }
-    state.quotas.enabled = quota.enabled;
-    state.quotas.refill();
-    Ok(Json(json!({ "enabled": quota.enabled })))
+    show_quota(State(world)).await
 }
 
 async fn show_options(State(world): State<Arc<World>>) -> Answer {

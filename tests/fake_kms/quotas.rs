@@ -1,6 +1,7 @@
 //! Request quotas: one token bucket per account, Region and operation, with a burst of one second.
 //!
-//! They run by the double's own clock, so that a test refills them by moving it.
+//! They run by the double's own clock, so that a test refills them by moving it. Strangers who share a quota are no more
+//! than tokens that are gone: about so many a second, at times that nobody can foretell.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -15,6 +16,8 @@ pub struct Quotas {
     pub enabled: bool,
     /// Rates that differ from AWS's defaults.
     pub rates: HashMap<Operation, f64>,
+    /// Calls a second of strangers, in each account and Region.
+    pub strangers: HashMap<Operation, f64>,
     buckets: HashMap<(Arc<str>, Arc<str>, Operation), Bucket>,
 }
 
@@ -32,19 +35,21 @@ impl Quotas {
         if !self.enabled {
             return true;
         }
-        let burst = rate.max(1.0);
-        let bucket = self
-            .buckets
-            .entry((Arc::clone(account), Arc::clone(region), operation))
-            .or_insert(Bucket { level: burst, at: now });
-        let passed = Duration::from_millis(u64::try_from(now - bucket.at).unwrap_or(0));
-        bucket.level = (bucket.level + passed.as_secs_f64() * rate).min(burst);
-        bucket.at = now;
-        let admitted = bucket.level >= 1.0;
-        if admitted {
-            bucket.level -= 1.0;
+        let bucket = self.buckets.entry((Arc::clone(account), Arc::clone(region), operation)).or_insert_with(|| {
+            Bucket { level: rate.max(1.0), ms: 0.0, begun: now, stranger_ms: 0.0, draw: 1, taken: 0 }
+        });
+        let ms = seconds(now - bucket.begun) * 1_000.0;
+        if let Some(strangers) = self.strangers.get(&operation).filter(|rate| **rate > 0.0) {
+            bucket.strangers_call(ms, rate, 1_000.0 / strangers);
         }
-        admitted
+        bucket.call(ms, rate)
+    }
+
+    /// How many calls of strangers were within the quota, by account, Region and operation.
+    pub fn taken(&self) -> impl Iterator<Item = (&str, &str, Operation, u64)> {
+        self.buckets
+            .iter()
+            .map(|((account, region, operation), bucket)| (&**account, &**region, *operation, bucket.taken))
     }
 
     /// Empties the record: every bucket is full again.
@@ -55,8 +60,40 @@ impl Quotas {
 
 #[derive(Debug)]
 struct Bucket {
+    begun: Millis,
+    /// As of `ms` after that.
     level: f64,
-    at: Millis,
+    ms: f64,
+    /// When the next stranger calls.
+    stranger_ms: f64,
+    draw: u64,
+    taken: u64,
+}
+
+impl Bucket {
+    fn call(&mut self, ms: f64, rate: f64) -> bool {
+        self.level = (self.level + (ms - self.ms).max(0.0) / 1_000.0 * rate).min(rate.max(1.0));
+        self.ms = self.ms.max(ms);
+        let admitted = self.level >= 1.0;
+        if admitted {
+            self.level -= 1.0;
+        }
+        admitted
+    }
+
+    /// Each at its own time. Between two of them lies nothing, twice the mean, or anything between.
+    fn strangers_call(&mut self, until_ms: f64, rate: f64, mean_ms: f64) {
+        while self.stranger_ms <= until_ms {
+            self.taken += u64::from(self.call(self.stranger_ms, rate));
+            self.draw = self.draw.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            let part = u32::try_from(self.draw >> 33).map_or(0.5, |bits| f64::from(bits) / f64::from(1_u32 << 31));
+            self.stranger_ms += 2.0 * part * mean_ms;
+        }
+    }
+}
+
+fn seconds(passed: Millis) -> f64 {
+    Duration::from_millis(u64::try_from(passed).unwrap_or(0)).as_secs_f64()
 }
 
 /// AWS's default per second, by the reference; `None` where it gives none.
@@ -106,6 +143,24 @@ mod tests {
         assert_eq!(admitted(3, Operation::GetParametersForImport, 999), 0);
         assert_eq!(admitted(3, Operation::GetParametersForImport, 1_000), 1);
         assert_eq!(admitted(9_999, Operation::Encrypt, 0), 9_999);
+    }
+
+    #[test]
+    fn strangers_take_their_part() {
+        let mut quotas = Quotas::new(true);
+        quotas.strangers.insert(IMPORT, 5.0);
+        let (account, region) = (Arc::from("1"), Arc::from("eu-central-1"));
+        // Who leaves them their part is not throttled, and they get it.
+        let calls = (0..60_000).filter(|ms| ms % 125 == 0);
+        let admitted = calls.filter(|ms| quotas.admit(&account, &region, IMPORT, *ms)).count();
+        let taken = quotas.taken().map(|(.., taken)| taken).sum::<u64>();
+        assert_eq!(admitted, 480);
+        assert!((270..=330).contains(&taken), "{taken}");
+        // Who asks for all gets no more than there is.
+        quotas.refill();
+        let admitted = (0..60_000).filter(|ms| quotas.admit(&account, &region, IMPORT, *ms)).count();
+        let all = u64::try_from(admitted).unwrap() + quotas.taken().map(|(.., taken)| taken).sum::<u64>();
+        assert!((912..=915).contains(&all), "{all}");
     }
 
     #[test]

@@ -96,6 +96,7 @@ async fn a_healthy_world_is_all_well_and_is_left_as_it_was() {
     let checks: Vec<&str> = report.found.iter().map(|finding| finding["check"].as_str().unwrap()).collect();
     for check in [
         "settings",
+        "quota",
         "policy",
         "files",
         "host.memory",

@@ -33,6 +33,7 @@ mod pairs;
 mod policy;
 mod policy_commands;
 mod procedure;
+mod quota;
 mod refused;
 mod reload;
 mod republish;

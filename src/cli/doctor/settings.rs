@@ -3,6 +3,7 @@
 use super::finding::Finding;
 use crate::app::accounts;
 use crate::config::{ConfigError, Loaded, PolicySource, Transport};
+use crate::job::Scarce;
 
 /// Settings that nothing else can be told from.
 pub(super) fn unreadable(error: &ConfigError) -> Vec<Finding> {
@@ -24,8 +25,33 @@ pub(super) fn check(loaded: &Loaded) -> Vec<Finding> {
         found.push(Finding::failed("settings", "setting_wrong", "the setting log.filter is wrong", advice));
     }
     found.extend(policy(loaded));
+    found.extend(quota(loaded));
     found.extend(files(loaded));
     found
+}
+
+/// What AWS is thought to allow, and what may be meant otherwise.
+fn quota(loaded: &Loaded) -> Vec<Finding> {
+    let quota = &loaded.settings.quota;
+    let rates: Vec<String> = Scarce::ALL
+        .iter()
+        .map(|operation| {
+            let rate = match quota.pace("", "", *operation) {
+                Some(pace) => format!("{:.3}/s", 1_000.0 / pace.interval_ms),
+                None => "not limited".into(),
+            };
+            format!("{} {rate}", operation.as_str())
+        })
+        .collect();
+    let others = match quota.overrides.len() {
+        0 => String::new(),
+        count => format!("; {count} accounts or Regions have rates of their own"),
+    };
+    let told = format!("for each account and Region, of what is not kept free: {}{others}", rates.join(", "));
+    let advice = "aws service-quotas list-service-quotas --service-code kms shows what AWS allows";
+    let warnings = quota.warnings();
+    let warned = warnings.iter().map(|text| Finding::warning("quota", "quota_odd", text, advice));
+    [Finding::ok("quota", told)].into_iter().chain(warned).collect()
 }
 
 /// What a worker needs and nobody wrote, all of it at once.
@@ -106,6 +132,7 @@ pub(super) fn of(check: &str, error: &ConfigError) -> Finding {
         }
         ConfigError::Target { fault, .. } => (fault.code(), "mend it; keyferry config check reads it again"),
         ConfigError::Invalid { .. } => ("setting_wrong", "mend it; keyferry config check reads it again"),
+        ConfigError::Quota { code, .. } => (*code, "mend it; keyferry config check reads it again"),
         ConfigError::File { .. } => {
             ("file_unreadable", "name the right file, or let the worker's user read it; ls -l FILE")
         }

@@ -2,7 +2,8 @@
 
 use prometheus::core::Collector;
 use prometheus::{
-    Error, Gauge, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
+    Error, Gauge, GaugeVec, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
+    Registry,
 };
 use std::cell::RefCell;
 
@@ -47,6 +48,11 @@ impl Catalogue {
 
     pub(super) fn gauges(&self, name: &str, help: &str, labels: &[&str]) -> Result<IntGaugeVec, Error> {
         self.keep("gauge", IntGaugeVec::new(Opts::new(name, help), labels)?)
+    }
+
+    /// Gauges of fractions.
+    pub(super) fn reals(&self, name: &str, help: &str, labels: &[&str]) -> Result<GaugeVec, Error> {
+        self.keep("gauge", GaugeVec::new(Opts::new(name, help), labels)?)
     }
 
     pub(super) fn info(&self, name: &str, help: &str, labels: &[(&str, &str)]) -> Result<(), Error> {

@@ -3,7 +3,7 @@
 use super::judge::{Verdict, judge};
 use super::{Or, Run};
 use crate::audit::{Fact, Kind};
-use crate::job::{DeleteTarget, FailureCode, JobResult, KeyKind};
+use crate::job::{DeleteTarget, FailureCode, JobResult, KeyKind, Scarce};
 use crate::kms::{CallError, ErrorKind, HeldMaterial, KeyDescription};
 use crate::retry::Class;
 use crate::store::{Answered, Intent, Removed, Settlement, SettlementKind, Stop};
@@ -98,6 +98,7 @@ impl Run {
     /// A key that waits for its own deletion may not show its materials (UNVERIFIED).
     async fn listed(&mut self, key: &KeyDescription) -> Or<Vec<HeldMaterial>> {
         self.not_stopping()?;
+        self.slot(&self.job.key.clone(), Scarce::ListKeyRotations).await?;
         match self.attempt.context.kms.materials(&self.job.key, &self.attempt.guard).await {
             Ok(materials) => Ok(materials),
             Err(error) if error.kind == ErrorKind::InvalidState && key.state == "PendingDeletion" => Ok(Vec::new()),
@@ -155,6 +156,7 @@ impl Run {
     /// One mutating call. Repeating it is harmless: it names the material.
     async fn send_delete(&mut self, id: Option<&String>) -> Or<()> {
         self.not_stopping()?;
+        self.slot(&self.job.key.clone(), Scarce::DeleteImportedKeyMaterial).await?;
         self.authorise().await?;
         let timing = self.attempt.context.meters.time(Stage::Delete);
         let call = self.attempt.context.kms.delete(&self.job.key, id.map(String::as_str), &self.attempt.guard);

@@ -32,20 +32,28 @@ impl Run {
     pub(super) fn retry<T>(&mut self, class: Class, step: &str, message: &str, aws_request_id: Option<&str>) -> Or<T> {
         let message = self.placed(message);
         let times = self.times(class);
+        let reason = |run: &Self| {
+            json!({
+                "step": step,
+                "class": class.as_str(),
+                "times": times,
+                "message": message,
+                "aws_request_id": aws_request_id,
+                "aws_changed": run.may_have_changed_aws(),
+            })
+        };
+        if class == Class::Throttled
+            && let Some(end) = self.throttled(step, times, reason)
+        {
+            return end;
+        }
         let delay = retry::delay(class, times, retry::random_unit());
         self.attempt.context.meters.retried(class);
         tracing::warn!(
             job.id = %self.job.id, job.attempt = self.job.attempt, kms.key.arn = %self.job.key, step, retry.class = class.as_str(),
             retry.delay_ms = delay.as_millis(), "attempt failed: {message}"
         );
-        let reason = json!({
-            "step": step,
-            "class": class.as_str(),
-            "times": times,
-            "message": message,
-            "aws_request_id": aws_request_id,
-            "aws_changed": self.may_have_changed_aws(),
-        });
+        let reason = reason(self);
         let again = self.again(delay, reason);
         Err(self.settled(again))
     }
@@ -188,14 +196,7 @@ impl Run {
     }
 
     pub(super) fn again(&self, delay: Duration, reason: serde_json::Value) -> SettlementKind {
-        let state = RetryState {
-            in_doubt: self.in_doubt,
-            parameters: self.parameters,
-            answered: self.answered.clone(),
-            waiting: self.waiting.clone(),
-            replicas: self.replicas.clone(),
-            reset_refreshes: self.unanswered,
-        };
+        let state = self.retry_state();
         let next = match (&self.answered, &self.waiting, self.parameters) {
             (Some(_), ..) => ScarceCall::Nothing,
             (None, Some(_), _) => ScarceCall::RotateKeyOnDemand,
@@ -203,6 +204,17 @@ impl Run {
             (None, None, _) => self.job.request.first_call(),
         };
         SettlementKind::Retry { delay, deadline: self.job.deadline, reason, state, next }
+    }
+
+    pub(super) fn retry_state(&self) -> RetryState {
+        RetryState {
+            in_doubt: self.in_doubt,
+            parameters: self.parameters,
+            answered: self.answered.clone(),
+            waiting: self.waiting.clone(),
+            replicas: self.replicas.clone(),
+            reset_refreshes: self.unanswered,
+        }
     }
 
     /// How often this class has come up in a row, this time included.

@@ -5,7 +5,9 @@ use super::judge::{Verdict, judge};
 use super::source_key::SourceKey;
 use super::{Or, Run, sha256_hex};
 use crate::audit::{Fact, Kind};
-use crate::job::{Expiry, FailureCode, Import, ImportParameters, KeyArn, KeyKind, SourceMaterial, Wrapping, rfc3339};
+use crate::job::{
+    Expiry, FailureCode, Import, ImportParameters, KeyArn, KeyKind, Scarce, SourceMaterial, Wrapping, rfc3339,
+};
 use crate::kms::{CallError, ErrorKind, ImportCall, Imported, KeyDescription, MaterialRole, RegionRole};
 use crate::retry::Class;
 use crate::source::SealedKey;
@@ -125,6 +127,7 @@ impl Run {
 
     pub(super) async fn fresh_parameters(&mut self, key: &KeyArn, wrapping: Wrapping) -> Or<ImportParameters> {
         self.not_stopping()?;
+        self.slot(key, Scarce::GetParametersForImport).await?;
         let _timing = self.attempt.context.meters.time(Stage::Parameters);
         match self.attempt.context.kms.parameters(key, wrapping, &self.attempt.guard).await {
             Ok(parameters) => Ok(parameters),
@@ -296,6 +299,7 @@ impl Run {
             description: self.description(asked, kind, &role),
             role,
         };
+        self.slot(key, Scarce::ImportKeyMaterial).await?;
         self.authorise().await?;
         let timing = self.attempt.context.meters.time(Stage::Import);
         let answer = self.attempt.context.kms.import(key, call, &self.attempt.guard).await;

@@ -9,7 +9,7 @@ use super::import::expiry_text;
 use super::source_key::SourceKey;
 use super::{Or, Run};
 use crate::audit::{Fact, Kind};
-use crate::job::{FailureCode, KeyKind, SourceMaterial, Wrapping};
+use crate::job::{FailureCode, KeyKind, Scarce, SourceMaterial, Wrapping};
 use crate::kms::{CallError, ErrorKind, HeldMaterial, KeyDescription, MaterialRole, MaterialState, RegionRole};
 use crate::store::{Answered, Intent, Parameters, ReplicaStep, Settlement, SettlementKind};
 use crate::worker::meters::Stage;
@@ -312,6 +312,7 @@ impl Run {
 
     /// The one call that turns the key.
     async fn send_rotation(&mut self, id: &str) -> Or<()> {
+        self.slot(&self.job.key.clone(), Scarce::RotateKeyOnDemand).await?;
         self.authorise().await?;
         let timing = self.attempt.context.meters.time(Stage::Rotate);
         let answer = self.attempt.context.kms.rotate(&self.job.key, &self.attempt.guard).await;

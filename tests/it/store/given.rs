@@ -9,7 +9,7 @@ use keyferry::job::{
 use keyferry::source::{Kek, Keyring, PlainKey, SealedKey};
 use keyferry::store::{
     Candidate, Chosen, ClaimedJob, Intent, Material, NewJob, NewRefusal, NewSourceKey, Parameters, Removed, RetryState,
-    Sender, Settlement, SettlementKind, SourceKeyOrigin, Step, Store, Verdict,
+    Scan, Sender, Settlement, SettlementKind, SourceKeyOrigin, Step, Store, Verdict,
 };
 use serde_json::{Value, json};
 use std::time::Duration;
@@ -127,13 +127,15 @@ pub async fn accept_line(store: &Store, name: &str, key: &KeyArn, count: usize) 
     }
 }
 
-/// Claims with the usual lease, again while all that was found is put aside, as a worker does.
+/// Claims with the usual lease, again while all that was found is put aside, and at last below the bounds, as a worker does.
 pub async fn claim(store: &Store, most: usize) -> Vec<ClaimedJob> {
+    let mut scan = Scan::FromBounds;
     loop {
-        let claimed = store.claim(most, LEASE, SIGNATURE_LIFE, keyferry::store::Scan::FromBounds).await.unwrap();
-        if !claimed.jobs.is_empty() || claimed.put_aside == 0 {
+        let claimed = store.claim(most, LEASE, SIGNATURE_LIFE, scan).await.unwrap();
+        if !claimed.jobs.is_empty() || claimed.put_aside == 0 && scan == Scan::Whole {
             return claimed.jobs;
         }
+        scan = if claimed.put_aside == 0 { Scan::Whole } else { Scan::FromBounds };
     }
 }
 

@@ -17,6 +17,7 @@ mod look;
 mod observe;
 mod outbox;
 mod plans;
+mod quota;
 mod read;
 mod republish;
 mod retry;

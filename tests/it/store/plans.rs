@@ -66,8 +66,29 @@ async fn hot_statements_touch_a_bounded_number_of_buffers() {
     seen += &run(&fresh, "never analysed", true).await;
     admin.batch_execute("analyze").await.unwrap();
     seen += &run(&fresh, "analysed", true).await;
+    seen += &under_a_quota(&fresh).await;
     seen += &under_a_snapshot(&db, &fresh).await;
     println!("{seen}");
+}
+
+/// Ten thousand lines are due in a lane of one call a second: while it is closed a claim looks past them, and when it opens
+/// it reads the one that it takes.
+async fn under_a_quota(session: &Client) -> String {
+    const MANY: &str = "
+        insert into line (id, lane_id, tail_seq, due_at)
+        select 100000 + n, (select min(id) from lane), 1, keyferry_now() - n * interval '1 ms'
+        from generate_series(1, 10000) as n;
+        update lane set interval_ms = 1000, served_at = keyferry_now() where id = (select min(id) from lane)";
+    const CLOSE: &str =
+        "update lane set open_at = keyferry_now() + interval '1 h' where id = (select min(id) from lane)";
+    session.batch_execute(&format!("begin; {MANY}")).await.unwrap();
+    let open = explain(session, "claim").await;
+    session.batch_execute(CLOSE).await.unwrap();
+    let closed = explain(session, "claim").await;
+    session.batch_execute("rollback").await.unwrap();
+    let (open, closed) = (buffers(&open), buffers(&closed));
+    assert!(open <= 400 && closed <= 200, "{open} buffers for one slot, {closed} while the lane is closed");
+    format!("ten thousand lines due under a quota: {open} buffers for one slot, {closed} while the lane is closed\n")
 }
 
 /// A backup holds a snapshot open: nothing that was claimed or settled since can be cleaned away, and each of these left
@@ -151,7 +172,7 @@ async fn parameters(session: &Client, name: &str) -> String {
         format!("'{}'", value::<String>(session, &query, &[]).await)
     };
     match name {
-        "claim" => format!("{SLICE}, 30000, false"),
+        "claim" => format!("{SLICE}, 30000, false, 250"),
         "overtake" | "read" => of_claimed("line.id").await,
         "lock" => {
             let (lines, tokens) = (of_claimed("line.id").await, of_claimed("token").await);
@@ -174,8 +195,10 @@ async fn parameters(session: &Client, name: &str) -> String {
             let (deadlines, late) =
                 (of_claimed("keyferry_now() + interval '1 day'").await, of_claimed("null::text").await);
             let operations = of_claimed("case when line.id % 2 = 1 then 'ImportKeyMaterial' end").await;
+            let (regions, first) = (of_claimed("'eu-central-1'::text").await, of_claimed("line.id % 4 = 1").await);
             format!(
-                "{lines}, {ended}, {counted}, {due}, {deadlines}, {operations}, {late}, keyferry_now(), 600000, 1000"
+                "{lines}, {ended}, {counted}, {due}, {deadlines}, {operations}, {late}, keyferry_now(), 600000, 1000, \
+                 {regions}, {first}"
             )
         }
     }
@@ -186,7 +209,11 @@ fn buffers(plan: &Value) -> u64 {
     let own = |plan: &Value| {
         ["Shared Hit Blocks", "Shared Read Blocks"].iter().filter_map(|key| plan[key].as_u64()).sum::<u64>()
     };
-    let apart = nodes(plan).into_iter().filter(|node| node["Subplan Name"] == "CTE served").map(own).sum::<u64>();
+    let apart = nodes(plan)
+        .into_iter()
+        .filter(|node| ["CTE served", "CTE reserved"].iter().any(|name| node["Subplan Name"] == *name))
+        .map(own)
+        .sum::<u64>();
     own(plan) + apart
 }
 

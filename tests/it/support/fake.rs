@@ -138,6 +138,11 @@ impl Fake {
         answer["sessions"].as_array().unwrap().iter().flat_map(texts).collect()
     }
 
+    /// Says whether calls are counted, and at which rates.
+    pub async fn quotas(&self, quotas: Value) {
+        self.post("quota", quotas).await;
+    }
+
     /// Chooses between behaviours that nobody knows of AWS.
     pub async fn options(&self, changes: Value) {
         self.post("options", changes).await;
