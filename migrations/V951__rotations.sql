@@ -13,4 +13,5 @@ grant select (rotation_sent, replicas) on progress to keyferry_reader;
 
 -- Rotations on demand that AWS showed when it was last asked. A key has 25 for good.
 alter table kms_key add column rotations integer;
+create index kms_key_rotations on kms_key (rotations) where rotations >= 20;
 grant update (rotations) on kms_key to keyferry_worker;

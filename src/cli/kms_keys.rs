@@ -107,6 +107,9 @@ fn shown(key: &KmsKeyView) -> String {
         format!("last job   {}", last(key)),
         format!("waiting    {}{}", key.waiting, if key.is_running { ", one of them under way" } else { "" }),
     ];
+    if let Some(used) = key.rotations {
+        lines.push(format!("rotations  {used} on demand; AWS allows 25, for good"));
+    }
     if let Some(until) = key.closed_until {
         let until = rfc3339(until);
         lines.push(format!("closed     until {until} to jobs that contradict an unanswered call"));

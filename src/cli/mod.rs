@@ -211,7 +211,7 @@ async fn with_settings(command: Command, loaded: &Loaded, output: Output) -> Res
             if migrate {
                 store::migrate(loaded.owner_url()?, &loaded.settings.database).await.context("migrating")?;
             }
-            let served = app::serve(loaded, stop_signal()?, hang_up).await;
+            let served = Box::pin(app::serve(loaded, stop_signal()?, hang_up)).await;
             logs.end().await;
             served?;
         }

@@ -10,7 +10,8 @@ use super::quota::{QuotaLane, QuotaSlot, hand_out};
 use super::urgent::OVERTAKE;
 use super::{DsmChoice, Ending, Replicas, Store, StoreError};
 use crate::job::{
-    ImportParameters, KeyArn, KeyKind, Request, RequestId, Scarce, Wrapping, WrappingAlgorithm, WrappingKeySpec,
+    ImportParameters, KeyArn, KeyKind, Operation, Request, RequestId, Scarce, Wrapping, WrappingAlgorithm,
+    WrappingKeySpec,
 };
 use crate::quota::AHEAD_MS;
 use crate::source::{Fingerprint, SealedKey};
@@ -100,6 +101,7 @@ pub struct ClaimedJob {
 
 /// How far a job has come.
 #[derive(Clone, Debug, Default)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a column of its own")]
 pub struct Progress {
     /// Whether the choice of the source key is committed.
     pub is_chosen: bool,
@@ -305,7 +307,12 @@ impl Store {
             .filter(|job| match job.ending {
                 None => true,
                 Some(Ending::Cancelled) => job.progress.in_doubt || job.progress.answered,
-                Some(Ending::Abandoned) => false,
+                // A rotate takes its material away from the key first.
+                Some(Ending::Abandoned) => {
+                    job.request.operation() == Operation::Rotate
+                        && !job.progress.answered
+                        && (job.progress.key_material_id.is_some() || job.retry_of.is_some())
+                }
             })
             .filter_map(|job| Some((job.lease.line_id, Parked { by: holds.on(&job.principal, &job.key)?, job })))
             .collect();
@@ -384,7 +391,9 @@ impl Store {
         const SCAN_FROM: &str = "
             update lane set scan_from = bound.at
             from (select lane.id, least(keyferry_now() - interval '5 s', (
-                      select line.due_at from line where line.lane_id = lane.id and line.due_at >= lane.scan_from
+                      -- What goes to the front of the lane just now goes a little below its first.
+                      select line.due_at - interval '1 s' from line
+                      where line.lane_id = lane.id and line.due_at >= lane.scan_from
                       order by line.due_at limit 1)) as at
                   from (select id, scan_from from lane where served_at > keyferry_now() - interval '1 min'
                         order by id for no key update skip locked) as lane) as bound

@@ -221,6 +221,16 @@ impl Store {
         .await
     }
 
+    /// Whether an operator holds what this principal does to this key.
+    pub async fn is_held(&self, principal: &str, key: &KeyArn) -> Result<bool, StoreError> {
+        self.retrying(|| async {
+            let mut client = self.client().await?;
+            let transaction = client.transaction().await?;
+            Ok(Holds::read(&transaction).await?.on(principal, key).is_some())
+        })
+        .await
+    }
+
     /// How many jobs within a scope are under way: each ends the step that it is in.
     pub async fn under_way(&self, scope: &Scope) -> Result<usize, StoreError> {
         const LEASED: &str = "

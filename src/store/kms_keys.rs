@@ -55,6 +55,8 @@ pub struct KmsKeyView {
     pub seen_at: Option<OffsetDateTime>,
     /// The material in force, as far as that is on record.
     pub current_material: Option<MaterialView>,
+    /// How often it was rotated on demand, when AWS was last asked for that. AWS allows 25, for good.
+    pub rotations: Option<i32>,
     /// When the first of the materials that are there ends.
     #[serde(with = "time::serde::rfc3339::option")]
     pub expires_at: Option<OffsetDateTime>,
@@ -128,7 +130,8 @@ const SELECT: &str = "
            seen.finished_at, seen.result #>> '{aws_param,KeySpec}', seen.result #>> '{aws_param,KeyState}',
            seen.result #>> '{aws_param,CurrentKeyMaterialId}',
            array(select other.arn from kms_key as other
-                 where other.line_id = kms_key.line_id and other.id <> kms_key.id order by other.arn)
+                 where other.line_id = kms_key.line_id and other.id <> kms_key.id order by other.arn),
+           kms_key.rotations
     from kms_key join line on line.id = kms_key.line_id
     left join lateral (
         select (array_agg(near.id order by near.finished_at desc, near.id desc))[1] as last_id,
@@ -227,6 +230,7 @@ fn view(row: &Row, materials: Vec<MaterialView>, holds: &[Hold]) -> KmsKeyView {
     let is_there = |held: &&MaterialView| held.removed_at.is_none();
     KmsKeyView {
         id: row.get(0),
+        rotations: row.get(17),
         account: key.as_ref().map(|key| key.account().to_owned()).unwrap_or_default(),
         region: key.as_ref().map(|key| key.region().to_owned()).unwrap_or_default(),
         created_at: row.get(2),

@@ -76,7 +76,7 @@ pub mod statements {
     pub use super::dead::REFUSALS_OF;
     pub use super::fold::DUE_FOLDS;
     pub use super::lock::{AUDIT_COUNTS, LOCK};
-    pub use super::observe::{EXPIRED_LATELY, EXPIRY, MOST_EVENTS, MOST_EXPIRING, OUTBOX, WORK};
+    pub use super::observe::{EXPIRED_LATELY, EXPIRY, FEW_ROTATIONS, MOST_EVENTS, MOST_EXPIRING, OUTBOX, WORK};
     pub use super::quota::RESERVE;
     pub use super::refuse::{KNOWN_REFUSALS, METERS};
     pub use super::release::RELEASE;

@@ -104,6 +104,11 @@ pub const EXPIRED_LATELY: &str = "
         order by valid_to desc limit $1
     ) as lately";
 
+/// How many keys can be rotated no more, and how many five times at most: an index's entries.
+pub const FEW_ROTATIONS: &str = "
+    select count(*) filter (where rotations >= 25), count(*) filter (where rotations < 25)
+    from (select rotations from kms_key where rotations >= 20 order by rotations desc limit $1) as few";
+
 /// Where the first rows are to be looked for. Hints: now and then they must be forgotten.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Bounds {
@@ -213,6 +218,17 @@ impl Store {
             let client = self.client().await?;
             let statement = client.prepare_cached(EXPIRED_LATELY).await?;
             Ok(client.query_one(&statement, &[&MOST_EXPIRING]).await?.get(0))
+        })
+        .await
+    }
+
+    /// How many keys can be rotated on demand no more, and how many five times at most.
+    pub async fn keys_with_few_rotations(&self) -> Result<(i64, i64), StoreError> {
+        self.retrying(|| async {
+            let client = self.client().await?;
+            let statement = client.prepare_cached(FEW_ROTATIONS).await?;
+            let row = client.query_one(&statement, &[&MOST_EXPIRING]).await?;
+            Ok((row.get(0), row.get(1)))
         })
         .await
     }

@@ -11,6 +11,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::{Duration, Instant};
 use time::OffsetDateTime;
 use tokio_postgres::Row;
+use tokio_postgres::error::SqlState;
 use tokio_postgres::types::ToSql;
 
 /// A job that has missed its slot waits so long for another at most.
@@ -216,7 +217,8 @@ impl Store {
                      as new(account, region, operation, interval_ms, tolerance_ms)
                 join lane using (account, region, operation)
                 where lane.interval_ms is distinct from new.interval_ms or lane.tolerance_ms <> new.tolerance_ms
-                   or lane.open_at > keyferry_now() + interval '1 s' + 16 * new.interval_ms * interval '1 ms'
+                   -- Further than slots are ever given out, in a lane that was slowed down as far as it can be.
+                   or lane.open_at > keyferry_now() + interval '11 s' + 32 * new.interval_ms * interval '1 ms'
                 order by lane.id for no key update of lane)
             update lane set interval_ms = locked.interval_ms, tolerance_ms = locked.tolerance_ms,
                             tat = least(lane.tat, keyferry_now() + coalesce(locked.interval_ms, 0) * interval '1 ms'),
@@ -241,12 +243,23 @@ impl Store {
     }
 
     async fn quota_once(&self, asks: &[&QuotaAsk]) -> Result<Vec<QuotaAnswer>, StoreError> {
-        let client = self.client().await?;
+        // A worker that stalled within a claim keeps its lanes locked: whoever asks for a slot of another does not wait long.
+        const BRIEFLY: &str = "set local lock_timeout = '250ms'";
+        let mut client = self.client().await?;
         let throttled = Throttled::of(asks);
         if !throttled.is_empty() {
             let (lanes, lines) = throttled.columns();
-            let slow = client.prepare_cached(SLOW).await?;
-            client.execute(&slow, &[&lanes.accounts, &lanes.regions, &lanes.operations, &lines.0, &lines.1]).await?;
+            let transaction = client.transaction().await?;
+            let slow = transaction.prepare_cached(SLOW).await?;
+            transaction.batch_execute(BRIEFLY).await?;
+            let columns: [&(dyn ToSql + Sync); 5] =
+                [&lanes.accounts, &lanes.regions, &lanes.operations, &lines.0, &lines.1];
+            match transaction.execute(&slow, &columns).await {
+                Ok(_) => transaction.commit().await?,
+                // The next throttled call says the same.
+                Err(error) if is_locked(&error) => transaction.rollback().await?,
+                Err(error) => return Err(error.into()),
+            }
         }
         let mut wanted: BTreeMap<&QuotaLane, Wanted> = BTreeMap::new();
         for ask in asks {
@@ -267,7 +280,9 @@ impl Store {
             let counts: Vec<i32> = wanted.values().map(|of_lane| of_lane.count).collect();
             let late: Vec<i32> = wanted.values().map(|of_lane| of_lane.late).collect();
             let (tops, bottoms): (Vec<_>, Vec<_>) = wanted.values().map(Wanted::chain).unzip();
-            let reserve = client.prepare_cached(RESERVE).await?;
+            let transaction = client.transaction().await?;
+            let reserve = transaction.prepare_cached(RESERVE).await?;
+            transaction.batch_execute(BRIEFLY).await?;
             let asked_at = Instant::now();
             let columns: [&(dyn ToSql + Sync); 9] = [
                 &lanes.accounts,
@@ -280,8 +295,18 @@ impl Store {
                 &late,
                 &FAR_MS,
             ];
-            let rows = client.query(&reserve, &columns).await?;
-            given = given_out(&rows, asked_at);
+            match transaction.query(&reserve, &columns).await {
+                Ok(rows) => {
+                    transaction.commit().await?;
+                    given = given_out(&rows, asked_at);
+                }
+                // Nothing was given out, nor taken back: the jobs wait in their lanes.
+                Err(error) if is_locked(&error) => {
+                    transaction.rollback().await?;
+                    given = wanted.keys().map(|lane| ((*lane).clone(), Vec::new())).collect();
+                }
+                Err(error) => return Err(error.into()),
+            }
         }
         let mut answers: Vec<QuotaAnswer> = asks.iter().map(|_| QuotaAnswer::Noted).collect();
         // Those that have missed one come first.
@@ -311,6 +336,10 @@ impl Store {
         })
         .await
     }
+}
+
+fn is_locked(error: &tokio_postgres::Error) -> bool {
+    error.code() == Some(&SqlState::LOCK_NOT_AVAILABLE)
 }
 
 /// Slots by lane, the first of each at the end.

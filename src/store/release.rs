@@ -48,6 +48,13 @@ pub const RELEASE: &str = "
             -- The head was overtaken: it goes on waiting as it was to.
             when released.ended and released.next_seq = line.head_seq then greatest($8, line.head_due_at)
             when released.ended then $8::timestamptz
+            -- Whatever waits for its import has waited for its parameters before: the oldest goes first.
+            when released.goes_first and released.operation = 'ImportKeyMaterial' then coalesce((
+                select greatest(waiting.scan_from, least($8, job.accepted_at)) from lane as now
+                join lane as waiting on waiting.account = now.account and waiting.region = released.region
+                                    and waiting.operation = released.operation
+                join job on job.line_id = released.id and job.seq = coalesce(line.urgent_seq, line.head_seq)
+                where now.id = line.lane_id), $8)
             when released.goes_first then least($8, (
                 -- Not below the bound, where claims seldom look.
                 select greatest(waiting.scan_from, first.due_at - interval '1 us') from lane as now

@@ -217,7 +217,7 @@ pub(super) async fn keep_choices(transaction: &Transaction<'_>, failed: &[Uuid])
     Ok(())
 }
 
-// A job that failed before choices were kept names the key that it imported, or was to import.
+// An import that failed before choices were kept names the key that it imported, or was to import.
 const READ: &str = "
     select job.id, job.state, line.token is not null and coalesce(line.urgent_seq, line.head_seq) = job.seq,
            job.principal, job.identity, job.request_source, job.request_id, job.request, kms_key.arn, job.line_id,
@@ -231,7 +231,8 @@ const READ: &str = "
     join kms_key on kms_key.id = job.kms_key_id
     left join failed_choice as choice on choice.job_id = job.id
     left join source_key as source
-        on source.id = case when choice.job_id is null then job.source_key_id else choice.source_key_id end
+        on source.id = case when choice.job_id is null and job.request::jsonb ->> 'operation' is distinct from 'rotate'
+                            then job.source_key_id else choice.source_key_id end
     where job.id = any($1)";
 
 async fn read(transaction: &Transaction<'_>, ids: &[Uuid]) -> Result<HashMap<Uuid, Standing>, StoreError> {

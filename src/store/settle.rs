@@ -254,12 +254,13 @@ impl Store {
             ended.write_materials(&transaction).boxed(),
             insert_events(&transaction, &ended.events).boxed(),
             keep_progress(&transaction, &valid).boxed(),
-            mark_removed(&transaction, &valid, now).boxed(),
             note_rotations(&transaction, &valid).boxed(),
             release(&transaction, &valid, now, signature_life).boxed(),
             backlog::change(&transaction, ended_jobs(&valid), -1).boxed(),
         ])
         .await?;
+        // After the records of what jobs brought: a job may have taken away what it had brought itself.
+        mark_removed(&transaction, &valid, now).await?;
         serve_urgent(&transaction, &valid, now).await?;
         let ended = valid.iter().filter(|(end, held)| held.ending.is_some() && end.kind.is_end());
         super::cancel::forget(&transaction, &ended.map(|(end, _)| end.job.id).collect::<Vec<_>>()).await?;
@@ -325,7 +326,10 @@ impl Settlement {
     /// The end instead of this, if an operator wants the job ended, and has either abandoned it or nothing is in doubt any
     /// more. What may be on the key is still to be added.
     fn as_ended(&self, held: &Held) -> Option<(Ending, Self)> {
-        if self.job.operation == Operation::Rotate.as_str() && (self.kind.waiting().is_some() || held.has_changed) {
+        // One that is there to take away what a failed one has brought.
+        let removes = self.job.retry_of.is_some() && held.ending == Some(Ending::Abandoned);
+        let is_workers = self.kind.waiting().is_some() || held.has_changed || (removes && self.kind.leaves_progress());
+        if self.job.operation == Operation::Rotate.as_str() && is_workers {
             // What it has brought is known to its worker, which ends it at its next claim.
             return None;
         }

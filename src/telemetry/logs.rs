@@ -23,7 +23,11 @@ type Fault = Box<dyn std::error::Error + Send + Sync>;
 
 /// Starts logging for the process. The error says what is wrong with `log.filter`.
 pub fn start_logs(log: &Log) -> Result<Logs, Fault> {
-    let filter = EnvFilter::try_new(&log.filter)?;
+    let mut filter = EnvFilter::try_new(&log.filter)?;
+    if !log.filter.contains("aws_smithy") {
+        // At `trace` it prints whole requests: import tokens, wrapped material, external ids.
+        filter = filter.add_directive("aws_smithy_runtime=warn".parse()?);
+    }
     #[cfg(feature = "otlp")]
     {
         let exporting = super::otlp::Exporting::start()?;

@@ -95,6 +95,8 @@ pub struct Metrics {
     pub oldest_event: Gauge,
     /// KMS keys with material that expires soon, by how soon.
     pub keys_expiring: IntGaugeVec,
+    /// KMS keys that can be rotated on demand no more, or few times only.
+    pub keys_rotations_left: IntGaugeVec,
     /// KMS keys with material that has expired.
     pub keys_expired: IntGauge,
     /// Those of them that have within the last hour.
@@ -252,6 +254,11 @@ impl Metrics {
                 "keyferry_keys_expiring",
                 "KMS keys with material that expires so soon; 5,000 stands for that many or more.",
                 &["within"],
+            )?,
+            keys_rotations_left: gauges(
+                "keyferry_keys_rotations_left",
+                "KMS keys that can be rotated on demand so many times more; 5,000 stands for that many or more.",
+                &["left"],
             )?,
             keys_expired: gauge(
                 &registry,

@@ -267,6 +267,7 @@ impl Run {
         let is_past = self.in_doubt
             || self.answered.is_some()
             || self.waiting.is_some()
+            || self.brought_before().is_some()
             || self.job.progress.delete_ids.is_some();
         if key.current_material.as_ref() != Some(expected) && !is_past {
             let message = "AWS holds another current material than expect_current_material names";

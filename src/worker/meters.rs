@@ -97,6 +97,16 @@ words! {
     }
 }
 
+words! {
+    /// How often a key can still be rotated on demand, where that is few.
+    pub(super) RotationsLeft {
+        /// AWS allows 25 for good.
+        None = "0",
+        /// Time to plan for another key.
+        Few = "1-5",
+    }
+}
+
 impl Within {
     pub(super) fn span(self) -> Duration {
         let days = match self {
@@ -123,6 +133,7 @@ pub struct Meters {
     events: Closed<Unsent, IntGauge>,
     connections: Closed<Connection, IntGauge>,
     expiring: Closed<Within, IntGauge>,
+    rotations_left: Closed<RotationsLeft, IntGauge>,
     slots: Closed<Scarce, IntCounter>,
     waits: Closed<Scarce, IntCounter>,
     throttled: Closed<Scarce, IntCounter>,
@@ -154,6 +165,7 @@ impl Meters {
             events: Closed::gauges(&metrics.outbox_events),
             connections: Closed::gauges(&metrics.store_connections),
             expiring: Closed::gauges(&metrics.keys_expiring),
+            rotations_left: Closed::gauges(&metrics.keys_rotations_left),
             slots: Closed::counters(&metrics.quota_slots),
             waits: Closed::counters(&metrics.quota_waits),
             throttled: Closed::counters(&metrics.quota_throttled),
@@ -251,6 +263,12 @@ impl Meters {
             self.factors.of(*operation).set(*factor);
             self.slowed.of(*operation).set(*lanes);
         }
+    }
+
+    /// How many keys can be rotated no more, and how many few times only.
+    pub(super) fn note_rotations_left(&self, none: i64, few: i64) {
+        self.rotations_left.of(RotationsLeft::None).set(none);
+        self.rotations_left.of(RotationsLeft::Few).set(few);
     }
 
     /// How many keys have material that expires so soon.

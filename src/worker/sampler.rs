@@ -42,6 +42,8 @@ async fn sample_once(context: &Context, bounds: &mut Bounds, is_seldom: bool) ->
     let (store, meters) = (&context.store, &context.meters);
     if is_seldom {
         meters.note_expired(store.keys_expiring(Duration::ZERO).await?, store.keys_expired_lately().await?);
+        let (none, few) = store.keys_with_few_rotations().await?;
+        meters.note_rotations_left(none, few);
         for &within in Within::ALL {
             meters.note_expiring(within, store.keys_expiring(within.span()).await?);
         }

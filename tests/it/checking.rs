@@ -284,6 +284,43 @@ fn a_delete_that_is_not_as_its_job_says_is_found() {
     });
 }
 
+/// The job of [`sound`] as a rotate.
+fn rotated() -> Snapshot {
+    let mut snapshot = sound();
+    snapshot.jobs[0].operation = "rotate".into();
+    snapshot.events[0] = event(JOB, "succeeded", "rotate", "r1");
+    let intended = json!({"key_material_id": "m"});
+    snapshot.audit[3] = entry(JOB, 4, "rotation_intended", intended.clone());
+    snapshot.audit.extend([entry(JOB, 5, "key_rotated", intended), entry(JOB, 6, "succeeded", json!({}))]);
+    let imported = &mut snapshot.journal[1]["effect"]["imported"];
+    (imported["first"], imported["again"]) = (false.into(), false.into());
+    let effect = json!({"rotated": {"key_material_id": "m", "material_sha256": imported["material_sha256"]}});
+    snapshot.journal.push(json!({
+        "key_arn": ARN, "access_key": WORKER, "operation": "RotateKeyOnDemand", "outcome": "ok", "late": false,
+        "fault": null, "effect": effect,
+    }));
+    snapshot
+}
+
+#[test]
+fn a_rotate_that_is_not_as_its_job_says_is_found() {
+    assert_eq!(violations(&rotated()), [""; 0]);
+    let spoilt = |invariant: &str, spoil: &dyn Fn(&mut Snapshot)| {
+        let mut snapshot = rotated();
+        spoil(&mut snapshot);
+        let found = violations(&snapshot);
+        assert!(found.iter().any(|one| one.starts_with(invariant)), "{invariant} is not found in {found:?}");
+    };
+    // Twice, never, to a stranger's material, and by a job that asked for something else.
+    spoilt("I8", &|s| s.journal.push(s.journal[2].clone()));
+    spoilt("I8", &|s| s.journal.truncate(2));
+    spoilt("I8", &|s| s.journal[2]["effect"]["rotated"]["material_sha256"] = "other".into());
+    spoilt("I8", &|s| s.jobs[0].operation = "import".into());
+    // The trail tells of more than was meant; nothing said before that it would be sent.
+    spoilt("I8", &|s| s.audit.push(entry(JOB, 7, "key_rotated", json!({}))));
+    spoilt("I4", &|s| s.audit.retain(|entry| !entry.text.contains("rotation_intended")));
+}
+
 #[test]
 fn a_dry_run_that_does_something_is_found() {
     // The only job of the key says that it was one.

@@ -72,7 +72,7 @@ pub async fn every_bad_input_is_refused_by_name(carriage: Carriage) {
             asked("dsm", json!({"source_key_tier": "dsm", "source_key_identifier": "k"})),
         ),
         ("unknown_operation", Some("operation"), asked("operation", json!({"operation": "explode"}))),
-        ("not_supported", Some("operation"), asked("rotate", json!({"operation": "rotate"}))),
+        ("field_not_allowed", Some("scope"), asked("rotate", json!({"operation": "rotate", "scope": "all"}))),
         ("invalid_value", Some("wrapping_algorithm"), asked("wrap", json!({"wrapping_algorithm": "ROT13"}))),
         ("duplicate_field", Some("key"), raw(format!(r#"{{"id":"twice","key":"{arn}","key":"{arn}"}}"#).as_bytes())),
         (

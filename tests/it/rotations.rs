@@ -482,3 +482,84 @@ async fn an_abandoned_rotate_takes_its_own_material_away_and_nobody_elses() {
     assert_eq!(case.roles().await, ["CURRENT", "PENDING_ROTATION"]);
     case.world.finish().await;
 }
+
+#[tokio::test]
+async fn a_retry_of_a_rotate_that_brought_nothing_is_no_success() {
+    let mut case = case(Tuning::default()).await;
+    case.ask("same", json!({"source_key_identifier": "first"})).await;
+    case.world.failed("same", "material_not_new").await;
+    let ran = case.world.run(&["jobs", "retry", "same", "--json"]).await;
+    assert_eq!(ran.code, Some(0), "{ran:?}");
+    let failed = "select count(*) from job where retry_of is not null and error ->> 'code' = 'material_not_new'";
+    case.world.until("it fails again", failed, 1).await;
+    // There is nothing to take away either.
+    let ran = case.world.run(&["jobs", "abandon", "same", "--json"]).await;
+    assert!(ran.code != Some(0) && ran.json()["became"] == "ended", "{ran:?}");
+    assert_eq!((case.roles().await, case.calls(IMPORT).await), (vec!["CURRENT".to_owned()], 1));
+    case.world.finish().await;
+}
+
+#[tokio::test]
+async fn a_rotate_that_is_only_looked_at_any_more_can_be_abandoned() {
+    let mut case = case(Tuning::default()).await;
+    let away = json!({"operation": "ListKeyRotations", "key": case.arn, "times": null, "skip": 3,
+                      "fault": {"kind": "error", "code": "KMSInternalException", "message": "ordered by a test"}});
+    case.world.fake.order(away).await;
+    case.ask("r1", json!({})).await;
+    case.world.until("AWS was asked to rotate", "select count(*) from progress where imported", 1).await;
+    let ran = case.world.run(&["jobs", "abandon", "r1", "--yes", "--json"]).await;
+    assert_eq!(ran.code, Some(0), "{ran:?}");
+    let job = case.world.failed("r1", "abandoned").await;
+    assert!(job.aws_changed(), "{job:?}");
+    // What came into force stays.
+    assert_eq!(case.roles().await, ["NON_CURRENT", "CURRENT"]);
+    case.world.fake.clear_faults().await;
+    // Its retry finds that, and is content.
+    let ran = case.world.run(&["jobs", "retry", "r1", "--json"]).await;
+    assert_eq!(ran.code, Some(0), "{ran:?}");
+    let succeeded = "select count(*) from job where retry_of is not null and state = 'succeeded'";
+    case.world.until("it succeeds", succeeded, 1).await;
+    assert_eq!(case.calls(ROTATE).await, 1);
+    case.world.finish().await;
+}
+
+#[tokio::test]
+async fn a_held_key_keeps_what_an_abandoned_rotate_would_take_away() {
+    let mut case = case(Tuning::default()).await;
+    case.world.fake.fault(ROTATE, &case.arn, None, json!({"kind": "throttle"})).await;
+    case.ask("r1", json!({})).await;
+    let stuck = "select count(*) from progress where key_material_id is not null and last_error is not null";
+    case.world.until("it is stuck", stuck, 1).await;
+    let ran = case.world.run(&["hold", "key", &case.arn, "--reason", "a test"]).await;
+    assert_eq!(ran.code, Some(0), "{ran:?}");
+    let ran = case.world.run(&["jobs", "abandon", "r1", "--yes", "--json"]).await;
+    assert_eq!(ran.code, Some(0), "{ran:?}");
+    case.world.until("the line is parked", "select count(*) from line where parked_by is not null", 1).await;
+    assert_eq!(case.roles().await, ["CURRENT", "PENDING_ROTATION"]);
+    let ran = case.world.run(&["release", "key", &case.arn]).await;
+    assert_eq!(ran.code, Some(0), "{ran:?}");
+    let job = case.world.failed("r1", "abandoned").await;
+    assert!(sentence(&job).contains("was removed again"), "{}", sentence(&job));
+    assert_eq!(case.roles().await, ["CURRENT"]);
+    case.world.finish().await;
+}
+
+#[tokio::test]
+async fn a_rotation_that_may_still_come_is_not_overtaken_by_its_own_removal() {
+    let mut case = case(Tuning { signature_life_ms: 60_000, aws_timeout_ms: 1_000, ..Tuning::default() }).await;
+    case.fault(ROTATE, json!({"kind": "late", "hang_ms": 3_000})).await;
+    case.ask("r1", json!({})).await;
+    case.world.fake.pending_late(1, &case.arn).await;
+    let waits = "select count(*) from line where late_until is not null and token is null and due_at = late_until";
+    case.world.until("it waits", waits, 1).await;
+    let ran = case.world.run(&["jobs", "abandon", "r1", "--yes", "--json"]).await;
+    assert_eq!(ran.code, Some(0), "{ran:?}");
+    case.world.until("it waits again", waits, 1).await;
+    // It comes: nothing that is in force is taken away.
+    case.world.fake.release_late().await;
+    case.world.db.advance(Duration::from_secs(61)).await;
+    let job = case.world.failed("r1", "abandoned").await;
+    assert!(sentence(&job).contains("come into force"), "{}", sentence(&job));
+    assert_eq!(case.roles().await, ["NON_CURRENT", "CURRENT"]);
+    case.world.finish().await;
+}

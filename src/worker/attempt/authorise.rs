@@ -17,9 +17,15 @@ impl Run {
     /// Goes on if it may. A job is ended by the newest policy that a worker has loaded, and by no older one: workers
     /// learn of a new one at different times.
     pub(super) async fn authorise(&mut self) -> Or<()> {
+        let key = self.job.key.clone();
+        self.authorise_on(&key, FailureCode::Revoked).await
+    }
+
+    /// The same on the job's key in another Region.
+    pub(super) async fn authorise_on(&mut self, key: &KeyArn, code: FailureCode) -> Or<()> {
         loop {
             let policy = self.attempt.context.policy.get();
-            let Err(why) = self.judged(&policy, &self.job.key) else { return Ok(()) };
+            let Err(why) = self.judged(&policy, key) else { return Ok(()) };
             let newest = self.attempt.context.store.newest_policy().await;
             if !Arc::ptr_eq(&policy, &self.attempt.context.policy.get()) {
                 continue;
@@ -27,8 +33,11 @@ impl Run {
             return match newest {
                 Ok(Some(newest)) if newest != policy.digest() => self.leave_to_others(),
                 Ok(_) => {
-                    let message = format!("no longer allowed: {why}");
-                    self.fail_by(FailureCode::Revoked, &message, Some(policy.digest().to_owned()))
+                    let message = match code {
+                        FailureCode::Revoked => format!("no longer allowed: {why}"),
+                        _ => format!("not allowed in {}, where the key has a replica: {why}", key.region()),
+                    };
+                    self.fail_by(code, &message, Some(policy.digest().to_owned()))
                 }
                 Err(error) => {
                     let message = error.to_string();

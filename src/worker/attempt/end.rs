@@ -110,7 +110,8 @@ impl Run {
 
     /// An operator wants the job ended, and nothing stands against that.
     pub(super) fn ended_by_operator<T>(&mut self, ending: Ending) -> Or<T> {
-        if ending == Ending::Abandoned && self.waiting.is_some() && matches!(self.job.request.work, Work::Rotate(_)) {
+        let is_rotate = matches!(self.job.request.work, Work::Rotate(_));
+        if ending == Ending::Abandoned && self.answered.is_none() && self.waiting.is_some() && is_rotate {
             // Its next claim begins with taking its material away.
             return self.give_back("abandon", "given back: an operator has abandoned it, and its material waits");
         }

@@ -27,13 +27,13 @@ pub(super) fn judge(error: &CallError) -> Verdict {
         | ErrorKind::Unanswered
         | ErrorKind::ServerFault
         | ErrorKind::NoSession
+        | ErrorKind::Conflict
         | ErrorKind::Incomplete => Verdict::Retry(Class::Transient),
         ErrorKind::Throttled => Verdict::Retry(Class::Throttled),
         ErrorKind::Credentials => Verdict::Retry(Class::Credentials),
         // A key that was made, or changed, moments ago.
         ErrorKind::NotFound => Verdict::Await(FailureCode::KeyNotFound),
         ErrorKind::InvalidState => Verdict::Await(FailureCode::KeyInvalidState),
-        ErrorKind::Conflict => Verdict::Retry(Class::Transient),
         ErrorKind::LimitExceeded => {
             Verdict::Fail(FailureCode::RotationsSpent, "make a new KMS key and let its alias point to that")
         }

@@ -1,13 +1,14 @@
 //! An abandoned rotate: its material that still waits for the rotation is taken away again, if it is known to be its own.
 //!
-//! AWS computes a material's id from its bytes, so that an id which AWS has given this job's bytes is nobody else's. One
-//! try: whoever abandons a job wants it to end.
+//! AWS computes a material's id from its bytes, so that an id which AWS has given this job's bytes is nobody else's. Whoever
+//! abandons a job wants it to end: an error that AWS answers, or a call without an answer, ends it too.
 
 use super::rotate::{Place, place};
 use super::{Or, Run};
 use crate::audit::{Fact, Kind};
-use crate::job::{FailureCode, Work};
-use crate::store::{Ending, Intent, Removed, Settlement};
+use crate::job::{FailureCode, Scarce, Work};
+use crate::kms::{CallError, ErrorKind};
+use crate::store::{Ending, Intent, Removed, Settlement, SettlementKind};
 use crate::worker::meters::Stage;
 use serde_json::json;
 
@@ -19,33 +20,44 @@ impl Run {
         if !is_abandoned || self.answered.is_some() {
             return None;
         }
-        self.waiting.clone().or_else(|| {
-            // What the failed job had come to know, if this one is there to remove it.
-            self.job.retry_of?;
-            let chosen = self.chosen_source_key()?;
-            let known = self.job.materials.iter().filter(|known| known.is_own);
-            known
-                .filter(|known| known.fingerprint == *chosen.fingerprint())
-                .find_map(|known| known.key_material_id.clone())
-        })
+        self.waiting.clone().or_else(|| self.brought_before())
+    }
+
+    /// What the failed job that this one does again had come to know of its material.
+    pub(super) fn brought_before(&self) -> Option<String> {
+        self.job.retry_of.filter(|_| self.job.progress.is_chosen)?;
+        let chosen = self.chosen_source_key()?;
+        let known = self.job.materials.iter().filter(|known| known.is_own);
+        known.filter(|known| known.fingerprint == *chosen.fingerprint()).find_map(|known| known.key_material_id.clone())
     }
 
     /// Ends the job, with its material gone if it waited.
     pub(super) async fn remove(&mut self, id: &str) -> Or<Settlement> {
+        // A rotation that may still come would turn the key to it: then it is not taken away.
+        if let Some((late, until)) = &self.job.late
+            && (self.job.progress.rotation_sent || self.effect_known_early().as_ref() != Some(late))
+        {
+            let (until, deadline) = (*until, self.job.deadline);
+            return Err(self.settled(SettlementKind::PutBack { until, deadline }));
+        }
         self.source_key = self.chosen_source_key();
         self.waiting = Some(id.to_owned());
         self.not_stopping()?;
+        self.slot(&self.job.key.clone(), Scarce::ListKeyRotations).await?;
         let held = match self.attempt.context.kms.materials(&self.job.key, &self.attempt.guard).await {
             Ok(held) => held,
-            Err(error) => return self.is_left(id, &error.to_string()),
+            Err(error) => return self.not_removed(id, &error),
         };
         match place(&held, id) {
             Place::Waits | Place::WaitsForReplicas => {}
+            // Its bytes are gone, and it stands in the way all the same.
+            Place::Gone if held.iter().any(|held| held.id == id) => {}
             Place::InForce | Place::Before => {
                 let message = "abandoned by an operator; its material has come into force meanwhile, and stays";
                 return self.fail(FailureCode::Abandoned, message);
             }
             Place::Taken(_) | Place::Gone => {
+                self.removed = Removed::Materials(vec![id.to_owned()]);
                 let message = "abandoned by an operator; its material waits on the key no longer";
                 return self.fail(FailureCode::Abandoned, message);
             }
@@ -55,6 +67,7 @@ impl Run {
         let intent = Intent::Remove { material_id: id.to_owned() };
         self.commit(intent, effect, vec![Fact::new(Kind::DeletionIntended, details)]).await?;
         crate::failpoint!("worker.after_remove_prepare");
+        self.slot(&self.job.key.clone(), Scarce::DeleteImportedKeyMaterial).await?;
         let timing = self.attempt.context.meters.time(Stage::Delete);
         let answer = self.attempt.context.kms.delete(&self.job.key, Some(id), &self.attempt.guard).await;
         drop(timing);
@@ -70,14 +83,20 @@ impl Run {
             }
             Err(error) => {
                 self.unanswered = error.kind.may_have_taken_effect();
-                self.is_left(id, &error.to_string())
+                self.not_removed(id, &error)
             }
         }
     }
 
-    fn is_left<T>(&mut self, id: &str, why: &str) -> Or<T> {
+    /// A call that was turned away, or never left, is made again while the job's time lasts; any other end is one.
+    fn not_removed<T>(&mut self, id: &str, error: &CallError) -> Or<T> {
+        let was_turned_away =
+            matches!(error.kind, ErrorKind::Throttled | ErrorKind::NoSession | ErrorKind::Dropped | ErrorKind::NotSent);
+        if was_turned_away && self.job.now < self.job.deadline {
+            return self.read_failed(error);
+        }
         let message = format!(
-            "abandoned by an operator; its material {id} may still wait on the key, as it could not be removed: {why}; \
+            "abandoned by an operator; its material {id} may still wait on the key, as it could not be removed: {error}; \
              keyferry jobs abandon tries that again"
         );
         self.fail(FailureCode::Abandoned, &message)

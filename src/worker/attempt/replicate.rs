@@ -8,20 +8,21 @@ use super::{Or, Run};
 use crate::audit::{Fact, Kind};
 use crate::job::{FailureCode, KeyArn, KeyKind, SourceMaterial};
 use crate::kms::{ErrorKind, MaterialRole, Regions};
+use crate::retry::Class;
 use crate::store::{Intent, ReplicaStep};
 use serde_json::json;
 
 impl Run {
     /// Before anything is changed: whether every replica is one that this deployment and this principal may touch.
-    pub(super) fn may_reach_replicas(&mut self, regions: Option<&Regions>) -> Or<()> {
+    pub(super) async fn may_reach_replicas(&mut self, regions: Option<&Regions>) -> Or<()> {
         let Some(regions) = regions else { return Ok(()) };
         for replica in &regions.replicas {
-            self.may_reach(replica)?;
+            self.may_reach(replica).await?;
         }
         Ok(())
     }
 
-    fn may_reach(&mut self, replica: &KeyArn) -> Or<()> {
+    async fn may_reach(&mut self, replica: &KeyArn) -> Or<()> {
         if !self.attempt.context.targets.contains(replica) {
             let message = format!(
                 "the key has a replica in {}, which is no configured target; AWS rotates a key only when every replica has \
@@ -30,21 +31,21 @@ impl Run {
             );
             return self.fail(FailureCode::ReplicaNotATarget, &message);
         }
-        let policy = self.attempt.context.policy.get();
-        if let Err(why) = self.judged(&policy, replica) {
-            let message = format!("the key has a replica in {}: {why}", replica.region());
-            return self.fail(FailureCode::ReplicaNotAllowed, &message);
-        }
-        Ok(())
+        self.authorise_on(replica, FailureCode::ReplicaNotAllowed).await
     }
 
     /// Every replica has the material when this returns. Which there are is read anew.
     pub(super) async fn replicate(&mut self, asked: &SourceMaterial, kind: KeyKind, id: &str) -> Or<()> {
         let regions = self.describe().await?.regions;
         let mut replicas = regions.map(|regions| regions.replicas).unwrap_or_default();
-        replicas.sort_by_key(|replica| self.replicas.0.get(replica.region()) == Some(&ReplicaStep::Tried));
+        // First the one whose quota this attempt was given a slot of.
+        let at_hand = self.slot.as_ref().map(|slot| slot.lane.region.clone());
+        replicas.sort_by_key(|replica| {
+            let was_tried = self.replicas.0.get(replica.region()) == Some(&ReplicaStep::Tried);
+            (at_hand.as_deref() != Some(replica.region()), was_tried)
+        });
         for replica in &replicas {
-            self.may_reach(replica)?;
+            self.may_reach(replica).await?;
             self.elsewhere = Some(replica.region().to_owned());
             self.replicas.0.insert(replica.region().to_owned(), ReplicaStep::Tried);
             self.give(replica, asked, kind, id).await?;
@@ -54,13 +55,28 @@ impl Run {
         Ok(())
     }
 
+    /// An operator can hold the replica's Region, or the replica itself. Its own key's hold parks the job; this one makes it
+    /// try later.
+    async fn is_not_held(&mut self, replica: &KeyArn) -> Or<()> {
+        match self.attempt.context.store.is_held(&self.job.principal, replica).await {
+            Ok(false) => Ok(()),
+            Ok(true) => self.retry(Class::Transient, "hold", "an operator holds the replica", None),
+            Err(error) => {
+                let message = error.to_string();
+                self.retry(Class::Transient, "store", &message, None)
+            }
+        }
+    }
+
     /// One replica. Repeating it is harmless: AWS compares the bytes with those of the id.
     async fn give(&mut self, replica: &KeyArn, asked: &SourceMaterial, kind: KeyKind, id: &str) -> Or<()> {
         let held = self.materials_of(replica).await?;
         if held.iter().any(|held| held.id == id && held.is_imported && held.expiry == Some(asked.expiry)) {
             return Ok(());
         }
+        self.is_in_time("its replicas")?;
         self.may_go_on().await?;
+        self.is_not_held(replica).await?;
         let Some(source) = self.source_again(asked, kind).await? else {
             return self.fail(FailureCode::SourceKeyDeleted, "the source key is not on record any more");
         };

@@ -11,7 +11,8 @@ use super::{Or, Run};
 use crate::audit::{Fact, Kind};
 use crate::job::{FailureCode, KeyKind, Scarce, SourceMaterial, Wrapping};
 use crate::kms::{CallError, ErrorKind, HeldMaterial, KeyDescription, MaterialRole, MaterialState, RegionRole};
-use crate::store::{Answered, Intent, Parameters, ReplicaStep, Settlement, SettlementKind};
+use crate::retry::Class;
+use crate::store::{Answered, Intent, Parameters, Removed, ReplicaStep, Settlement, SettlementKind};
 use crate::worker::meters::Stage;
 use serde_json::{Value, json};
 use std::time::Duration;
@@ -34,7 +35,9 @@ impl Run {
             self.source_key = self.chosen_source_key();
             return self.verify_rotation(asked, kind, &held, &id).await;
         }
-        let id = if let Some(id) = self.waiting.clone() {
+        // A retry finds in force what the failed job had brought, whoever has rotated to it since.
+        let in_force = self.brought_before().filter(|id| before.current_material.as_ref() == Some(id));
+        let id = if let Some(id) = self.waiting.clone().or(in_force) {
             self.source_key = self.chosen_source_key();
             id
         } else {
@@ -43,7 +46,7 @@ impl Run {
                 Brought::WouldBe(end) => return Ok(*end),
             }
         };
-        self.turn(asked, kind, &id).await
+        self.turn(asked, kind, &before, &id).await
     }
 
     /// Whether AWS rotates such a key at all. Changes nothing.
@@ -81,7 +84,8 @@ impl Run {
 
     /// Whether this job, or the failed one that it does again, may have sent its material already.
     fn has_begun(&self) -> bool {
-        self.in_doubt || self.waiting.is_some() || self.job.retry_of.is_some()
+        // The choice is committed directly before the material is sent.
+        self.in_doubt || self.waiting.is_some() || (self.job.retry_of.is_some() && self.job.progress.is_chosen)
     }
 
     /// Every material, and how much of the budget is used up.
@@ -110,7 +114,7 @@ impl Run {
             return self.fail(none.code, &none.message);
         }
         self.may_rotate(held)?;
-        self.may_reach_replicas(before.regions.as_ref())?;
+        self.may_reach_replicas(before.regions.as_ref()).await?;
         let wrapping = self.choose_wrapping(asked, kind)?;
         let role = match (waits(held), &source) {
             (Some(pending), Some(_)) => MaterialRole::Existing(Some(pending.id.clone())),
@@ -241,9 +245,20 @@ impl Run {
 
     /// From here on the material is known to be on the key. Looks, asks for the rotation if it is this material that waits,
     /// and looks again.
-    async fn turn(&mut self, asked: &SourceMaterial, kind: KeyKind, id: &str) -> Or<Settlement> {
+    async fn turn(
+        &mut self,
+        asked: &SourceMaterial,
+        kind: KeyKind,
+        before: &KeyDescription,
+        id: &str,
+    ) -> Or<Settlement> {
+        self.waiting = Some(id.to_owned());
         let mut held = self.shown_materials().await?;
-        if place(&held, id) == Place::WaitsForReplicas {
+        // Replicas that were given it by another job may hold it for another time.
+        let are_known = self.replicas.0.values().all(|step| *step == ReplicaStep::Imported)
+            && before.regions.as_ref().is_none_or(|all| all.replicas.len() <= self.replicas.0.len());
+        let at = place(&held, id);
+        if at == Place::WaitsForReplicas || (at == Place::Waits && !are_known) {
             self.replicate(asked, kind, id).await?;
             held = self.shown_materials().await?;
         }
@@ -252,11 +267,15 @@ impl Run {
                 self.answered = Some(Answered { key_material_id: Some(id.to_owned()) });
                 return self.verify_rotation(asked, kind, &held, id).await;
             }
-            // AWS says so only when every replica has it, whoever has written that down.
-            Place::Waits => self.replicas.0.values_mut().for_each(|step| *step = ReplicaStep::Imported),
+            Place::Waits => {}
             Place::WaitsForReplicas => {
                 let message = "AWS has the material in every Region, but does not say so yet";
                 return self.wait_for_aws("ListKeyRotations", message, None, FailureCode::UnexpectedAnswer);
+            }
+            // Its own rotation had no answer, and has come.
+            Place::Before if self.job.progress.rotation_sent => {
+                self.answered = Some(Answered { key_material_id: Some(id.to_owned()) });
+                return self.verify_rotation(asked, kind, &held, id).await;
             }
             Place::Before => {
                 let message = "the key was rotated on to another material before this job asked for its rotation";
@@ -266,11 +285,21 @@ impl Run {
             Place::Gone => {
                 let message = "the new material waited for its rotation and is gone: somebody deleted it, or it expired; \
                                keyferry jobs retry brings the same again";
+                if self.has_looked_enough() {
+                    self.removed = Removed::Materials(vec![id.to_owned()]);
+                }
                 return self.wait_for_aws("ListKeyRotations", message, None, FailureCode::PendingLost);
             }
         }
         self.no_rotation_may_be_under_way()?;
+        self.is_in_time("its rotation")?;
         self.may_go_on().await?;
+        // The wait for a slot lies before the last look, not between that and the call.
+        self.slot(&self.job.key.clone(), Scarce::RotateKeyOnDemand).await?;
+        if place(&self.shown_materials().await?, id) != Place::Waits {
+            let message = "the key changed between two looks";
+            return self.retry(Class::Immediate, "ListKeyRotations", message, None);
+        }
         let intent = Intent::Rotate { material_id: id.to_owned(), replicas: self.replicas.clone() };
         let effect = self.effect_known_early().unwrap_or_default();
         let details = json!({"attempt": self.job.attempt, "key_material_id": id, "rotations": self.rotations});
@@ -296,6 +325,18 @@ impl Run {
         Ok(())
     }
 
+    /// What is in doubt is settled after the deadline too, and no other step is made then.
+    pub(super) fn is_in_time(&mut self, for_what: &str) -> Or<()> {
+        if self.job.now < self.job.deadline {
+            return Ok(());
+        }
+        let message = format!(
+            "the deadline passed when the new material waited for {for_what}; keyferry jobs retry goes on with it, keyferry \
+             jobs abandon takes it away"
+        );
+        self.fail(FailureCode::DeadlineExceeded, &message)
+    }
+
     /// A rotation that was asked for without an answer may come yet. Another one now could turn the key a second time,
     /// should somebody bring material in between.
     fn no_rotation_may_be_under_way(&mut self) -> Or<()> {
@@ -312,7 +353,6 @@ impl Run {
 
     /// The one call that turns the key.
     async fn send_rotation(&mut self, id: &str) -> Or<()> {
-        self.slot(&self.job.key.clone(), Scarce::RotateKeyOnDemand).await?;
         self.authorise().await?;
         let timing = self.attempt.context.meters.time(Stage::Rotate);
         let answer = self.attempt.context.kms.rotate(&self.job.key, &self.attempt.guard).await;
@@ -345,7 +385,11 @@ impl Run {
         id: &str,
     ) -> Or<Settlement> {
         let timing = self.attempt.context.meters.time(Stage::Verify);
+        let expiry = held.iter().find(|held| held.id == id && held.is_imported).map(|held| held.expiry);
         let message = match place(held, id) {
+            Place::InForce if expiry.is_some_and(|expiry| expiry != Some(asked.expiry)) => {
+                "AWS rotated to the material but shows another end of its life"
+            }
             // Somebody may have rotated on since: it was in force.
             Place::InForce | Place::Before => {
                 let key = self.describe().await?;

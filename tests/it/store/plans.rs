@@ -20,7 +20,7 @@ const SLICE: i64 = 64;
 ///
 /// To update a line takes some ten: its primary key, its page, the page of its new version, and twice the way into the
 /// index of due lines. The two thousand idle lanes take 60 together, in one look at the lanes' table.
-const BOUNDS: [(&str, &str, u64); 10] = [
+const BOUNDS: [(&str, &str, u64); 11] = [
     ("claim", statements::CLAIM, 2_200),
     // Nothing is urgent: the index of urgent jobs is looked into, and no line is touched. A session's first sort reads
     // five blocks of the catalogue.
@@ -35,6 +35,7 @@ const BOUNDS: [(&str, &str, u64); 10] = [
     ("outbox", statements::OUTBOX, 1_700),
     ("expiry", statements::EXPIRY, 250),
     ("expired_lately", statements::EXPIRED_LATELY, 250),
+    ("few_rotations", statements::FEW_ROTATIONS, 250),
 ];
 
 #[tokio::test]
@@ -187,7 +188,7 @@ async fn parameters(session: &Client, name: &str) -> String {
         "work" => "'00000000-0000-0000-0000-000000000000'".to_owned(),
         "outbox" => format!("0, {}", statements::MOST_EVENTS),
         "expiry" => format!("90, {}", statements::MOST_EXPIRING),
-        "expired_lately" => statements::MOST_EXPIRING.to_string(),
+        "expired_lately" | "few_rotations" => statements::MOST_EXPIRING.to_string(),
         // Every other line is tried again.
         _ => {
             let (lines, ended) = (of_claimed("line.id").await, of_claimed("line.id % 2 = 0").await);
