@@ -13,6 +13,7 @@
 //!  worker::run --> store::claim (lease, slot) --> worker::attempt          |
 //!                    may run? -> DescribeKey -> source key (store, or KMIP server) -> GetParametersForImport
 //!                    -> store::prepare -> wrap -> ImportKeyMaterial -> verify
+//!                    (a rotate: the same as new material -> each replica -> store::prepare -> RotateKeyOnDemand -> verify)
 //!                    (a delete: which materials -> store::prepare -> DeleteImportedKeyMaterial -> verify)
 //!                                                 |                        |
 //!                                                 +--> store::settle ------+
