@@ -355,7 +355,8 @@ async fn housekeeping_moves_the_scans_bound_and_hides_nothing_that_is_due() {
     let oldest = "select min(due_at) from line";
     let (bound, oldest): (time::OffsetDateTime, time::OffsetDateTime) =
         (value(&client, bound, &[]).await, value(&client, oldest, &[]).await);
-    assert_eq!(bound, oldest);
+    // What goes to the front of the lane goes a little below its first.
+    assert_eq!(bound, oldest - time::Duration::seconds(1));
     assert_eq!(claim(&store, 20).await.len(), 10);
     // A line that becomes due below the bound is found by the claim that ignores bounds.
     client
