@@ -19,6 +19,7 @@ mod fold;
 mod hold;
 mod keys;
 mod kms_keys;
+mod lanes;
 mod lock;
 mod look;
 mod observe;

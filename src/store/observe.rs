@@ -1,5 +1,6 @@
 //! What operators watch of the whole store. Each statement has a bound, however much waits and however much has ended.
 
+use super::lanes::other_lanes;
 use super::{Store, StoreError};
 use std::time::Duration;
 use uuid::Uuid;
@@ -14,27 +15,15 @@ pub const MOST_EXPIRING: i64 = 5_000;
 /// `$1`: no job that is under way has a lower id, as far as is known. Lanes are found as claims find them: neither dead
 /// entries of those that were served lately nor idle ones cost anything. Of each lane the line that is due first is looked
 /// at. Ids of jobs begin with their time, so that the first row of `progress` is the oldest job that was ever tried.
-pub const WORK: &str = "
+pub const WORK: &str = concat!(
+    "
     with recursive clock as materialized (select keyferry_now() as now),
     known as materialized (
         select id, scan_from from lane where served_at > (select now from clock) - interval '1 day' order by id
     ),
-    gap(low, high) as (
-        select coalesce(lag(id) over (order by id), 0), id from known
-        union all
-        select coalesce(max(id), 0), 9223372036854775807 from known
-    ),
-    other(lane_id, high) as (
-        select (select line.lane_id from line
-                where due_at is not null and line.lane_id > gap.low and line.lane_id < gap.high
-                order by line.lane_id limit 1), high
-        from gap
-        union all
-        select (select line.lane_id from line
-                where due_at is not null and line.lane_id > other.lane_id and line.lane_id < other.high
-                order by line.lane_id limit 1), high
-        from other where other.lane_id is not null
-    ),
+",
+    other_lanes!(),
+    "
     busy(lane_id, scan_from) as (
         select id, scan_from from known
         union all
@@ -65,7 +54,8 @@ pub const WORK: &str = "
                max(now - accepted_at),
                (select clock.now - job.accepted_at from tried join job on job.id = tried.job_id, clock))), 0)::float8,
            (select job_id from tried)
-    from clock left join first on true group by clock.now";
+    from clock left join first on true group by clock.now"
+);
 
 /// How many events wait for a broker, and how long the oldest has. `$1`: none has a lower id, as far as is known.
 ///

@@ -1,5 +1,7 @@
 //! The statement that takes lines with work, and slots for their next scarce calls.
 
+use crate::store::lanes::other_lanes;
+
 /// Takes up to `$1` due lines: first those whose lease ran out, then of lanes that have any, the longest unserved first, an
 /// equal share each.
 ///
@@ -10,28 +12,16 @@
 /// A lane that was served lately may have left many dead entries in the index of due lines: it is looked at above its
 /// `scan_from` only, and the search for other lanes with work, which skips from one to the next in the index, goes
 /// round it. So neither dead entries nor idle lanes cost anything.
-pub const CLAIM: &str = "
+pub const CLAIM: &str = concat!(
+    "
     with recursive clock as materialized (select keyferry_now() as now),
     known as materialized (
         select id, case when $3::boolean then '-infinity' else scan_from end as scan_from
         from lane where served_at > (select now from clock) - interval '1 day' order by id
     ),
-    gap(low, high) as (
-        select coalesce(lag(id) over (order by id), 0), id from known
-        union all
-        select coalesce(max(id), 0), 9223372036854775807 from known
-    ),
-    other(lane_id, high) as (
-        select (select line.lane_id from line
-                where due_at is not null and line.lane_id > gap.low and line.lane_id < gap.high
-                order by line.lane_id limit 1), high
-        from gap
-        union all
-        select (select line.lane_id from line
-                where due_at is not null and line.lane_id > other.lane_id and line.lane_id < other.high
-                order by line.lane_id limit 1), high
-        from other where other.lane_id is not null
-    ),
+",
+    other_lanes!(),
+    "
     busy(lane_id) as (
         select id from known
         where exists (select from line where line.lane_id = known.id
@@ -127,4 +117,5 @@ pub const CLAIM: &str = "
         (select now from clock) + case when exists (
             select from open_lane where is_governed and id not in (select id from governed)) then interval '10 ms' end
     ), null, null, null, null
-    where not exists (select from picked)";
+    where not exists (select from picked)"
+);
