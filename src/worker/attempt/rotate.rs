@@ -296,6 +296,7 @@ impl Run {
         self.may_go_on().await?;
         // The wait for a slot lies before the last look, not between that and the call.
         self.slot(&self.job.key.clone(), Scarce::RotateKeyOnDemand).await?;
+        let lane = self.last_lane.clone();
         if place(&self.shown_materials().await?, id) != Place::Waits {
             let message = "the key changed between two looks";
             return self.retry(Class::Immediate, "ListKeyRotations", message, None);
@@ -306,6 +307,8 @@ impl Run {
         self.commit_all(intent, effect, [Fact::new(Kind::RotationIntended, details)]).await?;
         crate::failpoint!("worker.after_turn_prepare");
         self.not_stopping()?;
+        // The look took a slot of its own: where the rotation is throttled, it is its own lane that slows down.
+        self.last_lane = lane;
         self.send_rotation(id).await?;
         crate::failpoint!("worker.after_rotate");
         let held = self.shown_materials().await?;
