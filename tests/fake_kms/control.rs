@@ -12,7 +12,7 @@
 //! | `GET /_fake/clock`, `POST` | `{"advance_seconds":n}` | `{"now"}` |
 //! | `POST /_fake/latency` | `{"ms":n}` | `{"ms":n}` |
 //! | `GET /_fake/quota` | | `{"enabled":bool,"strangers":[{"account","region","operation","taken"}]}` |
-//! | `POST /_fake/quota` | `{"enabled":bool,"rates":{"GetParametersForImport":0.25},"strangers":{"ImportKeyMaterial":5}}` | the same |
+//! | `POST /_fake/quota` | `{"enabled":bool,"rates":{"GetParametersForImport":0.25},"strangers":{"ImportKeyMaterial":5},"hot_key":0.5}` | the same |
 //! | `GET /_fake/options`, `POST` | any of [`crate::world::Options`] | all options |
 //! | `GET /_fake/faults`, `POST`, `DELETE` | `{"operation","key","times","skip","fault":{"kind",...}}`; `?id=` for one | the orders; `{"id":n}`; `{}` |
 //! | `GET /_fake/roles`, `POST`, `DELETE` | [`crate::roles::Role`]; `?arn=` | `{"roles":[...],"sessions":[{"access_key","secret","token"}]}` |
@@ -191,6 +191,8 @@ struct Quota {
     rates: HashMap<String, f64>,
     #[serde(default)]
     strangers: HashMap<String, f64>,
+    /// Changes a second from which on a key is hot.
+    hot_key: Option<f64>,
 }
 
 async fn show_quota(State(world): State<Arc<World>>) -> Answer {
@@ -214,6 +216,7 @@ async fn set_quota(State(world): State<Arc<World>>, body: Bytes) -> Answer {
         let mut state = world.state();
         state.quotas.rates.extend(rates);
         state.quotas.strangers.extend(strangers);
+        state.quotas.hot_key = quota.hot_key;
         state.quotas.enabled = quota.enabled;
         state.quotas.refill();
     }

@@ -116,6 +116,7 @@ fn seed_replica(world: &World, primary: &str, seed: Seed) -> Result<Value, Bad> 
         materials: Vec::new(),
         disabled: false,
         deletion_at: None,
+        turning: None,
         before: None,
     };
     if state.keys.find(&arn, now, &mut state.journal).is_ok() {

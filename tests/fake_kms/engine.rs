@@ -93,7 +93,10 @@ pub async fn open_all(world: &World, jobs: Vec<Job>) {
 fn admit(world: &World, call: &mut Call) -> Result<Option<Fault>, Refusal> {
     let now = world.now();
     let mut state = world.state();
-    if !state.quotas.admit(&call.principal.account, &call.region, call.operation, now) {
+    let quotas = &mut state.quotas;
+    let is_within = quotas.admit(&call.principal.account, &call.region, call.operation, now)
+        && call.key_arn.as_ref().is_none_or(|key| quotas.admit_change(key, call.operation, now));
+    if !is_within {
         state.journal.push(call.entry(now, "throttled"));
         return Err(refusal::throttled());
     }

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use crate::crypto::Sealed;
 use crate::kinds::{DAY, ExpirationModel, KeySpec, KeyState, KeyUsage, Millis, Origin, Role};
-use crate::materials::{Contents, Deleted, Listed, Material, MaterialId, Notice};
+use crate::materials::{Contents, Deleted, Digests, Listed, Material, MaterialId, Notice};
 use crate::refusal::{self, Refusal};
 
 /// How often a key can be rotated on demand.
@@ -43,8 +43,39 @@ pub struct Key {
     pub disabled: bool,
     /// When it ceases to exist, if a deletion is scheduled.
     pub deletion_at: Option<Millis>,
+    /// A rotation that was asked for and has yet to happen.
+    pub turning: Option<Turning>,
     /// What was to be seen before the last change, for all that imitates eventual consistency.
     pub before: Option<Box<Before>>,
+}
+
+/// A rotation under way.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Turning {
+    /// To which material.
+    pub id: MaterialId,
+    /// When it was asked for.
+    pub asked_at: Millis,
+    /// When it happens.
+    pub due_at: Millis,
+    /// The access key of whoever asked.
+    pub by: Arc<str>,
+}
+
+/// What comes with time.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Passed {
+    /// Material has expired.
+    Expired(Deleted),
+    /// A rotation has happened.
+    Rotated {
+        /// To which material.
+        id: MaterialId,
+        /// What it is known again by.
+        digests: Option<Digests>,
+        /// The access key of whoever asked.
+        by: Arc<str>,
+    },
 }
 
 /// A key's place among the Regions.
@@ -178,15 +209,33 @@ impl Key {
         self.deletion_at.is_some_and(|at| at <= now)
     }
 
-    /// Lets the time pass: what has expired is deleted.
-    pub fn settle(&mut self, now: Millis) -> Vec<Deleted> {
+    /// Lets the time pass: what has expired is deleted, and a rotation whose time has come happens, one after the other.
+    pub fn settle(&mut self, now: Millis) -> Vec<Passed> {
+        let due_at = self.turning.as_ref().map(|turning| turning.due_at).filter(|at| *at <= now);
+        let mut passed = self.expire(due_at.unwrap_or(now));
+        if due_at.is_some() {
+            passed.extend(self.turning.take().and_then(|turning| self.turn_late(turning)));
+            passed.extend(self.expire(now));
+        }
+        passed
+    }
+
+    fn expire(&mut self, now: Millis) -> Vec<Passed> {
         let expired: Vec<_> = self
             .materials
             .iter()
             .filter(|material| material.imported)
             .filter_map(|material| Some((material.valid_to.filter(|at| *at <= now)?, material.id)))
             .collect();
-        expired.into_iter().filter_map(|(at, id)| self.remove(at, &id)).collect()
+        expired.into_iter().filter_map(|(at, id)| self.remove(at, &id)).map(Passed::Expired).collect()
+    }
+
+    /// What becomes of a rotation whose material is gone by then is UNVERIFIED: nothing.
+    fn turn_late(&mut self, Turning { id, due_at, by, .. }: Turning) -> Option<Passed> {
+        let waits = |material: &Material| material.id == id && material.role.is_pending() && material.imported;
+        self.materials.iter().any(waits).then(|| self.turn(due_at, &id))?;
+        let material = self.current()?;
+        Some(Passed::Rotated { id, digests: material.contents.digests().cloned(), by })
     }
 
     /// Deletes one material, the current one unless told otherwise. `None`: there was nothing to delete.
@@ -212,8 +261,9 @@ impl Key {
         Ok(id.and_then(|id| self.remove(now, &id)))
     }
 
-    /// `RotateKeyOnDemand`, which takes effect at once. The order in which AWS checks is UNVERIFIED.
-    pub fn rotate(&mut self, now: Millis) -> Result<&Material, Refusal> {
+    /// `RotateKeyOnDemand`. How long a rotation takes, nothing or some time, is said by the caller. The order in which AWS
+    /// checks is UNVERIFIED. `None`: it will happen.
+    pub fn rotate(&mut self, now: Millis, takes: Millis, by: &Arc<str>) -> Result<Option<&Material>, Refusal> {
         if self.spec != KeySpec::SymmetricDefault {
             return Err(refusal::wrong_spec(&self.arn, self.spec.name()));
         }
@@ -225,22 +275,36 @@ impl Key {
             return Err(refusal::unsupported(format!("{} is a multi-Region replica key.", self.arn)));
         }
         self.check_usable()?;
+        if self.turning.is_some() {
+            return Err(refusal::rotation_under_way(&self.arn));
+        }
         if self.materials.iter().filter(|material| material.rotated_at.is_some()).count() >= ROTATIONS {
             return Err(refusal::rotation_limit(&self.arn));
         }
         // What AWS says while replicas still lack the material is UNVERIFIED.
         let is_ready = |material: &Material| material.role == Role::PendingRotation && material.imported;
-        let Some(pending) = self.materials.iter().position(is_ready) else {
+        let Some(id) = self.materials.iter().find(|material| is_ready(material)).map(|material| material.id) else {
             return Err(refusal::nothing_pending(&self.arn));
         };
-        self.note_change(now);
-        for old in self.materials.iter_mut().filter(|material| material.role == Role::Current) {
-            old.role = Role::NonCurrent;
+        if takes > 0 {
+            self.turning = Some(Turning { id, asked_at: now, due_at: now + takes, by: Arc::clone(by) });
+            return Ok(None);
         }
-        let material = self.materials.get_mut(pending).ok_or_else(|| refusal::nothing_pending(&self.arn))?;
-        material.role = Role::Current;
-        material.rotated_at = Some(now);
-        Ok(material)
+        self.turn(now, &id);
+        Ok(self.current())
+    }
+
+    /// The material that waited comes into force.
+    fn turn(&mut self, now: Millis, id: &MaterialId) {
+        self.note_change(now);
+        for material in &mut self.materials {
+            if material.id == *id {
+                material.role = Role::Current;
+                material.rotated_at = Some(now);
+            } else if material.role == Role::Current {
+                material.role = Role::NonCurrent;
+            }
+        }
     }
 
     /// A replica learns which materials its primary has, in the primary's order, and gives up what the primary has

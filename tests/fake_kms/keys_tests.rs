@@ -35,6 +35,7 @@ fn key(spec: KeySpec) -> Key {
         materials: Vec::new(),
         disabled: false,
         deletion_at: None,
+        turning: None,
         before: None,
     }
 }
@@ -198,7 +199,7 @@ fn material_expires_on_the_instant() {
     assert_eq!(key.settle(299), []);
     assert_eq!(key.settle(300).len(), 1);
     assert_eq!(key.state(), KeyState::Enabled);
-    assert_eq!(key.settle(500), [Deleted { id: first.id, digests: first.digests }]);
+    assert_eq!(key.settle(500), [Passed::Expired(Deleted { id: first.id, digests: first.digests })]);
     assert_eq!(key.settle(500), []);
     assert_eq!(key.state(), KeyState::PendingImport);
 }

@@ -75,6 +75,20 @@ named! {
 }
 
 impl Operation {
+    /// Whether it changes a key that exists.
+    pub fn changes_a_key(self) -> bool {
+        matches!(
+            self,
+            Self::ImportKeyMaterial
+                | Self::DeleteImportedKeyMaterial
+                | Self::RotateKeyOnDemand
+                | Self::ScheduleKeyDeletion
+                | Self::CancelKeyDeletion
+                | Self::EnableKey
+                | Self::DisableKey
+        )
+    }
+
     /// Whether it is one of STS, not of KMS.
     pub fn is_of_sts(self) -> bool {
         matches!(self, Self::AssumeRole | Self::GetCallerIdentity)

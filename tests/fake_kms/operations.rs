@@ -184,6 +184,7 @@ pub fn new_key(new: NewKey, account: &Arc<str>, region: &Arc<str>, now: Millis) 
         materials: Vec::new(),
         disabled: false,
         deletion_at: None,
+        turning: None,
         before: None,
     };
     if let (Origin::AwsKms, Some(length)) = (key.origin, key.spec.material_length(region)) {

@@ -2,6 +2,9 @@
 //!
 //! They run by the double's own clock, so that a test refills them by moving it. Strangers who share a quota are no more
 //! than tokens that are gone: about so many a second, at times that nobody can foretell.
+//!
+//! Beside them a bucket for each key, if so ordered: AWS throttles a "hot" key, one that is changed often, below the quota
+//! as well. It says neither from how many changes on nor whether a call that is throttled for that counts; here it does.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -18,6 +21,9 @@ pub struct Quotas {
     pub rates: HashMap<Operation, f64>,
     /// Calls a second of strangers, in each account and Region.
     pub strangers: HashMap<Operation, f64>,
+    /// From how many changes a second on a key is hot; `None`: never.
+    pub hot_key: Option<f64>,
+    keys: HashMap<Arc<str>, Bucket>,
     buckets: HashMap<(Arc<str>, Arc<str>, Operation), Bucket>,
 }
 
@@ -35,14 +41,20 @@ impl Quotas {
         if !self.enabled {
             return true;
         }
-        let bucket = self.buckets.entry((Arc::clone(account), Arc::clone(region), operation)).or_insert_with(|| {
-            Bucket { level: rate.max(1.0), ms: 0.0, begun: now, stranger_ms: 0.0, draw: 1, taken: 0 }
-        });
-        let ms = seconds(now - bucket.begun) * 1_000.0;
+        let place = (Arc::clone(account), Arc::clone(region), operation);
+        let bucket = self.buckets.entry(place).or_insert_with(|| Bucket::full(rate, now));
+        let ms = bucket.ms_at(now);
         if let Some(strangers) = self.strangers.get(&operation).filter(|rate| **rate > 0.0) {
             bucket.strangers_call(ms, rate, 1_000.0 / strangers);
         }
         bucket.call(ms, rate)
+    }
+
+    /// Whether the key may be changed so soon after its last changes.
+    pub fn admit_change(&mut self, key_arn: &Arc<str>, operation: Operation, now: Millis) -> bool {
+        let Some(rate) = self.hot_key.filter(|_| self.enabled && operation.changes_a_key()) else { return true };
+        let bucket = self.keys.entry(Arc::clone(key_arn)).or_insert_with(|| Bucket::full(rate, now));
+        bucket.call(bucket.ms_at(now), rate)
     }
 
     /// How many calls of strangers were within the quota, by account, Region and operation.
@@ -55,6 +67,7 @@ impl Quotas {
     /// Empties the record: every bucket is full again.
     pub fn refill(&mut self) {
         self.buckets.clear();
+        self.keys.clear();
     }
 }
 
@@ -71,6 +84,14 @@ struct Bucket {
 }
 
 impl Bucket {
+    fn full(rate: f64, now: Millis) -> Self {
+        Self { level: rate.max(1.0), ms: 0.0, begun: now, stranger_ms: 0.0, draw: 1, taken: 0 }
+    }
+
+    fn ms_at(&self, now: Millis) -> f64 {
+        seconds(now - self.begun) * 1_000.0
+    }
+
     fn call(&mut self, ms: f64, rate: f64) -> bool {
         self.level = (self.level + (ms - self.ms).max(0.0) / 1_000.0 * rate).min(rate.max(1.0));
         self.ms = self.ms.max(ms);
@@ -172,6 +193,18 @@ mod tests {
         assert!(!admit("1", "eu-central-1"));
         assert!(admit("2", "eu-central-1"));
         assert!(admit("1", "us-east-1"));
+    }
+
+    #[test]
+    fn a_key_that_is_changed_often_is_hot_and_others_are_not() {
+        let mut quotas = Quotas::new(true);
+        quotas.hot_key = Some(0.5);
+        let mut admitted = |key: &str, operation, now| quotas.admit_change(&key.into(), operation, now);
+        assert!(admitted("a", IMPORT, 0));
+        assert!(!admitted("a", Operation::RotateKeyOnDemand, 1_000), "all changes of a key count together");
+        assert!(admitted("b", IMPORT, 1_000));
+        assert!((0..99).all(|_| admitted("a", Operation::GetParametersForImport, 1_000)), "nothing is changed by it");
+        assert!(admitted("a", IMPORT, 2_000));
     }
 
     #[test]

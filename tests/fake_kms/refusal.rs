@@ -102,6 +102,12 @@ pub fn nothing_pending(arn: &str) -> Refusal {
     invalid_state(format!("No available key material pending rotation for the key: {arn}."))
 }
 
+/// A rotation is under way already. AWS names this code for automatic rotations; for those on demand, and the text, it is
+/// UNVERIFIED.
+pub fn rotation_under_way(arn: &str) -> Refusal {
+    Refusal::new("ConflictException", format!("A rotation is already in progress for the key: {arn}"))
+}
+
 /// The key has been rotated as often as a key can be. The second sentence is UNVERIFIED.
 pub fn rotation_limit(arn: &str) -> Refusal {
     Refusal::new(

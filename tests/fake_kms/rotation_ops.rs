@@ -13,21 +13,27 @@ use crate::refusal::{self, Refusal};
 use crate::request::{choice, number, parse};
 use crate::world::State;
 
-/// `RotateKeyOnDemand`. AWS rotates some time after it has answered, the double before. Whether the answer names the
-/// key by its ARN is UNVERIFIED.
+/// `RotateKeyOnDemand`. AWS rotates some time after it has answered, the double before, unless told otherwise. Whether the
+/// answer names the key by its ARN is UNVERIFIED.
 pub fn rotate_key_on_demand(state: &mut State, work: &Work<'_>) -> Result<Done, Halt> {
+    let takes = state.options.rotation_ms;
     let key = named_key(state, work)?;
-    let material = key.rotate(work.now)?;
-    let effect = Effect::Rotated { id: material.id, digests: material.contents.digests().cloned() };
+    let material = key.rotate(work.now, takes, &work.call.principal.access_key)?;
+    let effect =
+        material.map(|material| Effect::Rotated { id: material.id, digests: material.contents.digests().cloned() });
     let arn = Arc::clone(&key.arn);
     state.keys.synchronise(&arn, work.now, &mut state.journal);
-    Ok(Done::with(json!({ "KeyId": &*arn }), effect))
+    Ok(Done { body: json!({ "KeyId": &*arn }), effect, key_arn: None })
 }
 
-/// `GetKeyRotationStatus`: nothing rotates by itself, and no rotation on demand is ever under way.
+/// `GetKeyRotationStatus`: nothing rotates by itself.
 pub fn get_key_rotation_status(state: &mut State, work: &Work<'_>) -> Result<Done, Halt> {
     let key = named_key(state, work)?;
-    Ok(json!({ "KeyId": &*key.arn, "KeyRotationEnabled": false }).into())
+    let mut body = json!({ "KeyId": &*key.arn, "KeyRotationEnabled": false });
+    if let Some(turning) = &key.turning {
+        body["OnDemandRotationStartDate"] = epoch_seconds(turning.asked_at);
+    }
+    Ok(body.into())
 }
 
 #[derive(Deserialize)]

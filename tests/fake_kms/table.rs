@@ -9,9 +9,9 @@ use std::sync::Arc;
 use serde_json::{Value, json};
 
 use crate::journal::{Effect, Entry, Journal};
-use crate::keys::{Family, Key};
+use crate::keys::{Family, Key, Passed};
 use crate::kinds::{Millis, Role};
-use crate::materials::{Deleted, Material};
+use crate::materials::Material;
 use crate::refusal::{self, Refusal};
 
 /// All keys, by ARN. Whoever looks one up by an ARN of his own account and Region finds only those.
@@ -87,7 +87,7 @@ impl Keys {
         for replica in replicas {
             let Some(key) = self.0.get_mut(replica) else { continue };
             for deleted in key.learn(now, &notices) {
-                journal.push(of_kms_itself(key, "SynchronizeMultiRegionKey", now, deleted));
+                journal.push(of_kms_itself(key, "SynchronizeMultiRegionKey", now, Effect::Deleted(deleted)));
             }
         }
     }
@@ -129,13 +129,20 @@ impl Keys {
 
 /// Lets the time pass.
 fn settle(key: &mut Key, now: Millis, journal: &mut Journal) {
-    for deleted in key.settle(now) {
-        journal.push(of_kms_itself(key, "DeleteExpiredKeyMaterial", now, deleted));
+    for passed in key.settle(now) {
+        journal.push(match passed {
+            Passed::Expired(deleted) => of_kms_itself(key, "DeleteExpiredKeyMaterial", now, Effect::Deleted(deleted)),
+            // Nobody calls, but somebody has asked for it.
+            Passed::Rotated { id, digests, by } => {
+                let entry = of_kms_itself(key, "RotateKey", now, Effect::Rotated { id, digests });
+                Entry { access_key: Some(by), ..entry }
+            }
+        });
     }
 }
 
 /// The journal's line for what KMS does without being called.
-fn of_kms_itself(key: &Key, operation: &'static str, now: Millis, deleted: Deleted) -> Entry {
+fn of_kms_itself(key: &Key, operation: &'static str, now: Millis, effect: Effect) -> Entry {
     Entry {
         at: now,
         operation,
@@ -147,6 +154,6 @@ fn of_kms_itself(key: &Key, operation: &'static str, now: Millis, deleted: Delet
         outcome: "ok".into(),
         fault: None,
         late: false,
-        effect: Some(Box::new(Effect::Deleted(deleted))),
+        effect: Some(Box::new(effect)),
     }
 }

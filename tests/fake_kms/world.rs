@@ -102,9 +102,11 @@ pub struct Options {
     pub replica_needs_existing: bool,
     /// How long nobody but the control interface knows of a new key.
     pub creation_lag_ms: Millis,
-    /// How long `DescribeKey`, `ListKeyRotations` and `GetPublicKey` show the state before a key's last change. Both
+    /// How long `DescribeKey`, `ListKeyRotations` and `GetPublicKey` show the state before a key's last change. All
     /// run by the double's own clock.
     pub change_lag_ms: Millis,
+    /// How long a rotation takes after `RotateKeyOnDemand` has answered. AWS gives no figure.
+    pub rotation_ms: Millis,
 }
 
 impl Default for Options {
@@ -116,6 +118,7 @@ impl Default for Options {
             replica_needs_existing: true,
             creation_lag_ms: 0,
             change_lag_ms: 0,
+            rotation_ms: 0,
         }
     }
 }

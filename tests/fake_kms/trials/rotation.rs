@@ -142,3 +142,31 @@ async fn each_material_has_its_own_expiry() {
     });
     assert_eq!(code(trial.call(Operation::ImportKeyMaterial, body).await), "ExpiredImportTokenException");
 }
+
+#[tokio::test]
+async fn a_rotation_that_takes_its_time_is_under_way_until_it_has_happened() {
+    let trial = Trial::new(Options { rotation_ms: 60_000, ..Options::default() });
+    let arn = trial.seed(&json!({}));
+    let first = id_of(&trial.import_as(&arn, &[1; 32], NEW).await.unwrap());
+    let second = id_of(&trial.import_as(&arn, &[2; 32], NEW).await.unwrap());
+    let status = async || trial.ask(Operation::GetKeyRotationStatus, &arn).await.unwrap();
+    assert!(status().await.get("OnDemandRotationStartDate").is_none());
+    trial.ask(Operation::RotateKeyOnDemand, &arn).await.unwrap();
+    assert!(status().await["OnDemandRotationStartDate"].is_number());
+    assert_eq!(trial.describe(&arn).await["CurrentKeyMaterialId"], *first);
+    assert_eq!(code(trial.ask(Operation::RotateKeyOnDemand, &arn).await), "ConflictException");
+    trial.0.advance(60_000);
+    assert_eq!(trial.describe(&arn).await["CurrentKeyMaterialId"], *second);
+    assert!(status().await.get("OnDemandRotationStartDate").is_none());
+    assert_eq!(code(trial.ask(Operation::RotateKeyOnDemand, &arn).await), "KMSInvalidStateException");
+
+    // Material that is gone by then does not come into force.
+    let third = id_of(&trial.import_as(&arn, &[3; 32], NEW).await.unwrap());
+    trial.ask(Operation::RotateKeyOnDemand, &arn).await.unwrap();
+    let by_id = json!({ "KeyId": arn, "KeyMaterialId": third });
+    trial.call(Operation::DeleteImportedKeyMaterial, by_id).await.unwrap();
+    trial.0.advance(60_000);
+    assert_eq!(trial.describe(&arn).await["CurrentKeyMaterialId"], *second);
+    let rotated = trial.0.state().journal.from(0).filter(|(_, entry)| entry.operation == "RotateKey").count();
+    assert_eq!(rotated, 1);
+}
