@@ -194,6 +194,7 @@ impl Kms {
                 let aws_request_id = answer.request_id().map(str::to_owned);
                 let part = |name| CallError::incomplete(OPERATION.as_str(), name);
                 Ok(ImportParameters {
+                    region: key.region().to_owned(),
                     wrapping,
                     public_key: answer.public_key.ok_or_else(|| part("PublicKey"))?.into_inner(),
                     import_token: answer.import_token.ok_or_else(|| part("ImportToken"))?.into_inner(),

@@ -22,7 +22,7 @@ const PATIENCE: Duration = Duration::from_secs(1);
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
 /// At most. A job that waits for a role to become assumable looks no more often.
 const LONGEST_PAUSE: Duration = Duration::from_secs(15);
-/// Credentials that are younger are not thrown away again: one `AssumeRole` a second, whatever KMS says of them.
+/// Credentials that are younger are not renewed again: one `AssumeRole` a second, whatever KMS says of them.
 const YOUNG: Duration = Duration::from_secs(1);
 
 /// The session of a role.
@@ -43,7 +43,7 @@ struct State {
     failed: Option<Failed>,
     /// An `AssumeRole` is under way.
     is_asking: bool,
-    /// The access key of the credentials that were thrown away last. Calls that were signed with them may still end.
+    /// The access key of the credentials before these. Calls that were signed with them may still end.
     former: Option<String>,
 }
 
@@ -54,6 +54,8 @@ struct Held {
     since: Instant,
     renew_at: Instant,
     ends_at: Instant,
+    /// KMS did not take them, somewhere.
+    is_distrusted: bool,
 }
 
 #[derive(Clone)]
@@ -93,21 +95,12 @@ impl Session {
         self.credentials_within(2 * self.attempt_timeout).await
     }
 
-    /// Whether these are, or were just now, this session's, of which KMS says that they are not good. Others will be
-    /// asked for.
+    /// Whether these are, or were just now, this session's, of which KMS says that they are not good. Others are asked for
+    /// by the next call; until they are here these are used, since it may be one Region alone that does not take them.
     pub(super) fn distrusts(&self, access_key: &str) -> bool {
-        let mut is_own = false;
+        let (mut is_own, now) = (false, Instant::now());
         self.state.send_if_modified(|state| {
-            is_own = state.former.as_deref() == Some(access_key);
-            let used = state.held.take_if(|held| held.credentials.access_key_id() == access_key);
-            if let Some(used) = used {
-                is_own = true;
-                if used.since.elapsed() < YOUNG {
-                    state.held = Some(used);
-                } else {
-                    state.former = Some(access_key.to_owned());
-                }
-            }
+            is_own = state.distrusts(access_key, now);
             false
         });
         is_own
@@ -247,24 +240,39 @@ impl State {
     fn note(&mut self, outcome: Result<Held, CallError>, now: Instant) {
         match outcome {
             Ok(held) => {
-                self.held = Some(held);
+                let before = self.held.replace(held);
+                self.former = before.map(|before| before.credentials.access_key_id().to_owned()).or(self.former.take());
                 self.failed = None;
             }
             Err(error) => {
                 let times = self.failed.as_ref().map_or(0, |failed| failed.times);
                 let pause = FIRST_PAUSE.saturating_mul(1 << times.min(8)).min(LONGEST_PAUSE);
                 self.failed = Some(Failed { error, times: times + 1, again_at: now + pause });
-                // What has ended helps nobody.
-                self.held.take_if(|held| held.ends_at <= now);
+                // What has ended helps nobody; nor does what KMS does not take, if STS gives nothing else: it is STS that
+                // says why.
+                let useless = self.held.take_if(|held| held.ends_at <= now || held.is_distrusted);
+                if let Some(useless) = useless {
+                    self.former = Some(useless.credentials.access_key_id().to_owned());
+                }
             }
         }
+    }
+
+    fn distrusts(&mut self, access_key: &str, now: Instant) -> bool {
+        let held = self.held.as_mut().filter(|held| held.credentials.access_key_id() == access_key);
+        let Some(held) = held else { return self.former.as_deref() == Some(access_key) };
+        if held.since + YOUNG <= now {
+            held.is_distrusted = true;
+            held.renew_at = now;
+        }
+        true
     }
 }
 
 impl Held {
     /// Renewed when a quarter of their life is left.
     fn new(credentials: Credentials, since: Instant, life: Duration) -> Self {
-        Self { credentials, since, renew_at: since + life * 3 / 4, ends_at: since + life }
+        Self { credentials, since, renew_at: since + life * 3 / 4, ends_at: since + life, is_distrusted: false }
     }
 }
 
@@ -360,19 +368,30 @@ mod tests {
     }
 
     #[test]
-    fn what_kms_does_not_take_is_thrown_away_once() {
-        let session = session();
-        let old = Instant::now().checked_sub(Duration::from_secs(60)).unwrap();
-        session.state.send_modify(|state| state.held = Some(held("OLD", old)));
-        assert!(!session.distrusts("OTHER"));
-        assert!(session.state.borrow().held.is_some());
-        assert!(session.distrusts("OLD"));
-        assert!(session.state.borrow().held.is_none());
-        // The next one is new; calls that were signed before still come back, and change nothing.
-        session.state.send_modify(|state| state.held = Some(held("NEW", Instant::now())));
-        assert!(session.distrusts("OLD"));
-        assert!(session.distrusts("NEW"));
-        assert!(session.state.borrow().held.is_some(), "it is younger than a second");
+    fn what_kms_does_not_take_is_renewed_and_used_by_other_regions_meanwhile() {
+        let now = Instant::now();
+        let mut state = State { held: Some(held("OLD", now)), ..State::default() };
+        let later = now + Duration::from_secs(60);
+        assert!(!state.distrusts("OTHER", later));
+        assert_eq!(turn(&state, later), ("use", false));
+        assert!(state.distrusts("OLD", later));
+        assert_eq!(turn(&state, later), ("use", true));
+        // Calls that were signed before still come back, and change nothing.
+        state.note(Ok(held("NEW", later)), later);
+        assert!(state.distrusts("OLD", later));
+        assert!(state.distrusts("NEW", later), "it is the session's");
+        assert_eq!(turn(&state, later), ("use", false), "it is younger than a second");
+    }
+
+    #[test]
+    fn when_sts_gives_nothing_in_the_place_of_what_kms_does_not_take_it_says_why() {
+        let now = Instant::now();
+        let mut state = State { held: Some(held("OLD", now)), ..State::default() };
+        let later = now + Duration::from_secs(60);
+        assert!(state.distrusts("OLD", later));
+        state.note(Err(error(ErrorKind::RoleDenied)), later);
+        assert_eq!(turn(&state, later), ("go away", false));
+        assert!(state.distrusts("OLD", later), "still known as the session's");
     }
 
     #[test]
