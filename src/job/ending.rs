@@ -60,7 +60,7 @@ words! {
         UnknownKey = "unknown_key",
         /// An operation that does not exist.
         UnknownOperation = "unknown_operation",
-        /// A field or operation that this version does not carry out.
+        /// A field or operation that the version which refused it did not carry out. Since rotations exist there is none.
         NotSupported = "not_supported",
         /// A tier that does not exist.
         UnknownTier = "unknown_tier",

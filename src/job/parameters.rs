@@ -7,6 +7,8 @@ use time::OffsetDateTime;
 /// A set of `GetParametersForImport`: public key and token belong together and live for 24 hours.
 #[derive(Clone)]
 pub struct ImportParameters {
+    /// The Region whose key the set is of.
+    pub region: String,
     /// What the set is bound to.
     pub wrapping: Wrapping,
     /// DER `SubjectPublicKeyInfo`.
@@ -23,6 +25,7 @@ impl fmt::Debug for ImportParameters {
     /// Without the token: whoever has it may import.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("ImportParameters")
+            .field("region", &self.region)
             .field("wrapping", &self.wrapping)
             .field("valid_to", &self.valid_to)
             .finish_non_exhaustive()

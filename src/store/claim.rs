@@ -127,6 +127,8 @@ pub struct Progress {
     pub refreshes: u32,
     /// Kept for retries.
     pub parameters: Option<ImportParameters>,
+    /// The material that was in force when a rotate, or the failed one that it does again, first committed itself.
+    pub rotated_from: Option<String>,
     /// Attempts so far ended because of this, as in the audit trail.
     pub last_error: Option<serde_json::Value>,
 }
@@ -191,7 +193,8 @@ pub const READ: &str = "
            -- One look where none is, not one for each job.
            case when (select exists (select from cancellation))
                 then (select abandons from cancellation where job_id = job.id) end,
-           job.identity, job.retry_of, coalesce(progress.rotation_sent, false), progress.replicas
+           job.identity, job.retry_of, coalesce(progress.rotation_sent, false), progress.replicas,
+           progress.parameters_region, progress.rotated_from
     from unnest($1::bigint[]) as claimed(line_id)
     join line on line.id = claimed.line_id
     left join urgent on urgent.line_id = line.id and urgent.seq = line.urgent_seq
@@ -232,8 +235,8 @@ pub const READ: &str = "
         from (
             select held.*, held.kms_key_id = kms_key.id as own
             from kms_key as other join kms_material as held on held.kms_key_id = other.id
-            -- What is uncertain proves nothing.
-            where other.line_id = job.line_id and held.imported_at is not null
+            -- What is uncertain proves nothing; what only waited, and is gone, the key has forgotten.
+            where other.line_id = job.line_id and held.imported_at is not null and held.is_tied
             order by held.imported_at
         ) as held
     ) as known on true";
@@ -484,6 +487,8 @@ fn claimed_job(row: &Row, heads: &HashMap<i64, Head>) -> Result<ClaimedJob, Stor
     let head = heads.get(&line_id).ok_or_else(|| broken("its head"))?;
     let id = RequestId::parse(row.get(4)).ok_or_else(|| broken("the request's id"))?;
     let request = Request::from_canonical(row.get(5), id, row.get(3)).map_err(|_| broken("the request"))?;
+    let key = KeyArn::parse(row.get(9)).map_err(|_| broken("the key's ARN"))?;
+    let kept = parameters(row, &key);
     Ok(ClaimedJob {
         lease: Lease { line_id, token: head.token },
         now: head.now,
@@ -497,7 +502,7 @@ fn claimed_job(row: &Row, heads: &HashMap<i64, Head>) -> Result<ClaimedJob, Stor
         traceparent: row.get(6),
         accepted_at: row.get(7),
         deadline: row.get(8),
-        key: KeyArn::parse(row.get(9)).map_err(|_| broken("the key's ARN"))?,
+        key,
         key_id: row.get(10),
         key_created_at: row.get(11),
         ending: row.get::<_, Option<bool>>(48).map(Ending::of),
@@ -509,7 +514,8 @@ fn claimed_job(row: &Row, heads: &HashMap<i64, Head>) -> Result<ClaimedJob, Stor
             answered: row.get(15),
             key_material_id: row.get(16),
             refreshes: u32::try_from(row.get::<_, i32>(17)).unwrap_or(0),
-            parameters: parameters(row),
+            parameters: kept,
+            rotated_from: row.get(54),
             last_error: row.get(23),
             delete_ids: row.get(38),
             deleted_ids: row.get(39),
@@ -523,8 +529,9 @@ fn claimed_job(row: &Row, heads: &HashMap<i64, Head>) -> Result<ClaimedJob, Stor
     })
 }
 
-fn parameters(row: &Row) -> Option<ImportParameters> {
+fn parameters(row: &Row, key: &KeyArn) -> Option<ImportParameters> {
     Some(ImportParameters {
+        region: row.get::<_, Option<String>>(53).unwrap_or_else(|| key.region().to_owned()),
         wrapping: Wrapping {
             algorithm: WrappingAlgorithm::parse(row.get::<_, Option<&str>>(18)?)?,
             key_spec: WrappingKeySpec::parse(row.get::<_, Option<&str>>(19)?)?,

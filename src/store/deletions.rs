@@ -19,7 +19,8 @@ pub(super) struct Deletions {
 impl Deletions {
     pub(super) fn add(&mut self, end: &Settlement) {
         match &end.removed {
-            Removed::Nothing => {}
+            // What waited is no delete's.
+            Removed::Nothing | Removed::Waiting(_) => {}
             Removed::Only => self.only.push(end.job.id),
             Removed::Materials(ids) => {
                 self.named.push(end.job.id);

@@ -152,7 +152,7 @@ impl Store {
     pub async fn delete_source_key(&self, name_or_id: &str, operator: &str) -> Result<KeyDeletion, StoreError> {
         const USERS: &str = "
             select kms_key.arn from kms_material join kms_key on kms_key.id = kms_material.kms_key_id
-            where kms_material.source_key_id = $1::uuid::text
+            where kms_material.source_key_id = $1::uuid::text and kms_material.is_tied
             union
             select kms_key.arn from progress join job on job.id = progress.job_id
                 join kms_key on kms_key.id = job.kms_key_id
@@ -185,7 +185,7 @@ impl Store {
 const LISTING: &str = "
     select id, name, kind, origin, kek_id, created_at, deleted_at,
            array(select kms_key.arn from kms_material join kms_key on kms_key.id = kms_material.kms_key_id
-                 where kms_material.source_key_id = source_key.id::text order by 1)
+                 where kms_material.source_key_id = source_key.id::text and kms_material.is_tied order by 1)
     from source_key";
 
 const INSERT: &str = "

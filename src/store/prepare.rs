@@ -40,6 +40,8 @@ pub enum Intent {
         generated: Option<Box<SealedKey>>,
         /// Parameters to keep; `None`: those kept before are still in use.
         parameters: Option<Box<ImportParameters>>,
+        /// Of a rotate: the material that was in force before it.
+        rotated_from: Option<String>,
     },
     /// To give a rotate's material to the key of another Region.
     Replicate {
@@ -47,6 +49,8 @@ pub enum Intent {
         material_id: String,
         /// How far the job has come in each.
         replicas: Replicas,
+        /// Parameters to keep; `None`: those kept before are still in use.
+        parameters: Option<Box<ImportParameters>>,
     },
     /// To ask for the rotation to this material, which waits.
     Rotate {
@@ -113,7 +117,14 @@ impl Step {
 
     fn parameters(&self) -> Option<&ImportParameters> {
         match &self.intent {
-            Intent::Import { parameters, .. } => parameters.as_deref(),
+            Intent::Import { parameters, .. } | Intent::Replicate { parameters, .. } => parameters.as_deref(),
+            _ => None,
+        }
+    }
+
+    fn rotated_from(&self) -> Option<&str> {
+        match &self.intent {
+            Intent::Import { rotated_from, .. } => rotated_from.as_deref(),
             _ => None,
         }
     }
@@ -121,7 +132,7 @@ impl Step {
     /// What a rotate brought, once AWS has said that the key has it, and how far it has come in the other Regions.
     fn brought(&self) -> Option<(&str, &Replicas)> {
         match &self.intent {
-            Intent::Replicate { material_id, replicas } | Intent::Rotate { material_id, replicas } => {
+            Intent::Replicate { material_id, replicas, .. } | Intent::Rotate { material_id, replicas } => {
                 Some((material_id, replicas))
             }
             _ => None,
@@ -239,15 +250,16 @@ async fn write_progress(
         insert into progress (job_id, source_key_id, effect, in_doubt, audit_n, wrapping_algorithm, wrapping_key_spec,
                               public_key, import_token, parameters_valid_to, delete_ids,
                               dsm_connection, dsm_key_id, dsm_key_name, dsm_fingerprint, dsm_fingerprint_version,
-                              key_material_id, replicas, rotation_sent)
+                              key_material_id, replicas, rotation_sent, parameters_region, rotated_from)
         select job_id, source_key_id, effect, true, audit_n, algorithm, key_spec, public_key, import_token, valid_to,
                string_to_array(delete_ids, ','), connection, key_id, key_name, fingerprint, version,
-               material_id, replicas, rotates
+               material_id, replicas, rotates, parameters_region, rotated_from
         from unnest($1::uuid[], $2::uuid[], $3::text[], $4::integer[], $5::text[], $6::text[], $7::bytea[], $8::bytea[],
                     $9::timestamptz[], $10::text[], $11::text[], $12::text[], $13::text[], $14::bytea[], $15::integer[],
-                    $16::text[], $17::jsonb[], $18::boolean[])
+                    $16::text[], $17::jsonb[], $18::boolean[], $19::text[], $20::text[])
              as new(job_id, source_key_id, effect, audit_n, algorithm, key_spec, public_key, import_token, valid_to,
-                    delete_ids, connection, key_id, key_name, fingerprint, version, material_id, replicas, rotates)
+                    delete_ids, connection, key_id, key_name, fingerprint, version, material_id, replicas, rotates,
+                    parameters_region, rotated_from)
         on conflict (job_id) do update set
             source_key_id = coalesce(progress.source_key_id, excluded.source_key_id),
             dsm_connection = coalesce(progress.dsm_connection, excluded.dsm_connection),
@@ -266,7 +278,9 @@ async fn write_progress(
             wrapping_key_spec = coalesce(excluded.wrapping_key_spec, progress.wrapping_key_spec),
             public_key = coalesce(excluded.public_key, progress.public_key),
             import_token = coalesce(excluded.import_token, progress.import_token),
-            parameters_valid_to = coalesce(excluded.parameters_valid_to, progress.parameters_valid_to)";
+            parameters_valid_to = coalesce(excluded.parameters_valid_to, progress.parameters_valid_to),
+            parameters_region = coalesce(excluded.parameters_region, progress.parameters_region),
+            rotated_from = coalesce(progress.rotated_from, excluded.rotated_from)";
     if steps.is_empty() {
         return Ok(());
     }
@@ -297,7 +311,10 @@ async fn write_progress(
     let material_ids: Vec<Option<&str>> = brought.iter().map(|brought| Some(brought.as_ref()?.0)).collect();
     let replicas: Vec<Option<Value>> = brought.iter().map(|brought| brought.as_ref()?.1.stored()).collect();
     let rotates: Vec<bool> = steps.iter().map(|step| matches!(step.intent, Intent::Rotate { .. })).collect();
-    let values: [&(dyn ToSql + Sync); 18] = [
+    let regions: Vec<Option<&str>> =
+        steps.iter().map(|step| step.parameters().map(|set| set.region.as_str())).collect();
+    let rotated_from: Vec<Option<&str>> = steps.iter().map(|step| step.rotated_from()).collect();
+    let values: [&(dyn ToSql + Sync); 20] = [
         &jobs,
         &sources,
         &effects,
@@ -316,6 +333,8 @@ async fn write_progress(
         &material_ids,
         &replicas,
         &rotates,
+        &regions,
+        &rotated_from,
     ];
     let write = transaction.prepare_cached(WRITE).await?;
     transaction.execute(&write, &values).await?;

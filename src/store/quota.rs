@@ -221,6 +221,8 @@ impl Store {
                    or lane.open_at > keyferry_now() + interval '11 s' + 32 * new.interval_ms * interval '1 ms'
                 order by lane.id for no key update of lane)
             update lane set interval_ms = locked.interval_ms, tolerance_ms = locked.tolerance_ms,
+                            -- What AWS throttled was another rate.
+                            factor = case when lane.interval_ms is distinct from locked.interval_ms then 1 else lane.factor end,
                             tat = least(lane.tat, keyferry_now() + coalesce(locked.interval_ms, 0) * interval '1 ms'),
                             open_at = '-infinity'
             from locked where lane.id = locked.id";

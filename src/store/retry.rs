@@ -204,9 +204,9 @@ impl Store {
 pub(super) async fn keep_choices(transaction: &Transaction<'_>, failed: &[Uuid]) -> Result<(), StoreError> {
     const KEEP: &str = "
         insert into failed_choice (job_id, source_key_id, dsm_connection, dsm_key_id, dsm_key_name, dsm_fingerprint,
-                                   dsm_fingerprint_version, delete_ids, deleted_ids, is_answered)
+                                   dsm_fingerprint_version, delete_ids, deleted_ids, is_answered, rotated_from)
         select job_id, source_key_id, dsm_connection, dsm_key_id, dsm_key_name, dsm_fingerprint,
-               dsm_fingerprint_version, delete_ids, deleted_ids, imported
+               dsm_fingerprint_version, delete_ids, deleted_ids, imported, rotated_from
         from progress
         where job_id = any($1) and num_nonnulls(source_key_id, dsm_key_id, delete_ids) > 0
         order by job_id";
@@ -448,13 +448,14 @@ async fn abandon(
 async fn write_choices(transaction: &Transaction<'_>, making: &[(&NewRetry, &FailedJob)]) -> Result<(), StoreError> {
     const INSERT: &str = "
         insert into progress (job_id, audit_n, source_key_id, dsm_connection, dsm_key_id, dsm_key_name, dsm_fingerprint,
-                              dsm_fingerprint_version, delete_ids)
-        select job_id, audit_n, source_key_id, connection, key_id, key_name, fingerprint, version,
-               string_to_array(delete_ids, ',')
+                              dsm_fingerprint_version, delete_ids, rotated_from)
+        select new.job_id, audit_n, new.source_key_id, connection, key_id, key_name, fingerprint, version,
+               string_to_array(new.delete_ids, ','), failed.rotated_from
         from unnest($1::uuid[], $2::integer[], $3::uuid[], $4::text[], $5::text[], $6::text[], $7::bytea[],
-                    $8::integer[], $9::text[])
-             as new(job_id, audit_n, source_key_id, connection, key_id, key_name, fingerprint, version, delete_ids)
-        order by job_id";
+                    $8::integer[], $9::text[], $10::uuid[])
+             as new(job_id, audit_n, source_key_id, connection, key_id, key_name, fingerprint, version, delete_ids, failed_id)
+        left join failed_choice as failed on failed.job_id = new.failed_id
+        order by new.job_id";
     let chosen: Vec<(&NewRetry, &FailedChoice)> =
         making.iter().filter_map(|(retry, job)| Some((*retry, job.choice.as_ref()?))).collect();
     if chosen.is_empty() {
@@ -491,8 +492,9 @@ async fn write_choices(transaction: &Transaction<'_>, making: &[(&NewRetry, &Fai
             _ => None,
         })
         .collect();
-    let values: [&(dyn ToSql + Sync); 9] =
-        [&jobs, &counts, &sources, &connections, &key_ids, &names, &hashes, &versions, &deletes];
+    let failed: Vec<Uuid> = chosen.iter().map(|(retry, _)| retry.of).collect();
+    let values: [&(dyn ToSql + Sync); 10] =
+        [&jobs, &counts, &sources, &connections, &key_ids, &names, &hashes, &versions, &deletes, &failed];
     let insert = transaction.prepare_cached(INSERT).await?;
     transaction.execute(&insert, &values).await?;
     Ok(())

@@ -107,16 +107,18 @@ pub struct Answered {
     pub key_material_id: Option<String>,
 }
 
-/// Materials of a KMS key that were deleted from it. The key stays tied to them.
+/// Materials of a KMS key that were deleted from it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Removed {
     /// None.
     #[default]
     Nothing,
-    /// Those of a symmetric key, by AWS's ids.
+    /// Those of a symmetric key, by AWS's ids. The key stays tied to them.
     Materials(Vec<String>),
-    /// The only one of a key without material ids.
+    /// The only one of a key without material ids. The key stays tied to it.
     Only,
+    /// One that waited for its rotation, by AWS's id: the key was never tied to it.
+    Waiting(String),
 }
 
 /// What the next attempt must know.
@@ -524,6 +526,7 @@ impl MaterialRows {
                 imported_at = coalesce(excluded.imported_at, kms_material.imported_at),
                 -- It is there, or may be.
                 removed_at = null,
+                is_tied = true,
                 job_id = excluded.job_id";
         let m = self;
         if !m.keys.is_empty() {
@@ -600,7 +603,7 @@ async fn keep_progress(transaction: &Transaction<'_>, ends: &[(&Settlement, &Hel
     // Parameters that AWS refused are of no more use, whatever the reason; nor are those that it has taken.
     const DISCARD: &str = "
         update progress set wrapping_algorithm = null, wrapping_key_spec = null, public_key = null, import_token = null,
-                            parameters_valid_to = null
+                            parameters_valid_to = null, parameters_region = null
         where job_id = any($1)";
     const RESET: &str = "update progress set refreshes = 0 where job_id = any($1)";
     // Nothing of what is known changes.
@@ -668,28 +671,27 @@ async fn mark_removed(
     now: OffsetDateTime,
 ) -> Result<(), StoreError> {
     const MARK: &str = "
-        update kms_material set removed_at = $3
-        from unnest($1::uuid[], $2::text[]) as gone(key_id, material_id)
+        update kms_material set removed_at = $3, is_tied = gone.is_tied
+        from unnest($1::uuid[], $2::text[], $4::boolean[]) as gone(key_id, material_id, is_tied)
         where kms_material.kms_key_id = gone.key_id
           and (gone.material_id is null or kms_material.key_material_id = gone.material_id)";
     let mut keys: Vec<Uuid> = Vec::new();
     let mut materials: Vec<Option<&str>> = Vec::new();
+    let mut tied: Vec<bool> = Vec::new();
     for (end, _) in ends {
-        match &end.removed {
-            Removed::Nothing => {}
-            Removed::Only => {
-                keys.push(end.key_id);
-                materials.push(None);
-            }
-            Removed::Materials(ids) => {
-                keys.extend(ids.iter().map(|_| end.key_id));
-                materials.extend(ids.iter().map(|id| Some(id.as_str())));
-            }
-        }
+        let gone: Vec<Option<&str>> = match &end.removed {
+            Removed::Nothing => Vec::new(),
+            Removed::Only => vec![None],
+            Removed::Materials(ids) => ids.iter().map(|id| Some(id.as_str())).collect(),
+            Removed::Waiting(id) => vec![Some(id)],
+        };
+        keys.extend(gone.iter().map(|_| end.key_id));
+        tied.extend(gone.iter().map(|_| !matches!(end.removed, Removed::Waiting(_))));
+        materials.extend(gone);
     }
     if !keys.is_empty() {
         let mark = transaction.prepare_cached(MARK).await?;
-        transaction.execute(&mark, &[&keys, &materials, &now]).await?;
+        transaction.execute(&mark, &[&keys, &materials, &now, &tied]).await?;
     }
     Ok(())
 }

@@ -74,6 +74,8 @@ struct Run {
     answered: Option<Answered>,
     /// The id of a rotate's own material, once AWS has said that the key has it.
     waiting: Option<String>,
+    /// The material that was in force when a rotate first committed itself to bring another.
+    rotated_from: Option<String>,
     /// How far a rotate has come in the other Regions.
     replicas: Replicas,
     /// The Region in which the job is at work just now, if it is not its key's.
@@ -102,6 +104,7 @@ impl Attempt {
             unanswered: false,
             answered: progress.answered.then(|| Answered { key_material_id: progress.key_material_id.clone() }),
             waiting: progress.key_material_id.clone(),
+            rotated_from: progress.rotated_from.clone(),
             replicas: progress.replicas.clone(),
             elsewhere: None,
             rotations: None,
@@ -183,9 +186,14 @@ impl Run {
 
     /// A call of an earlier job may still take effect, and would undo this one, unless it does the same.
     fn judge_late(&mut self, own_effect: Option<&String>) -> Or<()> {
+        // A dry run changes nothing that a late call could undo.
+        self.wait_out(|run, late| own_effect != Some(late) && !run.job.request.dry_run)
+    }
+
+    /// The line stays closed while a call that was sent before may take effect, and this effect stands against the next step.
+    fn wait_out(&mut self, stands_against: impl FnOnce(&Self, &String) -> bool) -> Or<()> {
         match &self.job.late {
-            // A dry run changes nothing that a late call could undo.
-            Some((late, until)) if own_effect != Some(late) && !self.job.request.dry_run => {
+            Some((late, until)) if stands_against(self, late) => {
                 self.attempt.context.metrics.lines_closed.inc();
                 let (until, deadline) = (*until, self.job.deadline);
                 Err(self.settled(SettlementKind::PutBack { until, deadline }))

@@ -9,6 +9,7 @@ use std::time::Instant;
 const GET: &str = "GetParametersForImport";
 const IMPORT: &str = "ImportKeyMaterial";
 const DELETE: &str = "DeleteImportedKeyMaterial";
+const ROTATE: &str = "RotateKeyOnDemand";
 
 /// A world whose double has these quotas, and whose workers know of them.
 async fn governed(rates: &[(&str, f64)], quota: &str) -> World {
@@ -117,6 +118,68 @@ async fn a_throttled_job_goes_first_again_and_keeps_what_it_has() {
     // One key alone is no sign of a quota.
     assert_eq!(world.count("select count(*) from lane where factor < 1").await, 0);
     assert!(world.workers[0].metric(&format!("keyferry_quota_throttled_total{{operation=\"{IMPORT}\"}}")).await > 1.5);
+    world.finish().await;
+}
+
+#[tokio::test]
+async fn a_hot_key_slows_nobody_else_down() {
+    let mut world = governed(&[(GET, 50.0), (IMPORT, 50.0)], "").await;
+    world.fake.quotas(json!({"enabled": true, "hot_key": 0.4})).await;
+    let arns = world.fake.seed(json!({"count": 6})).await;
+    world.serve().await;
+    let hot = arns[0].clone();
+    for n in 0..3 {
+        world.publish(request(&format!("hot-{n}"), &hot, json!({"source_key_identifier": "payroll"}))).await;
+    }
+    world.publish_all(imports(&arns[1..], "r")).await;
+    ended(&world, 8).await;
+    let throttled = world.fake.journal(&format!("operation={IMPORT}&outcome=throttled")).await;
+    assert!(!throttled.is_empty() && throttled.iter().all(|call| call["key_arn"] == *hot), "{throttled:#?}");
+    assert_eq!(world.count("select count(*) from lane where factor < 1").await, 0);
+    assert_eq!((calls(&world, GET, "ok").await, calls(&world, IMPORT, "ok").await), (8, 8));
+    world.finish().await;
+}
+
+#[tokio::test]
+async fn a_throttled_rotation_slows_its_own_lane() {
+    let mut world = governed(&[(ROTATE, 20.0), ("ListKeyRotations", 90.0)], "").await;
+    let arns = world.fake.seed(json!({"count": 2})).await;
+    world.serve().await;
+    world.publish_all(imports(&arns, "first")).await;
+    ended(&world, 2).await;
+    for (n, arn) in arns.iter().enumerate() {
+        world.fake.fault(ROTATE, arn, Some(1), json!({"kind": "throttle"})).await;
+        world.publish(request(&format!("r-{n}"), arn, json!({"operation": "rotate"}))).await;
+    }
+    ended(&world, 4).await;
+    let slowed = "select array_agg(operation) from lane where factor < 1";
+    let slowed: Option<Vec<String>> = world.client.query_one(slowed, &[]).await.unwrap().get(0);
+    assert_eq!(slowed, Some(vec![ROTATE.to_owned()]));
+    world.finish().await;
+}
+
+#[tokio::test]
+async fn who_waits_long_for_a_slot_asks_again_whether_the_call_is_wanted() {
+    // Slots are five seconds apart.
+    let mut world = governed(&[(GET, 0.2)], "quota.reserve = 0.0").await;
+    world.serve().await;
+    let arns = world.fake.seed(json!({"count": 2})).await;
+    let (late, other) = (&arns[0], &arns[1]);
+    world.fake.fault("DescribeKey", late, Some(1), json!({"kind": "hold"})).await;
+    world.publish(request("late", late, json!({"source_key_identifier": "payroll"}))).await;
+    world.fake.held(1, "DescribeKey", late).await;
+    world.publish(request("other", other, json!({"source_key_identifier": "payroll"}))).await;
+    // It has the next slot, behind the one that the first job misses.
+    world.fake.wait(1, &format!("operation=DescribeKey&key={other}")).await;
+    world.fake.release(late).await;
+    world.fake.wait(1, &format!("operation=DescribeKey&key={late}&outcome=ok")).await;
+    let ran = world.run(&["hold", "key", late, "--reason", "a test"]).await;
+    assert_eq!(ran.code, Some(0), "{ran:?}");
+    world.until("the line is parked", "select count(*) from line where parked_by is not null", 1).await;
+    assert_eq!(world.fake.journal(&format!("operation={GET}&key={late}")).await.len(), 0);
+    let ran = world.run(&["release", "key", late]).await;
+    assert_eq!(ran.code, Some(0), "{ran:?}");
+    ended(&world, 2).await;
     world.finish().await;
 }
 

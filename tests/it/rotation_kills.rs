@@ -143,7 +143,11 @@ impl Deaths {
 
 /// Each boundary alone.
 async fn dies_at(boundaries: &[Boundary], regions: usize) {
-    let mut deaths = Deaths::begin(boundaries.len(), regions).await;
+    let deaths = Deaths::begin(boundaries.len(), regions).await;
+    each_alone(deaths, boundaries).await;
+}
+
+async fn each_alone(mut deaths: Deaths, boundaries: &[Boundary]) {
     for boundary in boundaries {
         let (id, _) = deaths.ask().await;
         assert!(deaths.die_at(*boundary, &id).await, "{boundary:?} did not end the worker");
@@ -166,6 +170,15 @@ async fn while_the_material_is_brought() {
 #[tokio::test]
 async fn while_the_key_is_turned() {
     dies_at(&[TurnChosen, TurnSent, TurnAnswered, Turned, Ended], 1).await;
+}
+
+#[tokio::test]
+async fn while_a_rotation_takes_its_time() {
+    let boundaries = [TurnSent, TurnAnswered, Turned];
+    let deaths = Deaths::begin(boundaries.len(), 1).await;
+    // Longer than what was sent before can take effect.
+    deaths.world.fake.options(json!({"rotation_ms": 4_000})).await;
+    each_alone(deaths, &boundaries).await;
 }
 
 #[tokio::test]

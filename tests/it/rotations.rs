@@ -249,6 +249,60 @@ async fn a_rotation_that_may_still_come_is_waited_out_before_another_is_asked_fo
 
 /// Between the import and the rotation a stranger does something to the key.
 #[tokio::test]
+async fn a_rotation_that_takes_its_time_is_awaited_and_asked_for_once() {
+    let mut case = case(Tuning::hasty()).await;
+    case.world.fake.options(json!({"rotation_ms": 30_000})).await;
+    case.ask("r1", json!({})).await;
+    case.world.until("AWS was asked to rotate", "select count(*) from progress where imported", 1).await;
+    // Another worker goes on looking.
+    case.world.workers[0].kill();
+    case.world.serve().await;
+    case.world.db.advance(Duration::from_secs(31)).await;
+    let looks = "select count(*) from progress where (last_error ->> 'times')::int > 1";
+    case.world.until("it looks again", looks, 1).await;
+    assert_eq!(case.roles().await, ["CURRENT", "PENDING_ROTATION"]);
+    case.world.fake.advance(30).await;
+    case.world.succeeded("r1").await;
+    assert_eq!((case.roles().await, case.calls(ROTATE).await), (vec!["NON_CURRENT".into(), "CURRENT".into()], 1));
+    case.world.finish().await;
+}
+
+#[tokio::test]
+async fn a_rotation_under_way_of_which_no_answer_came_is_not_made_twice() {
+    let mut case = case(Tuning { signature_life_ms: 1_500, aws_timeout_ms: 1_000, ..Tuning::default() }).await;
+    case.world.fake.options(json!({"rotation_ms": 60_000})).await;
+    case.fault(ROTATE, json!({"kind": "lose_answer"})).await;
+    case.ask("r1", json!({})).await;
+    // What was sent can take no effect any more, and still is under way: AWS says so.
+    let refused = format!("key={}&operation={ROTATE}&outcome=ConflictException", case.arn);
+    case.world.fake.wait(1, &refused).await;
+    case.world.fake.advance(60).await;
+    case.world.db.advance(Duration::from_secs(61)).await;
+    let result = case.world.succeeded("r1").await.result.unwrap();
+    assert_eq!(result["rotations"], json!({"used": 1, "left": 24}));
+    case.world.finish().await;
+}
+
+#[tokio::test]
+async fn what_was_in_force_before_is_not_new_even_if_the_first_call_had_no_answer() {
+    let mut case = case(Tuning { signature_life_ms: 2_000, aws_timeout_ms: 1_000, ..Tuning::default() }).await;
+    let (same, arn) = (case.world.symmetric_key("same").await, case.world.fake.key().await);
+    case.world.fake.stranger_imports_as(&arn, &same, None, None).await.unwrap();
+    case.arn.clone_from(&arn);
+    case.fault(IMPORT, json!({"kind": "hang", "ms": 3_000})).await;
+    case.ask("r1", json!({"source_key_identifier": "same"})).await;
+    let job = case.world.failed("r1", "material_not_new").await;
+    assert!(job.aws_changed(), "whether the call that hung has done anything is not known: {job:?}");
+    // Its retry remembers what was in force then.
+    let ran = case.world.run(&["jobs", "retry", "r1", "--json"]).await;
+    assert_eq!(ran.code, Some(0), "{ran:?}");
+    let failed = "select count(*) from job where retry_of is not null and error ->> 'code' = 'material_not_new'";
+    case.world.until("it fails again", failed, 1).await;
+    assert_eq!((case.roles().await, case.calls(ROTATE).await), (vec!["CURRENT".to_owned()], 0));
+    case.world.finish().await;
+}
+
+#[tokio::test]
 async fn who_meddles_in_between_is_found_and_not_fought() {
     // He rotates himself: the material is in force, and the job asks for nothing more.
     let mut case = case(Tuning::default()).await;
@@ -434,6 +488,27 @@ async fn an_answer_of_a_replica_that_was_lost_is_asked_for_again() {
 }
 
 #[tokio::test]
+async fn a_replicas_import_parameters_are_kept_for_its_retries() {
+    let (mut case, replica) = two_regions(Tuning::hasty()).await;
+    let sets = async |case: &Case| {
+        case.world.fake.journal(&format!("key={replica}&operation=GetParametersForImport&outcome=ok")).await.len()
+    };
+    let before = sets(&case).await;
+    let error = |code: &str| json!({"kind": "error", "code": code, "message": "ordered by a test"});
+    case.world.fake.fault(IMPORT, &replica, Some(2), error("KMSInternalException")).await;
+    case.ask("r1", json!({})).await;
+    case.world.succeeded("r1").await;
+    assert_eq!(sets(&case).await - before, 1, "one set for three tries");
+    // One that AWS does not take is thrown away.
+    case.world.db.advance(Duration::from_secs(3_601)).await;
+    case.world.fake.fault(IMPORT, &replica, Some(1), error("InvalidImportTokenException")).await;
+    case.ask("r2", json!({})).await;
+    case.world.succeeded("r2").await;
+    assert_eq!(sets(&case).await - before, 3);
+    case.world.finish().await;
+}
+
+#[tokio::test]
 async fn an_abandoned_rotate_takes_its_own_material_away_and_nobody_elses() {
     let denied = json!({"kind": "error", "code": "AccessDeniedException", "message": "ordered by a test"});
     let mut case = case(Tuning::default()).await;
@@ -481,6 +556,26 @@ async fn an_abandoned_rotate_takes_its_own_material_away_and_nobody_elses() {
     assert!(shown.json()[0]["error"]["message"].as_str().unwrap().contains("no longer"), "{shown:?}");
     assert_eq!(case.roles().await, ["CURRENT", "PENDING_ROTATION"]);
     case.world.finish().await;
+}
+
+#[tokio::test]
+async fn what_only_waited_and_was_taken_away_ties_no_source_key() {
+    let mut case = case(Tuning::default()).await;
+    case.world.symmetric_key("spare").await;
+    case.fault(ROTATE, json!({"kind": "error", "code": "AccessDeniedException", "message": "ordered by a test"})).await;
+    case.ask("dead", json!({"source_key_identifier": "spare"})).await;
+    case.world.failed("dead", "access_denied").await;
+    let delete = ["keys", "delete", "spare"];
+    let ran = case.world.run(&delete).await;
+    assert!(ran.code != Some(0) && ran.err.contains("tied"), "it waits: {ran:?}");
+    let ran = case.world.run(&["jobs", "abandon", "dead", "--json"]).await;
+    case.world.run(&["jobs", "wait", ran.json()["id"].as_str().unwrap()]).await;
+    // The checker opens every source key.
+    case.world.judge().await;
+    let shown = case.world.run(&["kms-keys", "show", &case.arn, "--json"]).await;
+    assert!(shown.out.contains("spare"), "what was there is still told: {shown:?}");
+    let ran = case.world.run(&delete).await;
+    assert_eq!(ran.code, Some(0), "{ran:?}");
 }
 
 #[tokio::test]

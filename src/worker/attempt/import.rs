@@ -58,7 +58,7 @@ impl Run {
         if self.job.request.dry_run {
             return self.would_import(asked, kind, &before, role, wrapping).await;
         }
-        let (parameters, are_new) = self.parameters(wrapping).await?;
+        let (parameters, are_new) = self.parameters(&self.job.key.clone(), wrapping).await?;
         crate::failpoint!("worker.after_parameters");
         let wrapped = self.commit_and_wrap(asked, kind, source, &parameters, are_new).await?;
         self.send_import(asked, kind, &before, role, &parameters, wrapped).await?;
@@ -114,18 +114,18 @@ impl Run {
     }
 
     /// The set kept from an earlier attempt while it is good, else a fresh one, and whether it is fresh.
-    pub(super) async fn parameters(&mut self, wrapping: Wrapping) -> Or<(ImportParameters, bool)> {
+    pub(super) async fn parameters(&mut self, key: &KeyArn, wrapping: Wrapping) -> Or<(ImportParameters, bool)> {
         if let Some(kept) = &self.job.progress.parameters
+            && kept.region == key.region()
             && kept.valid_to - self.job.now > PARAMETERS_MARGIN
             && kept.wrapping == wrapping
         {
             return Ok((kept.clone(), false));
         }
-        let key = self.job.key.clone();
-        Ok((self.fresh_parameters(&key, wrapping).await?, true))
+        Ok((self.fresh_parameters(key, wrapping).await?, true))
     }
 
-    pub(super) async fn fresh_parameters(&mut self, key: &KeyArn, wrapping: Wrapping) -> Or<ImportParameters> {
+    async fn fresh_parameters(&mut self, key: &KeyArn, wrapping: Wrapping) -> Or<ImportParameters> {
         self.not_stopping()?;
         self.slot(key, Scarce::GetParametersForImport).await?;
         let _timing = self.attempt.context.meters.time(Stage::Parameters);
@@ -205,12 +205,13 @@ impl Run {
             )
         });
         if are_new {
-            facts.push(obtained(parameters, self.job.key.region()));
+            facts.push(obtained(parameters));
         }
         let intent = Intent::Import {
             source: key.chosen(),
             generated,
             parameters: are_new.then(|| Box::new(parameters.clone())),
+            rotated_from: self.rotated_from.clone(),
         };
         // A rotate's is known before its key is.
         let effect = self.effect_known_early().unwrap_or_else(|| effect(&key.id(), asked.expiry));
@@ -402,11 +403,11 @@ impl Run {
 }
 
 /// What the audit trail says of a set of parameters.
-pub(super) fn obtained(parameters: &ImportParameters, region: &str) -> Fact {
+pub(super) fn obtained(parameters: &ImportParameters) -> Fact {
     Fact::new(
         Kind::ParametersObtained,
         json!({
-            "region": region,
+            "region": parameters.region,
             "wrapping_algorithm": parameters.wrapping.algorithm.as_str(),
             "wrapping_key_spec": parameters.wrapping.key_spec.as_str(),
             "public_key_sha256": sha256_hex(&parameters.public_key),

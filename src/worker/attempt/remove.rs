@@ -8,7 +8,7 @@ use super::{Or, Run};
 use crate::audit::{Fact, Kind};
 use crate::job::{FailureCode, Scarce, Work};
 use crate::kms::{CallError, ErrorKind};
-use crate::store::{Ending, Intent, Removed, Settlement, SettlementKind};
+use crate::store::{Ending, Intent, Removed, Settlement};
 use crate::worker::meters::Stage;
 use serde_json::json;
 
@@ -34,12 +34,7 @@ impl Run {
     /// Ends the job, with its material gone if it waited.
     pub(super) async fn remove(&mut self, id: &str) -> Or<Settlement> {
         // A rotation that may still come would turn the key to it: then it is not taken away.
-        if let Some((late, until)) = &self.job.late
-            && (self.job.progress.rotation_sent || self.effect_known_early().as_ref() != Some(late))
-        {
-            let (until, deadline) = (*until, self.job.deadline);
-            return Err(self.settled(SettlementKind::PutBack { until, deadline }));
-        }
+        self.wait_out(|run, late| run.job.progress.rotation_sent || run.effect_known_early().as_ref() != Some(late))?;
         self.source_key = self.chosen_source_key();
         self.waiting = Some(id.to_owned());
         self.not_stopping()?;
@@ -57,7 +52,7 @@ impl Run {
                 return self.fail(FailureCode::Abandoned, message);
             }
             Place::Taken(_) | Place::Gone => {
-                self.removed = Removed::Materials(vec![id.to_owned()]);
+                self.removed = Removed::Waiting(id.to_owned());
                 let message = "abandoned by an operator; its material waits on the key no longer";
                 return self.fail(FailureCode::Abandoned, message);
             }
@@ -77,7 +72,7 @@ impl Run {
                     json!({"aws_request_id": deleted.aws_request_id, "key_material_id": deleted.key_material_id});
                 let details = json!({"attempt": self.job.attempt, "key_material_id": id, "answer": answer});
                 self.facts.push(Fact::new(Kind::MaterialDeleted, details));
-                self.removed = Removed::Materials(vec![id.to_owned()]);
+                self.removed = Removed::Waiting(id.to_owned());
                 let message = format!("abandoned by an operator; its material {id}, which waited, was removed again");
                 self.fail(FailureCode::Abandoned, &message)
             }

@@ -4,12 +4,13 @@
 //! A Region that stays away is tried last: the others come as far as they can meanwhile.
 
 use super::import::{expiry_text, obtained};
+use super::judge::{Verdict, judge};
 use super::{Or, Run};
 use crate::audit::{Fact, Kind};
 use crate::job::{FailureCode, KeyArn, KeyKind, SourceMaterial};
 use crate::kms::{ErrorKind, MaterialRole, Regions};
 use crate::retry::Class;
-use crate::store::{Intent, ReplicaStep};
+use crate::store::{Intent, Parameters, ReplicaStep};
 use serde_json::json;
 
 impl Run {
@@ -81,7 +82,7 @@ impl Run {
             return self.fail(FailureCode::SourceKeyDeleted, "the source key is not on record any more");
         };
         let wrapping = self.choose_wrapping(asked, kind)?;
-        let parameters = self.fresh_parameters(replica, wrapping).await?;
+        let (parameters, are_new) = self.parameters(replica, wrapping).await?;
         crate::failpoint!("worker.after_replica_parameters");
         let was_in_doubt = self.in_doubt;
         let details = json!({
@@ -90,10 +91,17 @@ impl Run {
             "key_material_id": id,
             "expiry": expiry_text(asked.expiry),
         });
-        let facts = [obtained(&parameters, replica.region()), Fact::new(Kind::ImportIntended, details)];
-        let intent = Intent::Replicate { material_id: id.to_owned(), replicas: self.replicas.clone() };
+        let facts =
+            are_new.then(|| obtained(&parameters)).into_iter().chain([Fact::new(Kind::ImportIntended, details)]);
+        let intent = Intent::Replicate {
+            material_id: id.to_owned(),
+            replicas: self.replicas.clone(),
+            parameters: are_new.then(|| Box::new(parameters.clone())),
+        };
         let effect = self.effect_known_early().unwrap_or_default();
         self.commit_all(intent, effect, facts).await?;
+        // In the place of the set that brought the material to the primary, which is used up.
+        self.parameters = Parameters::Kept;
         crate::failpoint!("worker.after_replica_prepare");
         self.not_stopping()?;
         let wrapped = self.wrap(source, &parameters).await?;
@@ -102,6 +110,7 @@ impl Run {
             Ok(_) => {
                 // A rotation that was asked for before may still be.
                 self.in_doubt = was_in_doubt;
+                self.parameters = Parameters::Used;
                 crate::failpoint!("worker.after_replica_import");
                 Ok(())
             }
@@ -111,8 +120,13 @@ impl Run {
                 let (text, aws_id) = (error.to_string(), error.aws_request_id.as_deref());
                 self.wait_for_aws(error.operation, &text, aws_id, FailureCode::OtherMaterial)
             }
-            // Another set is fetched for every try.
-            Err(error) => self.read_failed(&error),
+            Err(error) => {
+                if let Verdict::Refresh(_) = judge(&error) {
+                    // Another set is fetched for the next try.
+                    self.parameters = Parameters::Refused;
+                }
+                self.read_failed(&error)
+            }
         }
     }
 }

@@ -12,7 +12,7 @@ use crate::audit::{Fact, Kind};
 use crate::job::{FailureCode, KeyKind, Scarce, SourceMaterial, Wrapping};
 use crate::kms::{CallError, ErrorKind, HeldMaterial, KeyDescription, MaterialRole, MaterialState, RegionRole};
 use crate::retry::Class;
-use crate::store::{Answered, Intent, Parameters, Removed, ReplicaStep, Settlement, SettlementKind};
+use crate::store::{Answered, Intent, Parameters, Removed, ReplicaStep, Settlement};
 use crate::worker::meters::Stage;
 use serde_json::{Value, json};
 use std::time::Duration;
@@ -128,15 +128,22 @@ impl Run {
         if self.job.request.dry_run {
             return self.would_rotate(kind, before, held, &role, wrapping).await;
         }
-        let (parameters, are_new) = self.parameters(wrapping).await?;
+        if !self.has_begun() {
+            self.rotated_from.clone_from(&before.current_material);
+        }
+        let key = self.job.key.clone();
+        let (parameters, are_new) = self.parameters(&key, wrapping).await?;
         crate::failpoint!("worker.after_parameters");
         let wrapped = self.commit_and_wrap(asked, kind, source, &parameters, are_new).await?;
-        let key = self.job.key.clone();
         let answer = self.call_import(&key, asked, kind, role.clone(), &parameters, wrapped.clone()).await?;
         let answer = match (&role, answer) {
             // The bytes are the key's already. Whoever rotated: a call of this job's may have brought them.
             (MaterialRole::New, Err(error)) if is_other_material(&error) && self.has_begun() => {
                 self.has_not_expired(asked, &error)?;
+                if self.rotated_from.is_some() && self.rotated_from == before.current_material {
+                    // In force since before the first call: that has brought nothing.
+                    return self.is_not_new();
+                }
                 self.commit_again(asked).await?;
                 let current = MaterialRole::Existing(before.current_material.clone());
                 self.call_import(&key, asked, kind, current, &parameters, wrapped).await?
@@ -171,7 +178,7 @@ impl Run {
     async fn commit_again(&mut self, asked: &SourceMaterial) -> Or<()> {
         let Some(source) = self.source_key.as_ref().map(SourceKey::chosen) else { return Ok(()) };
         let details = json!({"attempt": self.job.attempt, "expiry": expiry_text(asked.expiry)});
-        let intent = Intent::Import { source, generated: None, parameters: None };
+        let intent = Intent::Import { source, generated: None, parameters: None, rotated_from: None };
         let effect = self.effect_known_early().unwrap_or_default();
         self.commit_all(intent, effect, [Fact::new(Kind::ImportIntended, details)]).await
     }
@@ -286,7 +293,7 @@ impl Run {
                 let message = "the new material waited for its rotation and is gone: somebody deleted it, or it expired; \
                                keyferry jobs retry brings the same again";
                 if self.has_looked_enough() {
-                    self.removed = Removed::Materials(vec![id.to_owned()]);
+                    self.removed = Removed::Waiting(id.to_owned());
                 }
                 return self.wait_for_aws("ListKeyRotations", message, None, FailureCode::PendingLost);
             }
@@ -344,14 +351,7 @@ impl Run {
     /// should somebody bring material in between.
     fn no_rotation_may_be_under_way(&mut self) -> Or<()> {
         let may_come = self.in_doubt && self.job.progress.rotation_sent;
-        match &self.job.late {
-            Some((effect, until)) if may_come && Some(effect) == self.effect.as_ref() => {
-                self.attempt.context.metrics.lines_closed.inc();
-                let (until, deadline) = (*until, self.job.deadline);
-                Err(self.settled(SettlementKind::PutBack { until, deadline }))
-            }
-            _ => Ok(()),
-        }
+        self.wait_out(|run, late| may_come && Some(late) == run.effect.as_ref())
     }
 
     /// The one call that turns the key.

@@ -5,10 +5,13 @@ use crate::job::{KeyArn, Scarce};
 use crate::retry::Class;
 use crate::store::{QuotaAnswer, QuotaAsk, QuotaLane, SettlementKind};
 use serde_json::Value;
+use std::time::{Duration, Instant};
 
 /// Throttled calls of a job in a row after which it waits like others that failed: it is its key that is hot, or AWS has
 /// nothing to give, and the lane's slots are better used by other keys.
 const MOST_THROTTLED: u32 = 3;
+/// Who waits longer for a slot asks once more whether the call is still wanted.
+const LONG: Duration = Duration::from_millis(500);
 
 impl Run {
     /// Waits until the quota of this key's account and Region has a slot for a call; directly before the call. Where none
@@ -32,17 +35,24 @@ impl Run {
                 None => return Err(None),
             },
         };
-        let give_back = self.attempt.give_back.clone();
-        tokio::select! {
-            biased;
-            () = tokio::time::sleep_until(slot.at.into()) => {}
-            () = give_back.cancelled() => {
-                self.slot = Some(slot);
-                return self.not_stopping();
-            }
+        let waited = self.wait_until(slot.at).await;
+        if waited.is_err() {
+            self.attempt.quota.post(QuotaAsk::GiveBack(slot));
+            return waited;
         }
         self.last_lane = Some(lane);
         Ok(())
+    }
+
+    async fn wait_until(&mut self, at: Instant) -> Or<()> {
+        let give_back = self.attempt.give_back.clone();
+        let is_far = at > Instant::now() + LONG;
+        tokio::select! {
+            biased;
+            () = tokio::time::sleep_until(at.into()) => {}
+            () = give_back.cancelled() => return self.not_stopping(),
+        }
+        if is_far { self.may_go_on().await } else { Ok(()) }
     }
 
     /// The job waits in the lane, before all others there.

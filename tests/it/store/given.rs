@@ -233,6 +233,7 @@ pub fn step(job: &ClaimedJob, key: &SealedKey) -> Step {
             source: Chosen::Local(key.id),
             generated: None,
             parameters: Some(Box::new(parameters(job))),
+            rotated_from: None,
         },
         effect: format!("import {} never", key.id),
         facts: vec![Fact::new(Kind::ImportIntended, json!({"attempt": job.attempt}))],
@@ -241,6 +242,7 @@ pub fn step(job: &ClaimedJob, key: &SealedKey) -> Step {
 
 fn parameters(job: &ClaimedJob) -> ImportParameters {
     ImportParameters {
+        region: job.key.region().to_owned(),
         wrapping: keyferry::job::Wrapping {
             algorithm: keyferry::job::WrappingAlgorithm::OaepSha256,
             key_spec: keyferry::job::WrappingKeySpec::Rsa2048,
@@ -259,6 +261,7 @@ pub fn generating_step(job: &ClaimedJob) -> (Step, SealedKey) {
         source: Chosen::Local(key.id),
         generated: Some(Box::new(key.clone())),
         parameters: Some(Box::new(parameters(job))),
+        rotated_from: None,
     };
     (Step { intent, ..step(job, &key) }, key)
 }

@@ -167,7 +167,12 @@ async fn a_retry_knows_a_kmip_servers_key_by_its_fingerprint() {
     };
     let failed = case
         .fails_after(|job| Step {
-            intent: Intent::Import { source: Chosen::Dsm(choice.clone()), generated: None, parameters: None },
+            intent: Intent::Import {
+                source: Chosen::Dsm(choice.clone()),
+                generated: None,
+                parameters: None,
+                rotated_from: None,
+            },
             ..generating_step(job).0
         })
         .await;

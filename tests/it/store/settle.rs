@@ -196,7 +196,12 @@ async fn the_choice_of_material_is_made_once() {
     let (first, chosen) = generating_step(&job);
     let (mut second, _) = generating_step(&job);
     let another = Box::new(sealed("another"));
-    second.intent = Intent::Import { source: Chosen::Local(another.id), generated: Some(another), parameters: None };
+    second.intent = Intent::Import {
+        source: Chosen::Local(another.id),
+        generated: Some(another),
+        parameters: None,
+        rotated_from: None,
+    };
     assert_eq!(store.prepare(&[&first]).await.unwrap(), [Prepared::Ready]);
     db.advance(LEASE * 2).await;
     let successor = claim_one(&store).await;
