@@ -3,7 +3,7 @@
 mod reload;
 
 use crate::amqp::Broker;
-use crate::config::{ConfigError, Intake as IntakeSettings, Loaded, Target, Transport};
+use crate::config::{ConfigError, Intake as IntakeSettings, Loaded, Rates, Target, Transport};
 use crate::ingress::Ingress;
 use crate::ingress::rabbitmq::Queue;
 use crate::ingress::sqs::Source;
@@ -125,7 +125,7 @@ pub async fn serve(loaded: &Loaded, stop: CancellationToken, hang_up: Signal) ->
     let keyring = Arc::new(open_keyring(loaded, &store).await?);
     let metrics = Metrics::new()?;
     let store = store.counted_by(&metrics);
-    govern(loaded, &store).await?;
+    let rates = govern(loaded, &store).await?;
     let dsm = Arc::new(open_dsm(loaded, &metrics)?);
     let (reload, policy) = Reload::start(loaded.policy_source()?, policy, store.clone(), metrics.clone()).await?;
     let ingresses = settings.requests_from.iter().map(|transport| part(*transport));
@@ -169,7 +169,7 @@ pub async fn serve(loaded: &Loaded, stop: CancellationToken, hang_up: Signal) ->
         policy,
         targets,
         settings: settings.worker.clone(),
-        quota: settings.quota.clone(),
+        rates,
         meters: Meters::of(&metrics),
         metrics,
         health,
@@ -357,15 +357,15 @@ fn proofs(loaded: &Loaded, policy: &Policy) -> Result<HashMap<&'static str, Proo
 }
 
 /// Says in the store how far apart calls with scarce quotas are to be, in all lanes of the targets: before the first claim.
-async fn govern(loaded: &Loaded, store: &Store) -> Result<(), StartError> {
-    let quota = &loaded.settings.quota;
+async fn govern(loaded: &Loaded, store: &Store) -> Result<Rates, StartError> {
+    let rates = loaded.rates()?;
     let mut lanes = Vec::new();
     for target in loaded.targets()? {
         for (region, &operation) in
             target.regions.iter().flat_map(|region| Scarce::ALL.iter().map(move |one| (region, one)))
         {
             let lane = QuotaLane { account: target.account.clone(), region: region.clone(), operation };
-            lanes.push((lane, quota.pace(&target.account, region, operation)));
+            lanes.push((lane, rates.pace(&target.account, region, operation)));
         }
     }
     lanes.sort_by(|(one, _), (other, _)| one.cmp(other));
@@ -374,10 +374,10 @@ async fn govern(loaded: &Loaded, store: &Store) -> Result<(), StartError> {
     if changed > 0 {
         tracing::info!(lanes = changed, "the quotas of the settings hold from now on, in all workers");
     }
-    for warning in quota.warnings() {
+    for warning in rates.warnings() {
         tracing::warn!("{warning}");
     }
-    Ok(())
+    Ok(rates)
 }
 
 /// How many jobs of one key, and of one account and Region, may wait.

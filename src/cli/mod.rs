@@ -263,6 +263,9 @@ impl Config {
                 warn_of_kek_file(loaded);
                 app::open_kek(loaded)?;
                 app::open_dsm(loaded, &Metrics::new()?)?;
+                for warning in loaded.rates()?.warnings() {
+                    eprintln!("keyferry: warning: {warning}");
+                }
                 warn_of_open_files(loaded);
                 let warnings: Vec<&String> = policy.warnings().iter().chain(&unproved).collect();
                 let ok = serde_json::json!({

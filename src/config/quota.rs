@@ -5,9 +5,10 @@ use crate::job::Scarce;
 use crate::quota::Pace;
 use serde::{Deserialize, Deserializer, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
 
 /// The highest rate that is believed, and the lowest.
-const RATES: (f64, f64) = (0.001, 10_000.0);
+pub(super) const RATES: (f64, f64) = (0.001, 10_000.0);
 /// The word for no limit.
 const UNLIMITED: &str = "unlimited";
 
@@ -23,6 +24,9 @@ pub struct Quota {
     pub reserve: f64,
     /// Calls that may be made at once after a pause, in seconds' worth of the rate: 0 to 1. AWS bears about a second's.
     pub burst: f64,
+    /// Files with what Service Quotas says of an account and Region, as
+    /// `aws service-quotas list-service-quotas --service-code kms --output json` prints it there. It goes before `rates`.
+    pub service_quotas_files: Vec<PathBuf>,
     /// Accounts, or single Regions of them, that AWS allows other rates; without a region, all of the account's:
     /// `{ account = "111122223333", region = "eu-central-1", rates = { GetParametersForImport = 5 } }`.
     pub overrides: Vec<QuotaOverride>,
@@ -52,25 +56,32 @@ pub enum Rate {
 
 impl Default for Quota {
     fn default() -> Self {
-        Self { rates: defaults(), reserve: 0.1, burst: 0.5, overrides: Vec::new() }
+        Self { rates: defaults(), reserve: 0.1, burst: 0.5, service_quotas_files: Vec::new(), overrides: Vec::new() }
+    }
+}
+
+/// How far apart the calls of an account and Region are to be; `None`: they are not counted. `figure` is what Service Quotas
+/// says.
+pub(super) fn closest(
+    quota: &Quota,
+    account: &str,
+    region: &str,
+    operation: Scarce,
+    figure: impl FnOnce() -> Option<f64>,
+) -> Option<Pace> {
+    let of = |wanted: Option<&str>| {
+        let fits = |entry: &&QuotaOverride| entry.account == account && entry.region.as_deref() == wanted;
+        quota.overrides.iter().find(fits).and_then(|entry| rate(&entry.rates, operation)).cloned()
+    };
+    let found = of(Some(region)).or_else(|| of(None)).or_else(|| figure().map(Rate::PerSecond));
+    match found.or_else(|| rate(&quota.rates, operation).cloned()) {
+        Some(Rate::PerSecond(rate)) => Some(Pace::of(rate, quota.reserve, quota.burst)),
+        Some(Rate::Word(_)) => None,
+        None => Some(Pace::of(operation.default_rate(), quota.reserve, quota.burst)),
     }
 }
 
 impl Quota {
-    /// How far apart the calls of an account and Region are to be; `None`: they are not counted.
-    pub fn pace(&self, account: &str, region: &str, operation: Scarce) -> Option<Pace> {
-        let of = |wanted: Option<&str>| {
-            let fits = |entry: &&QuotaOverride| entry.account == account && entry.region.as_deref() == wanted;
-            self.overrides.iter().find(fits).and_then(|entry| rate(&entry.rates, operation))
-        };
-        let found = of(Some(region)).or_else(|| of(None)).or_else(|| rate(&self.rates, operation));
-        match found {
-            Some(Rate::PerSecond(rate)) => Some(Pace::of(*rate, self.reserve, self.burst)),
-            Some(Rate::Word(_)) => None,
-            None => Some(Pace::of(operation.default_rate(), self.reserve, self.burst)),
-        }
-    }
-
     /// The first thing that is wrong with it.
     pub(super) fn check(&self, targets: &[Target]) -> Result<(), ConfigError> {
         let wrong = |code, name: &str, expected| Err(ConfigError::Quota { code, name: name.to_owned(), expected });
@@ -202,7 +213,7 @@ mod tests {
     }
 
     fn rate_of(quota: &Quota, account: &str, region: &str, operation: Scarce) -> Option<f64> {
-        let pace = quota.pace(account, region, operation)?;
+        let pace = closest(quota, account, region, operation, || None)?;
         Some((100_000.0 / pace.interval_ms / (1.0 - quota.reserve)).round() / 100.0)
     }
 

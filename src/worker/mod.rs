@@ -9,7 +9,7 @@ mod leases;
 mod meters;
 mod sampler;
 
-use crate::config::{Quota, Worker as WorkerSettings};
+use crate::config::{Rates, Worker as WorkerSettings};
 use crate::job::{Failure, FailureCode};
 use crate::kms::{Kms, LeaseGuard};
 use crate::policy::{Current, Targets};
@@ -71,7 +71,7 @@ pub struct Context {
     /// Limits and times.
     pub settings: WorkerSettings,
     /// Which calls are counted.
-    pub quota: Quota,
+    pub rates: Rates,
     /// Counters.
     pub metrics: Metrics,
     /// Those of them that jobs write.

@@ -32,25 +32,28 @@ pub(super) fn check(loaded: &Loaded) -> Vec<Finding> {
 
 /// What AWS is thought to allow, and what may be meant otherwise.
 fn quota(loaded: &Loaded) -> Vec<Finding> {
-    let quota = &loaded.settings.quota;
+    let held = match loaded.rates() {
+        Ok(held) => held,
+        Err(error) => return vec![of("quota", &error)],
+    };
     let rates: Vec<String> = Scarce::ALL
         .iter()
         .map(|operation| {
-            let rate = match quota.pace("", "", *operation) {
+            let rate = match held.pace("", "", *operation) {
                 Some(pace) => format!("{:.3}/s", 1_000.0 / pace.interval_ms),
                 None => "not limited".into(),
             };
             format!("{} {rate}", operation.as_str())
         })
         .collect();
-    let others = match quota.overrides.len() {
-        0 => String::new(),
-        count => format!("; {count} accounts or Regions have rates of their own"),
+    let others = match (loaded.settings.quota.overrides.len(), held.places()) {
+        (0, 0) => String::new(),
+        (own, 0) => format!("; {own} accounts or Regions have rates of their own"),
+        (own, told) => format!("; {own} accounts or Regions have rates of their own, {told} those of Service Quotas"),
     };
     let told = format!("for each account and Region, of what is not kept free: {}{others}", rates.join(", "));
     let advice = "aws service-quotas list-service-quotas --service-code kms shows what AWS allows";
-    let warnings = quota.warnings();
-    let warned = warnings.iter().map(|text| Finding::warning("quota", "quota_odd", text, advice));
+    let warned = held.warnings().iter().map(|text| Finding::warning("quota", "quota_odd", text, advice));
     [Finding::ok("quota", told)].into_iter().chain(warned).collect()
 }
 

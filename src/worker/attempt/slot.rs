@@ -18,7 +18,7 @@ impl Run {
     /// is near, the job goes back to the front of that lane: what it has committed stays, so that this costs nothing.
     pub(super) async fn slot(&mut self, key: &KeyArn, operation: Scarce) -> Or<()> {
         self.last_lane = None;
-        if self.attempt.context.quota.pace(key.account(), key.region(), operation).is_none() {
+        if self.attempt.context.rates.pace(key.account(), key.region(), operation).is_none() {
             return Ok(());
         }
         let lane = QuotaLane::of(key, operation);
