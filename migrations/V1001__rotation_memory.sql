@@ -1,5 +1,8 @@
 -- What a rotate remembers beyond its choice.
 
+-- An older binary would leave `is_tied` behind when the material is brought again, so that its source key could be deleted.
+update schema_tolerance set oldest_binary = 1001;
+
 -- The material that was in force when a rotate first committed itself to bring another. What is in force still was not
 -- brought by it.
 alter table progress add column rotated_from text;

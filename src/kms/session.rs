@@ -245,12 +245,13 @@ impl State {
                 self.failed = None;
             }
             Err(error) => {
+                let is_definite = matches!(error.kind, ErrorKind::RoleDenied | ErrorKind::Credentials);
                 let times = self.failed.as_ref().map_or(0, |failed| failed.times);
                 let pause = FIRST_PAUSE.saturating_mul(1 << times.min(8)).min(LONGEST_PAUSE);
                 self.failed = Some(Failed { error, times: times + 1, again_at: now + pause });
-                // What has ended helps nobody; nor does what KMS does not take, if STS gives nothing else: it is STS that
-                // says why.
-                let useless = self.held.take_if(|held| held.ends_at <= now || held.is_distrusted);
+                // What has ended helps nobody; nor does what KMS does not take, if STS refuses others: it is STS that says
+                // why. While STS is away they may still be good elsewhere.
+                let useless = self.held.take_if(|held| held.ends_at <= now || (held.is_distrusted && is_definite));
                 if let Some(useless) = useless {
                     self.former = Some(useless.credentials.access_key_id().to_owned());
                 }
@@ -389,6 +390,8 @@ mod tests {
         let mut state = State { held: Some(held("OLD", now)), ..State::default() };
         let later = now + Duration::from_secs(60);
         assert!(state.distrusts("OLD", later));
+        state.note(Err(error(ErrorKind::NoSession)), later);
+        assert_eq!(turn(&state, later), ("use", false), "an STS that is away says nothing of them");
         state.note(Err(error(ErrorKind::RoleDenied)), later);
         assert_eq!(turn(&state, later), ("go away", false));
         assert!(state.distrusts("OLD", later), "still known as the session's");
@@ -427,9 +430,16 @@ mod tests {
         assert!(begun.elapsed() < Duration::from_secs(30), "{:?}", begun.elapsed());
         // All that time one call was under way.
         assert!(session.state.borrow().is_asking);
-        listener.accept().await.unwrap();
-        let another = tokio::time::timeout(Duration::from_millis(50), listener.accept()).await;
-        assert!(another.is_err(), "a second AssumeRole");
+        let mut calls = 0;
+        while let Ok(accepted) = tokio::time::timeout(Duration::from_millis(50), listener.accept()).await {
+            // Whoever else comes by the port is none.
+            let (connection, _) = accepted.unwrap();
+            let mut begin = [0; 4];
+            let readable = tokio::time::timeout(Duration::from_secs(1), connection.readable()).await;
+            let read = readable.map_or(0, |_| connection.try_read(&mut begin).unwrap_or(0));
+            calls += usize::from(&begin[..read] == b"POST");
+        }
+        assert_eq!(calls, 1, "one AssumeRole");
     }
 
     fn session() -> Arc<Session> {

@@ -9,7 +9,7 @@
 //! doubt, which is settled first.
 
 use super::accept::insert_audit;
-use super::{ClaimedJob, Ending, Store, StoreError, urgent};
+use super::{ClaimedJob, Ending, Replicas, Store, StoreError, urgent};
 use crate::audit::{Fact, Kind};
 use crate::job::KeyArn;
 use deadpool_postgres::Transaction;
@@ -135,8 +135,9 @@ impl Holds {
 const COLUMNS: &str = "id, scope, value, reason, held_by, held_at";
 
 impl Store {
-    /// Stops what is within a scope. No worker begins a job or a step within it once this has returned; a call that is
-    /// under way goes on to its answer.
+    /// Stops what is within a scope. Once this has returned no worker begins a job within it, nor commits itself to another
+    /// step; what was committed before is still done: a call under way, or one that a worker is about to send.
+    /// [`Self::under_way`] counts these.
     pub async fn hold(&self, scope: &Scope, reason: Option<&str>, operator: &str) -> Result<Held, StoreError> {
         let id = Uuid::now_v7();
         self.retrying(|| self.hold_once(id, scope, reason, operator)).await
@@ -205,17 +206,19 @@ impl Store {
         .await
     }
 
-    /// Whether an operator has stopped a job since its last step. Asked between two mutating calls of an attempt.
-    pub async fn is_stopped(&self, job: Uuid) -> Result<Option<Stop>, StoreError> {
+    /// Whether an operator has stopped a job since its last step, other than by an ending that it goes on despite. Asked
+    /// between two mutating calls of an attempt.
+    pub async fn is_stopped(&self, job: Uuid, despite: Option<Ending>) -> Result<Option<Stop>, StoreError> {
         const CANCELLED: &str = "select abandons from cancellation where job_id = $1";
         self.retrying(|| async {
             let mut client = self.client().await?;
             let transaction = client.transaction().await?;
             let read = transaction.prepare_cached(CANCELLED).await?;
-            if let Some(row) = transaction.query_opt(&read, &[&job]).await? {
-                return Ok(Some(Stop::Ending(Ending::of(row.get(0)))));
+            let ending = transaction.query_opt(&read, &[&job]).await?.map(|row| Ending::of(row.get(0)));
+            if let Some(ending) = ending.filter(|ending| Some(*ending) != despite) {
+                return Ok(Some(Stop::Ending(ending)));
             }
-            let held = held_jobs(&transaction, &[job]).await?;
+            let held = held_jobs(&transaction, &[(job, None)]).await?;
             Ok((!held.is_empty()).then_some(Stop::Held))
         })
         .await
@@ -234,16 +237,21 @@ impl Store {
     /// How many jobs within a scope are under way: each ends the step that it is in.
     pub async fn under_way(&self, scope: &Scope) -> Result<usize, StoreError> {
         const LEASED: &str = "
-            select job.principal, kms_key.arn from line
+            select job.principal, kms_key.arn, progress.replicas from line
             join job on job.line_id = line.id and job.seq = coalesce(line.urgent_seq, line.head_seq)
             join kms_key on kms_key.id = job.kms_key_id
+            left join progress on progress.job_id = job.id
             where line.token is not null and line.due_at > keyferry_now()";
         let client = self.client().await?;
         let is_within = |row: &&Row| {
             let key = KeyArn::parse(row.get(1));
             key.is_ok_and(|key| {
                 let (kind, value) = (scope.kind(), scope.value());
-                Scope::of_job(row.get(0), &key).iter().any(|of| of.kind() == kind && of.value() == value)
+                let replicas = Replicas::read(row.get(2));
+                // A rotate is at work in other Regions as well.
+                let is_elsewhere = kind == "region" && replicas.0.contains_key(&value);
+                is_elsewhere
+                    || Scope::of_job(row.get(0), &key).iter().any(|of| of.kind() == kind && of.value() == value)
             })
         };
         Ok(client.query(LEASED, &[]).await?.iter().filter(is_within).count())
@@ -320,17 +328,26 @@ const JOBS: &str = "
     select job.id, job.principal, kms_key.arn from job join kms_key on kms_key.id = job.kms_key_id
     where job.id = any($1)";
 
-/// Which of these jobs are held. Asked before AWS is changed; costs one look where nothing is.
-pub(super) async fn held_jobs(transaction: &Transaction<'_>, jobs: &[Uuid]) -> Result<Vec<Uuid>, StoreError> {
+/// Which of these jobs are held, each on its own key and, where one is named, on that key's replica in which it is at work.
+/// Asked before AWS is changed; costs one look where nothing is.
+pub(super) async fn held_jobs(
+    transaction: &Transaction<'_>,
+    jobs: &[(Uuid, Option<&KeyArn>)],
+) -> Result<Vec<Uuid>, StoreError> {
     let holds = Holds::read(transaction).await?;
     if holds.is_empty() {
         return Ok(Vec::new());
     }
+    let replicas: HashMap<Uuid, &KeyArn> = jobs.iter().filter_map(|(job, replica)| Some((*job, (*replica)?))).collect();
+    let ids: Vec<Uuid> = jobs.iter().map(|(job, _)| *job).collect();
     let read = transaction.prepare_cached(JOBS).await?;
-    let rows = transaction.query(&read, &[&jobs]).await?;
-    let held =
-        rows.iter().filter(|row| KeyArn::parse(row.get(2)).is_ok_and(|key| holds.on(row.get(1), &key).is_some()));
-    Ok(held.map(|row| row.get(0)).collect())
+    let rows = transaction.query(&read, &[&ids]).await?;
+    let is_held = |row: &&Row| {
+        let on = |key: &KeyArn| holds.on(row.get(1), key).is_some();
+        KeyArn::parse(row.get(2)).is_ok_and(|key| on(&key))
+            || replicas.get(&row.get(0)).is_some_and(|replica| on(replica))
+    };
+    Ok(rows.iter().filter(is_held).map(|row| row.get(0)).collect())
 }
 
 fn hold_of(row: &Row) -> Hold {

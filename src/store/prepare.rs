@@ -5,7 +5,7 @@ use super::hold::held_jobs;
 use super::lock::{Held, lock};
 use super::{Ending, Lease, Replicas, Store, StoreError, together};
 use crate::audit::Fact;
-use crate::job::ImportParameters;
+use crate::job::{ImportParameters, KeyArn};
 use crate::source::{Fingerprint, SealedKey};
 use deadpool_postgres::Transaction;
 use futures_util::FutureExt as _;
@@ -45,12 +45,14 @@ pub enum Intent {
     },
     /// To give a rotate's material to the key of another Region.
     Replicate {
+        /// That key.
+        replica: KeyArn,
         /// AWS's id of it, the same in every Region.
         material_id: String,
         /// How far the job has come in each.
         replicas: Replicas,
-        /// Parameters to keep; `None`: those kept before are still in use.
-        parameters: Option<Box<ImportParameters>>,
+        /// Parameters to keep, in the place of any others.
+        parameters: Box<ImportParameters>,
     },
     /// To ask for the rotation to this material, which waits.
     Rotate {
@@ -117,7 +119,15 @@ impl Step {
 
     fn parameters(&self) -> Option<&ImportParameters> {
         match &self.intent {
-            Intent::Import { parameters, .. } | Intent::Replicate { parameters, .. } => parameters.as_deref(),
+            Intent::Import { parameters, .. } => parameters.as_deref(),
+            Intent::Replicate { parameters, .. } => Some(parameters),
+            _ => None,
+        }
+    }
+
+    fn replica(&self) -> Option<&KeyArn> {
+        match &self.intent {
+            Intent::Replicate { replica, .. } => Some(replica),
             _ => None,
         }
     }
@@ -180,7 +190,7 @@ impl Store {
             return Ok(vec![Prepared::LeaseLost; steps.len()]);
         };
 
-        let jobs: Vec<Uuid> = steps.iter().map(|step| step.job_id).collect();
+        let jobs: Vec<(Uuid, Option<&KeyArn>)> = steps.iter().map(|step| (step.job_id, step.replica())).collect();
         let on_hold = held_jobs(&transaction, &jobs).await?;
         let stopped: Vec<Option<Prepared>> = steps
             .iter()
@@ -280,7 +290,9 @@ async fn write_progress(
             import_token = coalesce(excluded.import_token, progress.import_token),
             parameters_valid_to = coalesce(excluded.parameters_valid_to, progress.parameters_valid_to),
             parameters_region = coalesce(excluded.parameters_region, progress.parameters_region),
-            rotated_from = coalesce(progress.rotated_from, excluded.rotated_from)";
+            -- That of the first call which may have brought something.
+            rotated_from = case when progress.in_doubt then coalesce(progress.rotated_from, excluded.rotated_from)
+                                else coalesce(excluded.rotated_from, progress.rotated_from) end";
     if steps.is_empty() {
         return Ok(());
     }

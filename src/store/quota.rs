@@ -14,7 +14,7 @@ use tokio_postgres::Row;
 use tokio_postgres::error::SqlState;
 use tokio_postgres::types::ToSql;
 
-/// A job that has missed its slot waits so long for another at most.
+/// A job that has missed its slot, or has had one in this attempt, waits so long for another at most.
 const FAR_MS: f64 = 10_000.0;
 
 /// An account and Region, and the operation whose calls are counted.
@@ -99,6 +99,8 @@ pub enum QuotaAsk {
         lane: QuotaLane,
         /// The one that was missed.
         missed: Option<QuotaSlot>,
+        /// The attempt has had one of this lane before.
+        is_again: bool,
     },
     /// Its slot is not needed.
     GiveBack(QuotaSlot),
@@ -267,10 +269,10 @@ impl Store {
         let mut wanted: BTreeMap<&QuotaLane, Wanted> = BTreeMap::new();
         for ask in asks {
             match ask {
-                QuotaAsk::Slot { lane, missed } => {
+                QuotaAsk::Slot { lane, missed, is_again } => {
                     let of_lane = wanted.entry(lane).or_default();
                     of_lane.count += 1;
-                    of_lane.late += i32::from(missed.is_some());
+                    of_lane.late += i32::from(missed.is_some() || *is_again);
                     of_lane.back.extend(missed);
                 }
                 QuotaAsk::GiveBack(slot) => wanted.entry(&slot.lane).or_default().back.push(slot),
@@ -312,11 +314,11 @@ impl Store {
             }
         }
         let mut answers: Vec<QuotaAnswer> = asks.iter().map(|_| QuotaAnswer::Noted).collect();
-        // Those that have missed one come first.
+        // Those that have missed one, or would be back for another, come first.
         for is_late in [true, false] {
             for (answer, ask) in answers.iter_mut().zip(asks) {
-                if let QuotaAsk::Slot { lane, missed } = ask
-                    && missed.is_some() == is_late
+                if let QuotaAsk::Slot { lane, missed, is_again } = ask
+                    && (missed.is_some() || *is_again) == is_late
                 {
                     *answer = match given.get_mut(lane) {
                         None => QuotaAnswer::Free,

@@ -92,6 +92,8 @@ struct Run {
     slot: Option<QuotaSlot>,
     /// Where the last call with a scarce quota had its slot.
     last_lane: Option<QuotaLane>,
+    /// Where calls of this attempt had theirs.
+    had_slots: Vec<QuotaLane>,
 }
 
 impl Attempt {
@@ -116,6 +118,7 @@ impl Attempt {
             has_committed: false,
             slot,
             last_lane: None,
+            had_slots: Vec::new(),
             attempt: self,
             facts: Vec::new(),
             job,

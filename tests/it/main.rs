@@ -38,6 +38,7 @@ mod refused;
 mod reload;
 mod republish;
 mod retries;
+mod rotation_doubts;
 mod rotation_kills;
 mod rotations;
 mod signatures;

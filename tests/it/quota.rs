@@ -1,6 +1,6 @@
 //! The quota governor with real workers and a double that throttles as AWS does.
 
-use crate::support::fake::REGION;
+use crate::support::fake::{ACCOUNT, REGION};
 use crate::support::world::{Tuning, UNGOVERNED, World, request};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -180,6 +180,66 @@ async fn who_waits_long_for_a_slot_asks_again_whether_the_call_is_wanted() {
     let ran = world.run(&["release", "key", late]).await;
     assert_eq!(ran.code, Some(0), "{ran:?}");
     ended(&world, 2).await;
+    world.finish().await;
+}
+
+#[tokio::test]
+async fn a_cancelled_job_that_waits_long_for_a_slot_settles_what_is_in_doubt_first() {
+    // Slots are two and a half seconds apart.
+    let mut world = governed(&[(GET, 0.4)], "quota.reserve = 0.0").await;
+    let arns = world.fake.seed(json!({"count": 2})).await;
+    let (doubted, other) = (&arns[0], &arns[1]);
+    world.fake.fault(IMPORT, doubted, Some(1), json!({"kind": "lose_answer"})).await;
+    world.serve().await;
+    world.publish(request("doubted", doubted, json!({"source_key_identifier": "payroll"}))).await;
+    // Its parameters are used up: it needs others, and so a slot, to learn what became of its import.
+    world.fake.wait(1, &format!("operation={IMPORT}&key={doubted}&outcome=InvalidImportTokenException")).await;
+    world.fake.fault("DescribeKey", doubted, Some(1), json!({"kind": "hold"})).await;
+    world.fake.held(1, "DescribeKey", doubted).await;
+    let ran = world.run(&["jobs", "cancel", "doubted", "--json"]).await;
+    assert_eq!(ran.code, Some(0), "{ran:?}");
+    world.publish(request("other", other, json!({"source_key_identifier": "payroll"}))).await;
+    world.fake.wait(1, &format!("operation=DescribeKey&key={other}")).await;
+    world.fake.release(doubted).await;
+    let job = world.succeeded("doubted").await;
+    assert!(job.error.is_none(), "{job:?}");
+    world.succeeded("other").await;
+    world.finish().await;
+}
+
+#[tokio::test]
+async fn an_attempt_that_needs_several_slots_of_a_slow_lane_gets_them() {
+    let mut world = governed(&[("ListKeyRotations", 0.6)], "quota.reserve = 0.0").await;
+    let arn = world.fake.key().await;
+    world.serve().await;
+    world.publish(request("first", &arn, json!({"source_key_identifier": "payroll"}))).await;
+    world.succeeded("first").await;
+    world.publish(request("turn", &arn, json!({"operation": "rotate"}))).await;
+    world.succeeded("turn").await;
+    world.finish().await;
+}
+
+#[tokio::test]
+async fn what_service_quotas_says_holds_for_its_account_and_region() {
+    let world = World::new(Tuning::default()).await;
+    let saved = json!({"Quotas": [{"QuotaArn": format!("arn:aws:servicequotas:{REGION}:{ACCOUNT}:kms/L-1"),
+                                   "QuotaName": format!("{GET} request rate"), "Value": 8.0}]});
+    world.write("quotas.json", &saved.to_string());
+    let file = world.path("quotas.json");
+    world.respell(UNGOVERNED, &format!("quota.service_quotas_files = [{file:?}]\nquota.reserve = 0.2"));
+    let mut world = world;
+    world.serve().await;
+    let paced =
+        "select count(*) from lane where operation = 'GetParametersForImport' and round(interval_ms::numeric, 2) = ";
+    assert_eq!(world.count(&format!("{paced} 156.25 and region = '{REGION}'")).await, 1);
+    assert_eq!(world.count(&format!("{paced} 1250 and region = 'us-east-1'")).await, 1);
+    let ran = world.run(&["--json", "doctor"]).await;
+    let told = ran.out.contains("1 those of Service Quotas");
+    assert!(told, "{ran:?}");
+    world.write("quotas.json", "{}");
+    let ran = world.run(&["--json", "config", "check"]).await;
+    assert_eq!(ran.code, Some(2), "{ran:?}");
+    assert!(ran.err.contains("service_quotas_files") && ran.err.contains("list-service-quotas"), "{ran:?}");
     world.finish().await;
 }
 

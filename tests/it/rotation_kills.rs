@@ -114,9 +114,13 @@ impl Deaths {
 
     /// A process that dies at the boundary, or does all that is left; says whether it died. Its leases run out.
     async fn die_at(&mut self, boundary: Boundary, id: &str) -> bool {
-        let at = self.world.start(boundary.failpoints()).await;
+        self.die_by(boundary.failpoints(), id).await
+    }
+
+    async fn die_by(&mut self, failpoints: &str, id: &str) -> bool {
+        let at = self.world.start(failpoints).await;
         let workers = std::cell::RefCell::new(std::mem::take(&mut self.world.workers));
-        let died = eventually(&format!("{boundary:?}: an end of some kind"), || async {
+        let died = eventually(&format!("{failpoints}: an end of some kind"), || async {
             let is_running = workers.borrow_mut()[at].is_running();
             let has_ended = self.world.job(id).await.is_some_and(|job| job.state != "waiting");
             (!is_running || has_ended).then_some(!is_running)
@@ -224,6 +228,28 @@ twice! {
     from_the_turn: TurnChosen, 3;
     from_the_rotation: TurnSent, 1;
     from_its_end: TurnAnswered, 1;
+}
+
+#[tokio::test]
+async fn while_an_abandoned_rotate_takes_its_material_away() {
+    let failpoints = ["worker.after_remove_prepare=return", "kms.before_answer=return"];
+    let mut deaths = Deaths::begin(failpoints.len(), 1).await;
+    for failpoint in failpoints {
+        let (id, arn) = deaths.ask().await;
+        assert!(deaths.die_at(TurnChosen, &id).await);
+        let ran = deaths.world.run(&["jobs", "abandon", &id, "--yes", "--json"]).await;
+        assert_eq!(ran.code, Some(0), "{ran:?}");
+        assert!(deaths.die_by(failpoint, &id).await, "{failpoint} did not end the worker");
+        let at = deaths.world.serve().await;
+        // What was taken away without an answer is looked for, for a while.
+        let job = deaths.world.ended_after_looking(&id).await;
+        assert_eq!(job.code(), "abandoned", "{job:?}");
+        deaths.world.workers[at].stop().await;
+        deaths.world.judge().await;
+        let shown = deaths.world.fake.show(&arn).await;
+        assert_eq!(shown["materials"].as_array().unwrap().len(), 1, "{failpoint}: {shown:#}");
+    }
+    deaths.world.finish().await;
 }
 
 /// A stranger has the key to himself for a while.

@@ -6,7 +6,7 @@ use crate::audit::{Fact, Kind};
 use crate::job::{DeleteTarget, FailureCode, JobResult, KeyKind, Scarce};
 use crate::kms::{CallError, ErrorKind, HeldMaterial, KeyDescription};
 use crate::retry::Class;
-use crate::store::{Answered, Intent, Removed, Settlement, SettlementKind, Stop};
+use crate::store::{Answered, Ending, Intent, Removed, Settlement, SettlementKind, Stop};
 use crate::worker::meters::Stage;
 use serde_json::json;
 
@@ -142,7 +142,12 @@ impl Run {
 
     /// Between two mutating calls: whether an operator has said that there is to be no other.
     pub(super) async fn may_go_on(&mut self) -> Or<()> {
-        match self.attempt.context.store.is_stopped(self.job.id).await {
+        // An abandoned rotate that takes its material away is ending already; what is in doubt is settled first.
+        let despite = match self.job.ending {
+            Some(Ending::Abandoned) => Some(Ending::Abandoned),
+            _ => (self.in_doubt || self.answered.is_some()).then_some(Ending::Cancelled),
+        };
+        match self.attempt.context.store.is_stopped(self.job.id, despite).await {
             Ok(None) => Ok(()),
             Ok(Some(Stop::Ending(ending))) => self.ended_by_operator(ending),
             Ok(Some(Stop::Held)) => self.held(),

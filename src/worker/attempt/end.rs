@@ -82,7 +82,9 @@ impl Run {
 
     /// Whether AWS has had its time to catch up with itself.
     pub(super) fn has_looked_enough(&self) -> bool {
-        let most = if self.answered.is_some() { MOST_LOOKS_AFTER_ANSWER } else { MOST_LOOKS };
+        // Whoever abandons a job waits for its end.
+        let has_answered = self.answered.is_some() || (self.waiting.is_some() && self.job.ending.is_none());
+        let most = if has_answered { MOST_LOOKS_AFTER_ANSWER } else { MOST_LOOKS };
         self.times(Class::NotYetVisible) >= most
     }
 

@@ -33,8 +33,8 @@ impl Run {
 
     /// Ends the job, with its material gone if it waited.
     pub(super) async fn remove(&mut self, id: &str) -> Or<Settlement> {
-        // A rotation that may still come would turn the key to it: then it is not taken away.
-        self.wait_out(|run, late| run.job.progress.rotation_sent || run.effect_known_early().as_ref() != Some(late))?;
+        // A call that may still come could turn the key to it, or bring it again.
+        self.wait_out(|_, _| true)?;
         self.source_key = self.chosen_source_key();
         self.waiting = Some(id.to_owned());
         self.not_stopping()?;
@@ -52,9 +52,11 @@ impl Run {
                 return self.fail(FailureCode::Abandoned, message);
             }
             Place::Taken(_) | Place::Gone => {
-                self.removed = Removed::Waiting(id.to_owned());
                 let message = "abandoned by an operator; its material waits on the key no longer";
-                return self.fail(FailureCode::Abandoned, message);
+                if self.has_looked_enough() {
+                    self.removed = Removed::Materials(vec![id.to_owned()]);
+                }
+                return self.wait_for_aws("ListKeyRotations", message, None, FailureCode::Abandoned);
             }
         }
         let details = json!({"attempt": self.job.attempt, "key_material_ids": [id]});

@@ -41,6 +41,9 @@ impl Run {
         let mut replicas = regions.map(|regions| regions.replicas).unwrap_or_default();
         // First the one whose quota this attempt was given a slot of.
         let at_hand = self.slot.as_ref().map(|slot| slot.lane.region.clone());
+        // Of several that stay away another begins each time.
+        let turn = usize::try_from(self.job.attempt).unwrap_or(0) % replicas.len().max(1);
+        replicas.rotate_left(turn);
         replicas.sort_by_key(|replica| {
             let was_tried = self.replicas.0.get(replica.region()) == Some(&ReplicaStep::Tried);
             (at_hand.as_deref() != Some(replica.region()), was_tried)
@@ -58,7 +61,7 @@ impl Run {
 
     /// An operator can hold the replica's Region, or the replica itself. Its own key's hold parks the job; this one makes it
     /// try later.
-    async fn is_not_held(&mut self, replica: &KeyArn) -> Or<()> {
+    pub(super) async fn is_not_held(&mut self, replica: &KeyArn) -> Or<()> {
         match self.attempt.context.store.is_held(&self.job.principal, replica).await {
             Ok(false) => Ok(()),
             Ok(true) => self.retry(Class::Transient, "hold", "an operator holds the replica", None),
@@ -94,9 +97,10 @@ impl Run {
         let facts =
             are_new.then(|| obtained(&parameters)).into_iter().chain([Fact::new(Kind::ImportIntended, details)]);
         let intent = Intent::Replicate {
+            replica: replica.clone(),
             material_id: id.to_owned(),
             replicas: self.replicas.clone(),
-            parameters: are_new.then(|| Box::new(parameters.clone())),
+            parameters: Box::new(parameters.clone()),
         };
         let effect = self.effect_known_early().unwrap_or_default();
         self.commit_all(intent, effect, facts).await?;

@@ -30,7 +30,7 @@ impl Run {
         before: KeyDescription,
     ) -> Or<Settlement> {
         self.is_rotatable(kind, &before)?;
-        let held = self.shown_materials().await?;
+        let mut held = self.shown_materials().await?;
         if let Some(id) = self.answered.clone().and_then(|answered| answered.key_material_id) {
             self.source_key = self.chosen_source_key();
             return self.verify_rotation(asked, kind, &held, &id).await;
@@ -42,11 +42,14 @@ impl Run {
             id
         } else {
             match self.bring(asked, kind, &before, &held).await? {
-                Brought::Material(id) => id,
+                Brought::Material(id) => {
+                    held = self.shown_materials().await?;
+                    id
+                }
                 Brought::WouldBe(end) => return Ok(*end),
             }
         };
-        self.turn(asked, kind, &before, &id).await
+        self.turn(asked, kind, &before, held, &id).await
     }
 
     /// Whether AWS rotates such a key at all. Changes nothing.
@@ -141,8 +144,8 @@ impl Run {
             (MaterialRole::New, Err(error)) if is_other_material(&error) && self.has_begun() => {
                 self.has_not_expired(asked, &error)?;
                 if self.rotated_from.is_some() && self.rotated_from == before.current_material {
-                    // In force since before the first call: that has brought nothing.
-                    return self.is_not_new();
+                    // In force since before the first call: that has brought nothing, as far as AWS shows.
+                    return self.is_still_not_new(&error);
                 }
                 self.commit_again(asked).await?;
                 let current = MaterialRole::Existing(before.current_material.clone());
@@ -167,7 +170,7 @@ impl Run {
                 self.has_not_expired(asked, &error)?;
                 match role {
                     MaterialRole::Existing(Some(pending)) => self.is_not_ours(&pending, &error).await,
-                    _ => self.is_not_new(),
+                    _ => self.is_still_not_new(&error),
                 }
             }
             Err(error) => self.import_refused(&error),
@@ -226,6 +229,15 @@ impl Run {
         self.fail(FailureCode::MaterialNotNew, message)
     }
 
+    /// The same said by AWS. A call without an answer may have brought it, and AWS may not show it yet.
+    fn is_still_not_new<T>(&mut self, error: &CallError) -> Or<T> {
+        if self.in_doubt && !self.has_looked_enough() {
+            let (text, id) = (error.to_string(), error.aws_request_id.as_deref());
+            return self.wait_for_aws(error.operation, &text, id, FailureCode::MaterialNotNew);
+        }
+        self.is_not_new()
+    }
+
     /// AWS says that the material that waited a moment ago is another than the job's. It may be gone by now.
     async fn is_not_ours<T>(&mut self, pending: &str, error: &CallError) -> Or<T> {
         let held = self.shown_materials().await?;
@@ -250,17 +262,17 @@ impl Run {
         self.fail(FailureCode::PendingForeign, &message)
     }
 
-    /// From here on the material is known to be on the key. Looks, asks for the rotation if it is this material that waits,
-    /// and looks again.
+    /// From here on the material is known to be on the key. Asks for the rotation if it is this material that waits, and looks
+    /// again.
     async fn turn(
         &mut self,
         asked: &SourceMaterial,
         kind: KeyKind,
         before: &KeyDescription,
+        mut held: Vec<HeldMaterial>,
         id: &str,
     ) -> Or<Settlement> {
         self.waiting = Some(id.to_owned());
-        let mut held = self.shown_materials().await?;
         // Replicas that were given it by another job may hold it for another time.
         let are_known = self.replicas.0.values().all(|step| *step == ReplicaStep::Imported)
             && before.regions.as_ref().is_none_or(|all| all.replicas.len() <= self.replicas.0.len());
@@ -293,7 +305,7 @@ impl Run {
                 let message = "the new material waited for its rotation and is gone: somebody deleted it, or it expired; \
                                keyferry jobs retry brings the same again";
                 if self.has_looked_enough() {
-                    self.removed = Removed::Waiting(id.to_owned());
+                    self.removed = Removed::Materials(vec![id.to_owned()]);
                 }
                 return self.wait_for_aws("ListKeyRotations", message, None, FailureCode::PendingLost);
             }
@@ -372,8 +384,11 @@ impl Run {
             }
             Err(error) => {
                 let may_come = error.kind.may_have_taken_effect();
-                self.in_doubt = may_come;
                 self.unanswered |= may_come;
+                // Where one is under way, it may be the one that this job has asked for.
+                if error.kind != ErrorKind::Conflict {
+                    self.in_doubt = may_come;
+                }
                 self.import_refused(&error)
             }
         }

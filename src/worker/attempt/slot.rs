@@ -22,9 +22,11 @@ impl Run {
             return Ok(());
         }
         let lane = QuotaLane::of(key, operation);
+        // An attempt that needs several of a lane would never get them, were it sent back for each.
+        let is_again = self.had_slots.contains(&lane);
         let slot = match self.slot.take_if(|slot| slot.lane == lane) {
             Some(slot) if !slot.is_missed() => slot,
-            missed => match self.attempt.quota.submit(QuotaAsk::Slot { lane: lane.clone(), missed }).await {
+            missed => match self.attempt.quota.submit(QuotaAsk::Slot { lane: lane.clone(), missed, is_again }).await {
                 Some(Ok(QuotaAnswer::Slot(slot))) => slot,
                 Some(Ok(QuotaAnswer::Free)) => return Ok(()),
                 Some(Ok(QuotaAnswer::None | QuotaAnswer::Noted)) => return self.await_slot(lane, None),
@@ -35,16 +37,19 @@ impl Run {
                 None => return Err(None),
             },
         };
-        let waited = self.wait_until(slot.at).await;
+        let waited = self.wait_until(slot.at, key).await;
         if waited.is_err() {
             self.attempt.quota.post(QuotaAsk::GiveBack(slot));
             return waited;
+        }
+        if !is_again {
+            self.had_slots.push(lane.clone());
         }
         self.last_lane = Some(lane);
         Ok(())
     }
 
-    async fn wait_until(&mut self, at: Instant) -> Or<()> {
+    async fn wait_until(&mut self, at: Instant, key: &KeyArn) -> Or<()> {
         let give_back = self.attempt.give_back.clone();
         let is_far = at > Instant::now() + LONG;
         tokio::select! {
@@ -52,7 +57,11 @@ impl Run {
             () = tokio::time::sleep_until(at.into()) => {}
             () = give_back.cancelled() => return self.not_stopping(),
         }
-        if is_far { self.may_go_on().await } else { Ok(()) }
+        if !is_far {
+            return Ok(());
+        }
+        self.may_go_on().await?;
+        if *key == self.job.key { Ok(()) } else { self.is_not_held(key).await }
     }
 
     /// The job waits in the lane, before all others there.

@@ -92,7 +92,7 @@ async fn under_a_lease_it_ends_between_two_steps() {
     let leased = claim_one(&case.store).await;
     assert_eq!(case.abandon(leased.id).await, Cancelled::Requested);
     assert_eq!(case.abandon(leased.id).await, Cancelled::Requested);
-    assert_eq!(case.store.is_stopped(leased.id).await.unwrap(), Some(Stop::Ending(Ending::Abandoned)));
+    assert_eq!(case.store.is_stopped(leased.id, None).await.unwrap(), Some(Stop::Ending(Ending::Abandoned)));
     let (step, _) = generating_step(&leased);
     assert_eq!(case.store.prepare(&[&step]).await.unwrap(), [Prepared::Ending(Ending::Abandoned)]);
     let settled = case.store.settle(&[&put_back(&leased, None)], SIGNATURE_LIFE).await.unwrap();

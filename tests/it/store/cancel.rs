@@ -114,7 +114,8 @@ async fn a_job_under_way_ends_between_two_steps() {
         assert_eq!(case.cancel("j-1").await, Cancelled::Requested);
         case.assert_sound().await;
     }
-    assert_eq!(case.store.is_stopped(leased.id).await.unwrap(), Some(Stop::Ending(Ending::Cancelled)));
+    assert_eq!(case.store.is_stopped(leased.id, None).await.unwrap(), Some(Stop::Ending(Ending::Cancelled)));
+    assert_eq!(case.store.is_stopped(leased.id, Some(Ending::Cancelled)).await.unwrap(), None);
     let (step, generated) = generating_step(&leased);
     assert_eq!(case.store.prepare(&[&step]).await.unwrap(), [Prepared::Ending(Ending::Cancelled)]);
     assert!(case.store.sealed_source_key(&generated.name).await.unwrap().is_none(), "nothing was written");

@@ -123,11 +123,11 @@ async fn a_job_under_way_stops_at_its_next_step() {
     accept_line(&store, "j", &arn(1), 2).await;
     let job = claim_one(&store).await;
     let scope = Scope::Key(arn(1));
-    assert_eq!(store.is_stopped(job.id).await.unwrap(), None);
+    assert_eq!(store.is_stopped(job.id, None).await.unwrap(), None);
     hold(&store, &scope).await;
     assert_eq!(store.under_way(&scope).await.unwrap(), 1);
     assert_eq!(store.under_way(&Scope::Principal("nobody".into())).await.unwrap(), 0);
-    assert_eq!(store.is_stopped(job.id).await.unwrap(), Some(Stop::Held));
+    assert_eq!(store.is_stopped(job.id, None).await.unwrap(), Some(Stop::Held));
     let (step, generated) = generating_step(&job);
     assert_eq!(store.prepare(&[&step]).await.unwrap(), [Prepared::Held]);
     assert!(store.sealed_source_key(&generated.name).await.unwrap().is_none());

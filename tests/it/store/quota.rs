@@ -50,7 +50,7 @@ async fn claim_all(store: &Store, most: usize) -> Claimed {
 
 /// One slot, if one is near.
 async fn ask(store: &Store, operation: Scarce, missed: Option<QuotaSlot>) -> Option<QuotaSlot> {
-    let asked = QuotaAsk::Slot { lane: lane(operation), missed };
+    let asked = QuotaAsk::Slot { lane: lane(operation), missed, is_again: false };
     match store.quota(&[&asked]).await.unwrap().remove(0) {
         QuotaAnswer::Slot(slot) => Some(slot),
         QuotaAnswer::None => None,
@@ -131,8 +131,9 @@ async fn the_statements_follow_the_schedule_that_the_arithmetic_gives() {
                 }
                 1 => {
                     let wanted = usize::try_from(draw / 4 % 9 + 1).unwrap();
-                    let asks: Vec<QuotaAsk> =
-                        (0..wanted).map(|_| QuotaAsk::Slot { lane: lane(GET), missed: None }).collect();
+                    let asks: Vec<QuotaAsk> = (0..wanted)
+                        .map(|_| QuotaAsk::Slot { lane: lane(GET), missed: None, is_again: false })
+                        .collect();
                     let answers = store.quota(&asks.iter().collect::<Vec<_>>()).await.unwrap();
                     let expected = model.reserve(now, u32::try_from(wanted).unwrap(), pace);
                     let slots = answers.into_iter().filter_map(|answer| match answer {
