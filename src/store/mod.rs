@@ -94,7 +94,7 @@ use deadpool_postgres::{
     Hook, HookError, Manager, ManagerConfig, Object, Pool, PoolError, RecyclingMethod, Runtime, TimeoutType,
 };
 use futures_util::future::{BoxFuture, join_all};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 use time::OffsetDateTime;
 use tokio_postgres::config::TargetSessionAttrs;
@@ -137,8 +137,8 @@ pub struct Store {
     /// Connections that are no younger are of no more use, although they look whole: their answers are still awaited, or
     /// they lead to a server that takes no writes any more.
     spoilt_at: Arc<Mutex<Option<Instant>>>,
-    /// Where faults are counted, if anywhere.
-    metrics: Option<Metrics>,
+    /// Where faults and connections are counted, if anywhere.
+    metrics: Arc<OnceLock<Metrics>>,
 }
 
 impl Store {
@@ -149,11 +149,18 @@ impl Store {
         let manager = Manager::from_config(config, tls, ManagerConfig { recycling_method: RecyclingMethod::Fast });
         let wait = Some(Duration::from_millis(settings.connect_timeout_ms));
         let spoilt_at = Arc::<Mutex<Option<Instant>>>::default();
-        let spoilt = Arc::clone(&spoilt_at);
+        let (spoilt, metrics) = (Arc::clone(&spoilt_at), Arc::<OnceLock<Metrics>>::default());
+        let counting = Arc::clone(&metrics);
         let pool = Pool::builder(manager)
             .pre_recycle(Hook::sync_fn(move |_, connection| match *lock(&spoilt) {
                 Some(at) if connection.created <= at => Err(HookError::message("made before the last fault")),
                 _ => Ok(()),
+            }))
+            .post_create(Hook::sync_fn(move |_, _| {
+                if let Some(metrics) = counting.get() {
+                    metrics.store_connects.inc();
+                }
+                Ok(())
             }))
             .max_size(settings.connections)
             .wait_timeout(wait)
@@ -163,16 +170,18 @@ impl Store {
             .build()
             .map_err(|error| StoreError::Settings(error.to_string()))?;
         let patience = Duration::from_millis(2 * settings.statement_timeout_ms + settings.connect_timeout_ms);
-        Ok(Self { pool, patience, written: Arc::new(Tally::new()), spoilt_at, metrics: None })
+        Ok(Self { pool, patience, written: Arc::new(Tally::new()), spoilt_at, metrics })
     }
 
-    /// The same store, whose faults are counted.
+    /// The same store, whose faults and connections are counted.
     #[must_use]
     pub fn counted_by(self, metrics: &Metrics) -> Self {
         for kind in FaultKind::ALL {
             metrics.store_faults.with_label_values(&[kind.as_str()]);
         }
-        Self { metrics: Some(metrics.clone()), ..self }
+        // Said once, before the first connection.
+        self.metrics.get_or_init(|| metrics.clone());
+        self
     }
 
     /// The one clock.
@@ -227,7 +236,7 @@ impl Store {
         self.pool.get().await.map_err(|error| {
             // A connection that was to be made, not one that was to be had.
             let is_new = matches!(error, PoolError::Backend(_) | PoolError::Timeout(TimeoutType::Create));
-            if let Some(metrics) = self.metrics.as_ref().filter(|_| is_new) {
+            if let Some(metrics) = self.metrics.get().filter(|_| is_new) {
                 metrics.store_connects_failed.inc();
             }
             error.into()
@@ -251,7 +260,7 @@ impl Store {
                 Err(StoreError::Unavailable(Fault::new(FaultKind::Timeout, reason)))
             });
             let fault = outcome.as_ref().err().and_then(StoreError::fault);
-            if let (Some(kind), Some(metrics)) = (fault, &self.metrics) {
+            if let (Some(kind), Some(metrics)) = (fault, self.metrics.get()) {
                 metrics.store_faults.with_label_values(&[kind.as_str()]).inc();
             }
             if fault == Some(FaultKind::ReadOnly) {

@@ -68,6 +68,8 @@ pub struct Metrics {
     pub broker_blocked: IntGaugeVec,
     /// Transactions that Postgres did not carry out, by what ailed it: see the store's kinds.
     pub store_faults: IntCounterVec,
+    /// Connections to Postgres that were made: the first ones, and those in the place of others.
+    pub store_connects: IntCounter,
     /// Tries to connect to Postgres that failed.
     pub store_connects_failed: IntCounter,
     /// Messages of SQS that this process could do no more about and that come again, by reason: `not_deleted`,
@@ -219,6 +221,7 @@ impl Metrics {
             )?,
             broker_blocked: broker_blocked(&registry)?,
             store_faults: store_faults(&registry)?,
+            store_connects: counter("keyferry_store_connects_total", "Connections to PostgreSQL that were made.")?,
             store_connects_failed: counter(
                 "keyferry_store_connects_failed_total",
                 "Tries to connect to PostgreSQL that failed.",

@@ -57,6 +57,7 @@ async fn throttled_calls_are_made_again() {
     }
     case.ask("r1", json!({})).await;
     let job = case.world.succeeded("r1").await;
+    assert_eq!(case.world.workers[0].ready().await.unwrap().1.trim(), "ready");
     // The SDK repeats nothing: each throttled call costs an attempt.
     assert_eq!(job.attempts, 4);
     assert_eq!(case.calls("effect=imported").await, 1);

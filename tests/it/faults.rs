@@ -119,9 +119,12 @@ async fn postgres_that_restarts_is_found_again() {
     assert!(world.lines() - lines < MOST_LINES, "{} lines", world.lines() - lines);
     world.shows("keyferry_store_connects_failed_total", 1.0).await;
     assert_eq!(world.vhost.ready(JOBS).await, 0, "the message is kept in hand");
+    let made = world.workers[0].metric("keyferry_store_connects_total").await;
+    assert!(made > 0.5, "the first ones");
     world.unlock_postgres().await;
     link.open();
     world.says("ready").await;
+    world.shows("keyferry_store_connects_total", made + 1.0).await;
     for id in ["held", "r1"] {
         world.succeeded(id).await;
     }
@@ -384,6 +387,29 @@ async fn a_broker_that_is_short_of_memory_is_waited_for_and_one_that_restarts_is
     for role in ["ingress", "events"] {
         let broken = format!("keyferry_broker_sessions_broken_total{{role=\"{role}\",transport=\"rabbitmq\"}}");
         assert!(world.workers[0].metric(&broken).await >= 1.0, "{role}");
+    }
+    world.finish().await;
+}
+
+#[tokio::test]
+async fn aws_that_is_away_costs_attempts_and_nothing_else() {
+    let mut world = World::new(Tuning::default()).await;
+    world.symmetric_key("payroll").await;
+    world.environment.push(("AWS_ENDPOINT_URL_KMS", "http://127.0.0.1:1".into()));
+    world.serve().await;
+    let lines = world.lines();
+    world.ask(&["r1", "r2"]).await;
+    world.shows("keyferry_aws_calls_total{operation=\"DescribeKey\",result=\"not_sent\"}", 4.0).await;
+    // It is one of many that a worker asks: readiness is about what it cannot do without.
+    world.says("ready").await;
+    assert!(world.lines() - lines < MOST_LINES, "{} lines", world.lines() - lines);
+    assert_eq!(world.count("select count(*) from line where late_until is not null").await, 0, "nothing was sent");
+    world.workers[0].stop().await;
+    world.environment.clear();
+    world.serve().await;
+    world.db.advance(std::time::Duration::from_secs(61)).await;
+    for id in ["r1", "r2"] {
+        world.succeeded(id).await;
     }
     world.finish().await;
 }
