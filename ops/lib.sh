@@ -382,13 +382,13 @@ rabbitmq_ready() {
 # rabbitmq_start DIR: sets MQ_PORT, MQ_API_PORT, MQ_USER, MQ_PASSWORD and the URLs MQ_AMQP, MQ_API without a vhost; MQ_TLS_PORT
 # and MQ_API_TLS_PORT for TLS, with certificates in DIR/rabbitmq/tls.
 rabbitmq_start() {
-    local dir=$1/rabbitmq dist files
+    local dir=$1/rabbitmq
     if rabbitmq_running "$1" && until_ok 120 rabbitmq_ready "$1"; then return; fi
     rabbitmq_stop "$1"
     mkdir -p "$dir/home" "$dir/conf.d" "$dir/tls"
     make_mutual_certificates "$dir/tls"
     # The distribution port has to be given: its default is the AMQP port plus 20000.
-    read -r MQ_PORT MQ_API_PORT dist MQ_EPMD_PORT MQ_TLS_PORT MQ_API_TLS_PORT < <(free_ports 6)
+    read -r MQ_PORT MQ_API_PORT MQ_DIST_PORT MQ_EPMD_PORT MQ_TLS_PORT MQ_API_TLS_PORT < <(free_ports 6)
     MQ_TLS_DIR=$dir/tls
     MQ_USER=keyferry
     MQ_PASSWORD=$(random_password)
@@ -429,6 +429,12 @@ collect_statistics_interval = 1000
 max_message_size = 131072
 CONF
     )
+    rabbitmq_launch "$1"
+}
+
+# rabbitmq_launch DIR: the broker of this folder, on the ports that are set; again, if it was killed.
+rabbitmq_launch() {
+    local dir=$1/rabbitmq files
     # Erlang sizes its tables by this limit, which containers set absurdly high.
     files=$(ulimit -Hn)
     if [[ $files == unlimited ]] || ((files > 65536)); then files=65536; fi
@@ -437,7 +443,7 @@ CONF
         # A session of its own, so that Ctrl-C reaches the script and not the broker under the tests.
         exec setsid env HOME="$dir/home" \
             RABBITMQ_NODENAME="kf$MQ_PORT@localhost" RABBITMQ_NODE_IP_ADDRESS=127.0.0.1 \
-            RABBITMQ_NODE_PORT="$MQ_PORT" RABBITMQ_DIST_PORT="$dist" \
+            RABBITMQ_NODE_PORT="$MQ_PORT" RABBITMQ_DIST_PORT="$MQ_DIST_PORT" \
             ERL_EPMD_PORT="$MQ_EPMD_PORT" ERL_EPMD_ADDRESS=127.0.0.1 \
             RABBITMQ_MNESIA_BASE="$dir/mnesia" RABBITMQ_LOG_BASE="$dir/log" RABBITMQ_PID_FILE="$dir/pid" \
             RABBITMQ_ENABLED_PLUGINS_FILE="$dir/enabled_plugins" RABBITMQ_CONFIG_FILE="$dir/rabbitmq.conf" \
@@ -449,7 +455,7 @@ CONF
     MQ_PID=$!
     (
         umask 077
-        declare -p MQ_PORT MQ_API_PORT MQ_EPMD_PORT MQ_TLS_PORT MQ_API_TLS_PORT MQ_TLS_DIR MQ_USER MQ_PASSWORD MQ_AMQP MQ_API MQ_PID |
+        declare -p MQ_PORT MQ_API_PORT MQ_DIST_PORT MQ_EPMD_PORT MQ_TLS_PORT MQ_API_TLS_PORT MQ_TLS_DIR MQ_USER MQ_PASSWORD MQ_AMQP MQ_API MQ_PID |
             sed 's/^declare -[^ ]*/declare -g/' >"$dir/state"
     )
     # Until the new process has become the broker it has no environment to be known by.

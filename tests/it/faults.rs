@@ -366,12 +366,12 @@ async fn a_broker_that_is_short_of_memory_is_waited_for_and_one_that_restarts_is
         assert_eq!(world.events_now(id).await.len(), 1, "nothing was published twice");
     }
 
-    // And now it restarts, with a message in the queue that nobody has taken and one job under way.
+    // And now it is killed and restarts, with a message in the queue that nobody has taken and one job under way.
     let arn = world.fake.key().await;
     world.fake.fault("ImportKeyMaterial", &arn, Some(1), json!({"kind": "hold"})).await;
     world.publish(request("held", &arn, json!({"source_key_identifier": "payroll"}))).await;
     world.fake.held(1, "ImportKeyMaterial", &arn).await;
-    broker.stop().await;
+    broker.kill().await;
     world.says("not ready: rabbitmq ingress, events").await;
     world.fake.release(&arn).await;
     world.succeeded("held").await;

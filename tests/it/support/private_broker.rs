@@ -14,8 +14,8 @@ while read -r word; do
     case $word in
         block) ctl set_vm_memory_high_watermark 0 ;;
         unblock) ctl set_vm_memory_high_watermark 0.8 ;;
-        stop) ctl stop_app ;;
-        start) ctl start_app && until_ok 60 rabbitmq_ready "$dir" ;;
+        kill) kill -KILL -- "-$MQ_PID" && until_ok 10 rabbitmq_gone "$MQ_PID" ;;
+        start) rabbitmq_launch "$dir" >&2 ;;
     esac
     echo "$word"
 done
@@ -43,9 +43,9 @@ impl PrivateBroker {
         self.script.say(if is_short { "block" } else { "unblock" }).await;
     }
 
-    /// Stops the broker as for a restart: every connection is closed, and nobody listens.
-    pub async fn stop(&self) {
-        self.script.say("stop").await;
+    /// Kills it: every connection is closed, and nobody listens. What it had confirmed is on disk.
+    pub async fn kill(&self) {
+        self.script.say("kill").await;
     }
 
     /// Starts it again.
