@@ -1,11 +1,13 @@
 //! What a worker tells about itself: metrics, logs, the admin port.
 
 use crate::support::broker::Message;
-use crate::support::world::{Tuning, World, request};
+use crate::support::kmip;
+use crate::support::world::{Carriage, Carrier, Tuning, World, request};
 use crate::support::{eventually, http};
 use keyferry::audit::Kind;
 use keyferry::job::{FailureCode, RefusalCode};
 use serde_json::{Value, json};
+use std::collections::BTreeSet;
 use std::time::Duration;
 use time::format_description::well_known::Rfc3339;
 
@@ -83,6 +85,76 @@ async fn a_job_is_seen_in_every_series_that_it_passes() {
         (worker.metric("keyferry_store_sampled_timestamp_seconds").await > 1e9).then_some(())
     })
     .await;
+    world.finish().await;
+}
+
+/// Values of labels that the README explains and does not list: too many, or those of the settings.
+const UNLISTED: [(&str, &str); 6] = [
+    ("keyferry_aws_calls_total", "result"),
+    ("keyferry_aws_calls_total", "operation"),
+    ("keyferry_aws_call_seconds", "operation"),
+    ("keyferry_jobs_finished_total", "code"),
+    ("keyferry_dsm_requests_total", "operation"),
+    ("keyferry_build_info", "version"),
+];
+
+/// What stands between backquotes.
+fn quoted(text: &str) -> BTreeSet<&str> {
+    text.split('`').skip(1).step_by(2).collect()
+}
+
+/// The values of a metric's label on a page.
+fn values<'a>(page: &'a str, metric: &str, label: &str) -> BTreeSet<&'a str> {
+    let series = page.lines().filter_map(|line| line.split_once('{')).filter(|(name, _)| {
+        let name = name.strip_suffix("_bucket").or(name.strip_suffix("_count")).or(name.strip_suffix("_sum"));
+        name == Some(metric)
+    });
+    let plain = page.lines().filter_map(|line| line.split_once('{')).filter(|(name, _)| *name == metric);
+    series
+        .chain(plain)
+        .filter_map(|(_, rest)| {
+            let start = format!("{label}=\"");
+            let at = rest.find(&format!(",{start}")).map(|at| at + 1).or(rest.starts_with(&start).then_some(0))?;
+            rest[at + start.len()..].split('"').next()
+        })
+        .collect()
+}
+
+#[tokio::test]
+async fn the_readme_names_the_values_that_labels_have() {
+    let carriage = Carriage { requests: &[Carrier::RabbitMq, Carrier::Sqs], events: Carrier::RabbitMq };
+    let mut world = World::over(Tuning::default(), carriage).await;
+    world.configure(&kmip::section());
+    world.serve().await;
+    let page = world.workers[0].get("metrics").await.unwrap().1;
+    let readme = include_str!("../../README.md");
+    let table = readme.split("\n## Metrics\n").nth(1).unwrap().split("\n## ").next().unwrap();
+    let mut listed = 0;
+    for row in table.lines().filter(|line| line.starts_with("| `keyferry_")) {
+        let cells: Vec<&str> = row.split('|').map(str::trim).collect();
+        let (metric, labels, named) = (cells[1].trim_matches('`'), quoted(cells[3]), quoted(cells[4]));
+        let mut unknown = named.clone();
+        unknown.retain(|word| !labels.contains(word) && word.chars().all(|c| c.is_ascii_lowercase() || c == '_'));
+        for &label in &labels {
+            let values: BTreeSet<&str> =
+                values(&page, metric, label).into_iter().filter(|one| !one.is_empty()).collect();
+            unknown.retain(|word| !values.contains(word));
+            if !UNLISTED.contains(&(metric, label)) && !values.is_disjoint(&named) {
+                let missing: Vec<&&str> = values.difference(&named).collect();
+                assert!(missing.is_empty(), "{metric} has {missing:?} as {label}, which the README does not name");
+                listed += 1;
+            }
+        }
+        let other = ["rabbitmq", "not_before"];
+        unknown.retain(|word| !other.contains(word));
+        assert!(labels.is_empty() || unknown.is_empty(), "the README gives {metric} {unknown:?}, which it has not");
+    }
+    assert!(listed > 12, "the README lists values of {listed} labels only");
+    // Whose calls are counted.
+    let calls = table.lines().find(|row| row.contains("`keyferry_aws_calls_total`")).unwrap();
+    for (service, operation) in [("KMS", "DescribeKey"), ("SQS", "ReceiveMessage"), ("STS", "AssumeRole")] {
+        assert!(values(&page, "keyferry_aws_calls_total", "operation").contains(operation) && calls.contains(service));
+    }
     world.finish().await;
 }
 
