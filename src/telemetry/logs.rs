@@ -1,7 +1,7 @@
 //! The log: one line an event, human or JSON, on standard error.
 //!
-//! Fields have dotted names, `job.id`, `kms.key.arn`, `error.code`; times have their unit in the name. Nothing of a
-//! message's body and no key byte is ever a field.
+//! Fields have dotted names, `job.id`, `kms.key.arn`, `error.message`; times have their unit in the name. Nothing of a
+//! message's body and no key byte is ever a field. `tests/it/log_fields.rs` reads the names in the sources.
 
 use crate::config::{Log, LogFormat};
 use std::io::IsTerminal as _;

@@ -103,7 +103,7 @@ fn every_way_to_name_another_room_is_seen() {
 }
 
 /// Every file of the sources with its room, without comments.
-fn sources() -> Vec<(String, PathBuf, String)> {
+pub fn sources() -> Vec<(String, PathBuf, String)> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
     let mut files = Vec::new();
     collect(&root, &mut files);

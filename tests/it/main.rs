@@ -27,6 +27,7 @@ mod floods;
 mod happy;
 mod kills;
 mod kms_keys;
+mod log_fields;
 mod materials;
 mod operators;
 mod pairs;
