@@ -40,6 +40,7 @@ mod reload;
 mod republish;
 mod retries;
 mod rotation_kills;
+mod rotation_policy;
 mod rotations;
 mod signatures;
 mod sqs;
