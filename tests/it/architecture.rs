@@ -102,6 +102,14 @@ fn every_way_to_name_another_room_is_seen() {
     assert_eq!(roots(text), ["lapin", "aws_sdk_kms", "tokio_postgres", "a", "aws_lc_rs"].into());
 }
 
+#[test]
+fn no_package_has_unsafe_code() {
+    for manifest in ["Cargo.toml", "ops/bench/naive/Cargo.toml", "tests/fuzz/Cargo.toml"] {
+        let text = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join(manifest)).unwrap();
+        assert!(text.contains("\n[lints.rust]\nunsafe_code = \"forbid\"\n"), "{manifest}");
+    }
+}
+
 /// Every file of the sources with its room, without comments.
 pub fn sources() -> Vec<(String, PathBuf, String)> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
