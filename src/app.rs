@@ -372,7 +372,7 @@ async fn govern(loaded: &Loaded, store: &Store) -> Result<Rates, StartError> {
     lanes.dedup_by(|(one, _), (other, _)| one == other);
     let changed = store.govern(&lanes).await?;
     if changed > 0 {
-        tracing::info!(lanes = changed, "the quotas of the settings hold from now on, in all workers");
+        tracing::info!(lanes.changed = changed, "the quotas of the settings hold from now on, in all workers");
     }
     for warning in rates.warnings() {
         tracing::warn!("{warning}");

@@ -103,14 +103,17 @@ impl<I: Ingress> Intake<I> {
                 Ok(mut session) => {
                     self.metrics.broker_sessions.with_label_values(&[I::TRANSPORT, "ingress"]).inc();
                     self.health.set(self.part, true);
-                    tracing::info!(ingress = I::TRANSPORT, queue = self.ingress.queue(), "consuming");
+                    tracing::info!(broker.transport = I::TRANSPORT, queue.name = self.ingress.queue(), "consuming");
                     let ended = self.consume(&mut session, &stop, &mut failures).await;
                     self.health.pause(self.part, matches!(ended, Ok(End::Paused)));
                     self.health.set(self.part, false);
                     match ended {
                         Ok(end) => {
                             if let Err(error) = session.give_back().await {
-                                tracing::warn!(%error, ingress = I::TRANSPORT, "what was in hand could not be given back");
+                                tracing::warn!(
+                                    error.message = %error, broker.transport = I::TRANSPORT,
+                                    "what was in hand could not be given back"
+                                );
                             }
                             match end {
                                 End::Stopped => return,
@@ -130,7 +133,10 @@ impl<I: Ingress> Intake<I> {
                 }
             };
             let delay = failures.next_delay();
-            tracing::error!(%error, ingress = I::TRANSPORT, retry.delay_ms = delay.as_millis(), "the session with the broker ended");
+            tracing::error!(
+                error.message = %error, broker.transport = I::TRANSPORT, retry.delay_ms = delay.as_millis(),
+                "the session with the broker ended"
+            );
             tokio::select! {
                 () = stop.cancelled() => return,
                 () = tokio::time::sleep(delay) => {}
@@ -145,7 +151,7 @@ impl<I: Ingress> Intake<I> {
         self.health.pause(self.part, true);
         let waiting = self.fuse.waiting();
         tracing::warn!(
-            ingress = I::TRANSPORT,
+            broker.transport = I::TRANSPORT,
             jobs.waiting = waiting,
             "paused: more jobs wait than intake.pause_above"
         );
@@ -153,7 +159,7 @@ impl<I: Ingress> Intake<I> {
             () = stop.cancelled() => {}
             () = self.fuse.until(false) => {
                 let waiting = self.fuse.waiting();
-                tracing::info!(ingress = I::TRANSPORT, jobs.waiting = waiting, "messages are taken again");
+                tracing::info!(broker.transport = I::TRANSPORT, jobs.waiting = waiting, "messages are taken again");
             }
         }
         paused.set(0);
@@ -167,7 +173,10 @@ impl<I: Ingress> Intake<I> {
         while let Err(error) = self.store.check_writable().await {
             waiting.get_or_insert_with(|| self.health.wait(Part::Store));
             let delay = outage.next_delay();
-            tracing::error!(%error, retry.delay_ms = delay.as_millis(), "not consuming: the store is away");
+            tracing::error!(
+                error.message = %error, retry.delay_ms = delay.as_millis(),
+                "not consuming: the store is away"
+            );
             tokio::time::sleep(delay).await;
         }
         drop(waiting);
@@ -248,7 +257,10 @@ impl<I: Ingress> Intake<I> {
                 Err(error) => {
                     waiting.get_or_insert_with(|| self.health.wait(Part::Store));
                     let delay = outage.next_delay();
-                    tracing::error!(%error, messages = batch.len(), retry.delay_ms = delay.as_millis(), "intake waits for the store");
+                    tracing::error!(
+                        error.message = %error, messages.count = batch.len(), retry.delay_ms = delay.as_millis(),
+                        "intake waits for the store"
+                    );
                     tokio::time::sleep(delay).await;
                 }
             }
@@ -481,7 +493,7 @@ impl<I: Ingress> Intake<I> {
         let rejected = Rejected { id: None, source: String::new(), key: None, refusal: refusal.clone() };
         let candidate = self.refusal(Err(Box::new(rejected)), delivery, asker, refusal, None);
         if let Candidate::Refusal(refusal) = &candidate {
-            tracing::error!(%error, refusal.id = %refusal.id, "a message cannot be stored: refused");
+            tracing::error!(error.message = %error, refusal.id = %refusal.id, "a message cannot be stored: refused");
         }
         match self.store.accept(&[candidate]).await {
             // Even without a row the message is not lost: it goes to the dead-letter queue.

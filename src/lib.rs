@@ -28,7 +28,7 @@
 //! | [`policy`] | who may ask for what, which targets exist; pure | `job` |
 //! | [`quota`] | when calls may be made under a quota; pure | - |
 //! | [`retry`] | error class and attempt in, delay out; the only user of `backoff` | - |
-//! | [`source`] | obtains key material, holds it briefly, zeroises it | `job`; for servers `config`, `retry`, `telemetry`, `tls` |
+//! | [`source`] | obtains key material, holds it briefly, zeroises it | `job`; for servers also `config`, `retry`, `telemetry`, `tls` |
 //! | [`wrap`](mod@wrap) | wraps material under a public key; pure | `job` |
 //! | [`audit`] | what is recorded | `job` |
 //! | [`kms`] | performs one AWS call truthfully, as the key's account lets it | `job`, `telemetry` |
@@ -36,17 +36,19 @@
 //! | [`amqp`] | connections to RabbitMQ | `config`, `tls` |
 //! | [`sqs`] | performs calls and batches of SQS truthfully | `retry`, `telemetry` |
 //! | [`ingress`] | broker deliveries in, settlements out | `job`, `amqp`, `sqs`, `retry`, `telemetry` |
-//! | [`store`] | every SQL statement and transaction | `job`, `audit`, `quota`, `source`'s sealed types, `config`, `telemetry`, `tls` |
-//! | [`intake`] | parse, authorise, accept or refuse, settle | `ingress`, `job`, `policy`, `retry`, `source`, `store` |
+//! | [`store`] | every SQL statement and transaction | `job`, `audit`, `quota`, the sealed types of `source`, `config`, `telemetry`, `tls`, `words` |
+//! | [`intake`] | parse, authorise, accept or refuse, settle | `ingress`, `job`, `policy`, `retry`, `source`, `store`, `telemetry` |
 //! | [`dead`] | dead letters: shown, matched to their refusals, sent again | `amqp`, `sqs`, `ingress`, `job`, `policy`, `retry`, `source`, `store` |
-//! | [`outbox`] | committed events to the broker until confirmed | `amqp`, `sqs`, `retry`, `store` |
-//! | [`worker`] | drives a job | the above except `ingress`, `intake`, `outbox` |
-//! | [`topology`] | RabbitMQ's queues as data | - |
+//! | [`outbox`] | committed events to the broker until confirmed | `amqp`, `sqs`, `retry`, `store`, `telemetry` |
+//! | [`worker`] | drives a job | `audit`, `config`, `job`, `kms`, `policy`, `retry`, `source`, `store`, `telemetry`, `wrap` |
+//! | [`topology`] | RabbitMQ's queues as data, compared over its management API | `tls` |
 //! | [`words`] | closed sets of words | - |
-//! | [`config`], [`telemetry`] | settings; logs, metrics, traces, admin HTTP | `job`, `policy`, `quota`; `config`, `tls`, `words` |
+//! | [`config`] | settings | `job`, `policy`, `quota` |
+//! | [`telemetry`] | logs, metrics, traces, admin HTTP | `config`, `tls`, `words` |
 //! | [`app`], [`cli`] | composition; commands | all |
 //!
-//! `aws_*`, `lapin` and `tokio_postgres` types stay in the rooms that talk to these systems.
+//! `tests/it/architecture.rs` reads this table: the code imports what it says, no more and no less. `aws_*`, `lapin` and
+//! `tokio_postgres` types stay in the rooms that talk to these systems.
 //!
 //! # What holds whatever happens
 //!

@@ -240,4 +240,38 @@ mod tests {
         }
         assert_eq!(count, 25);
     }
+
+    /// What a broken tag or padding must not open, the two implementations open neither.
+    #[test]
+    fn key_wrap_with_padding_gives_and_refuses_what_nist_expects() {
+        let vectors = include_str!("../tests/fixtures/aes_256_kwp_nist.txt");
+        let mut counts = [0; 3];
+        for line in vectors.lines().filter(|line| !line.starts_with('#')) {
+            let fields: Vec<&str> = line.split(' ').collect();
+            let [case, key, message, wrapped] = fields[..] else { panic!("{line}") };
+            let (key, mut output) = (hex::decode(key).unwrap(), [0; 1024]);
+            let kwp = KwpAes256::new_from_slice(&key).unwrap();
+            let wrapped = hex::decode(wrapped).unwrap();
+            let kek = AesKek::new(&AES_256, &key).unwrap();
+            match (&case[..2], message) {
+                ("AE", message) => {
+                    let given = kwp.wrap_key(&hex::decode(message).unwrap(), &mut output).unwrap();
+                    assert_eq!(given, wrapped, "test case {case}");
+                    counts[0] += 1;
+                }
+                (_, "FAIL") => {
+                    assert!(kwp.unwrap_key(&wrapped, &mut output).is_err(), "test case {case}");
+                    assert!(kek.unwrap_with_padding(&wrapped, &mut output).is_err(), "test case {case}");
+                    counts[1] += 1;
+                }
+                (_, message) => {
+                    let message = hex::decode(message).unwrap();
+                    assert_eq!(kwp.unwrap_key(&wrapped, &mut output).unwrap(), message, "test case {case}");
+                    assert_eq!(kek.unwrap_with_padding(&wrapped, &mut output).unwrap(), message, "test case {case}");
+                    counts[2] += 1;
+                }
+            }
+        }
+        assert_eq!(counts, [10, 10, 5]);
+    }
 }

@@ -12,6 +12,8 @@ pub enum Refusal {
     NotFound,
     /// `NOT_ALLOWED`: of a login the virtual host, which is not there or not this user's.
     NotAllowed,
+    /// `PRECONDITION_FAILED`: a right was there, and what was asked for makes no sense.
+    Precondition,
 }
 
 impl SessionError {
@@ -22,6 +24,7 @@ impl SessionError {
         match error.kind().get_id() {
             403 => Some(Refusal::Access),
             404 => Some(Refusal::NotFound),
+            406 => Some(Refusal::Precondition),
             530 => Some(Refusal::NotAllowed),
             _ => None,
         }

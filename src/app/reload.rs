@@ -71,9 +71,9 @@ impl Reload {
         tracing::info!(
             policy.digest = digest,
             policy.digest_before = before.digest(),
-            added = change.added.join(", "),
-            changed = change.changed.join(", "),
-            removed = change.removed.join(", "),
+            policy.added = change.added.join(", "),
+            policy.changed = change.changed.join(", "),
+            policy.removed = change.removed.join(", "),
             "a new policy is in force"
         );
         // Until it is on record this worker ends no job that the policy no longer allows: others may judge by a newer one.
@@ -84,7 +84,10 @@ impl Reload {
                 Err(error) => error,
             };
             let delay = outage.next_delay();
-            tracing::error!(%error, retry.delay_ms = delay.as_millis(), "the new policy is not on record yet");
+            tracing::error!(
+                error.message = %error, retry.delay_ms = delay.as_millis(),
+                "the new policy is not on record yet"
+            );
             tokio::select! {
                 () = stop.cancelled() => return,
                 () = tokio::time::sleep(delay) => {}

@@ -29,7 +29,7 @@ pub(super) struct Abandon {
     id: String,
     #[command(flatten)]
     sent: Sent,
-    /// Do not ask.
+    /// Do not ask. Needed without a terminal, where a job is ended or material may be deleted in AWS.
     #[arg(long)]
     yes: bool,
 }
@@ -61,7 +61,7 @@ impl Abandon {
             }
         };
         if job.state == "waiting" {
-            self.confirm(job)?;
+            self.confirm(job, Deed::End)?;
         }
         if job.state == "failed" && job.operation.as_deref() == Some("rotate") {
             return self.clear_away(job, loaded, store, output).await;
@@ -94,6 +94,7 @@ impl Abandon {
         let policy = loaded.policy()?.digest().to_owned();
         let clearing = match store.standing(&[job.id]).await?.into_iter().next() {
             Some(Standing::Failed(failed)) if failed.choice.is_some() => {
+                self.confirm(job, Deed::TakeAway)?;
                 let retry = NewRetry { id: Uuid::now_v7(), of: failed.id, rule: None, policy, abandons: true };
                 let id = retry.id;
                 match store.retry(&[retry], &operator()).await?.first() {
@@ -126,30 +127,51 @@ impl Abandon {
     }
 
     /// Asks on a terminal; without one it has to be said.
-    fn confirm(&self, job: &JobView) -> Result<(), Failed> {
+    fn confirm(&self, job: &JobView, deed: Deed) -> Result<(), Failed> {
         if self.yes {
             return Ok(());
         }
-        let refused = |message: &str| Coded { code: "not_confirmed", message: message.to_owned() };
+        let refused = |message: String| Coded { code: "not_confirmed", message };
         if !std::io::stdin().is_terminal() {
-            let message =
-                "to abandon a job is to end it without knowing what AWS did: say --yes, or run this on a terminal";
+            let message = format!("to abandon {}: say --yes, or run this on a terminal", deed.means());
             return Err(refused(message).into());
         }
         let last = job.error.as_ref().and_then(|error| error["message"].as_str()).unwrap_or("none");
         eprint!(
             "{} of {} on {}\n  accepted {}, {} attempts, last error: {last}\n\
-             It ends without anybody knowing what AWS did with it. Abandon it? Type yes: ",
+             To abandon {}. Abandon it? Type yes: ",
             job.operation.as_deref().unwrap_or_default(),
             job.principal,
             job.key.as_deref().unwrap_or_default(),
             rfc3339(job.accepted_at),
             job.attempts,
+            deed.means(),
         );
         std::io::stderr().flush()?;
         let mut answer = String::new();
         std::io::stdin().read_line(&mut answer)?;
-        if answer.trim() == "yes" { Ok(()) } else { Err(refused("nothing was done").into()) }
+        if answer.trim() == "yes" { Ok(()) } else { Err(refused("nothing was done".to_owned()).into()) }
+    }
+}
+
+/// What to abandon a job comes to.
+#[derive(Clone, Copy)]
+enum Deed {
+    /// It has not ended.
+    End,
+    /// It is a rotate that has failed after it chose its material.
+    TakeAway,
+}
+
+impl Deed {
+    /// After "to abandon".
+    fn means(self) -> &'static str {
+        match self {
+            Self::End => "a job is to end it without knowing what AWS did with it",
+            Self::TakeAway => {
+                "a rotate that has failed is to delete its material in AWS, if that waits on its key still"
+            }
+        }
     }
 }
 

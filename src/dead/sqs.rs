@@ -368,7 +368,12 @@ async fn beat(queue: Queue, holding: Arc<Holding>) {
             match outcome {
                 Outcome::Done => holding.extended(id, receipt, Ok(asked + hidden / 2)),
                 Outcome::Refused(error) if error.is_receipt_gone() => holding.extended(id, receipt, Err(())),
-                outcome => tracing::warn!(queue = queue.name(), %outcome, "a dead letter could not be kept hidden"),
+                outcome => {
+                    tracing::warn!(
+                        queue.name = queue.name(), sqs.outcome = %outcome,
+                        "a dead letter could not be kept hidden"
+                    );
+                }
             }
         }
     }

@@ -61,7 +61,7 @@ impl Watch {
             }
             match self.store.backlog().await {
                 Ok(waiting) => self.seen.send_modify(|seen| *seen = seen.next(waiting, self.marks)),
-                Err(error) => tracing::debug!(%error, "the backlog could not be looked at"),
+                Err(error) => tracing::debug!(error.message = %error, "the backlog could not be looked at"),
             }
         }
     }

@@ -126,7 +126,10 @@ impl<D: Destination> Relay<D> {
                 }
             };
             let delay = failures.next_delay();
-            tracing::error!(%error, destination = D::TRANSPORT, retry.delay_ms = delay.as_millis(), "events are not being published");
+            tracing::error!(
+                error.message = %error, broker.transport = D::TRANSPORT, retry.delay_ms = delay.as_millis(),
+                "events are not being published"
+            );
             tokio::time::sleep(delay).await;
         }
     }
@@ -149,7 +152,10 @@ impl<D: Destination> Relay<D> {
                 Err(error) => {
                     waiting.get_or_insert_with(|| self.health.wait(Part::Store));
                     let delay = outage.next_delay();
-                    tracing::error!(%error, retry.delay_ms = delay.as_millis(), "the outbox cannot be read");
+                    tracing::error!(
+                        error.message = %error, retry.delay_ms = delay.as_millis(),
+                        "the outbox cannot be read"
+                    );
                     tokio::time::sleep(delay).await;
                     continue;
                 }
@@ -202,7 +208,10 @@ impl<D: Destination> Relay<D> {
             if is_blocked && kept_at.is_none_or(|at| at.elapsed() >= KEEP) {
                 kept_at = Some(Instant::now());
                 if let Err(error) = self.store.keep_events(rows, LEASE).await {
-                    tracing::warn!(%error, "events that the broker blocks could not be kept: others may publish them too");
+                    tracing::warn!(
+                        error.message = %error,
+                        "events that the broker blocks could not be kept: others may publish them too"
+                    );
                 }
             }
         }
@@ -217,11 +226,11 @@ impl<D: Destination> Relay<D> {
         self.health.set_blocked(Part::Events, is_blocked);
         if is_blocked {
             tracing::warn!(
-                destination = D::TRANSPORT,
+                broker.transport = D::TRANSPORT,
                 "the broker takes no messages, for want of memory or disk: events wait"
             );
         } else {
-            tracing::info!(destination = D::TRANSPORT, "the broker no longer blocks events");
+            tracing::info!(broker.transport = D::TRANSPORT, "the broker no longer blocks events");
         }
     }
 
@@ -281,7 +290,10 @@ impl<D: Destination> Relay<D> {
             Ok::<(), StoreError>(())
         };
         if let Err(error) = forgotten.await {
-            tracing::error!(%error, events = rows.len(), "published events could not be marked; they will be published again");
+            tracing::error!(
+                error.message = %error, events.count = rows.len(),
+                "published events could not be marked; they will be published again"
+            );
         }
     }
 }

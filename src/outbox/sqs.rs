@@ -87,7 +87,10 @@ impl super::Publisher for Publisher {
             Outcome::Done => Publication::Confirmed,
             Outcome::Late => Publication::Late,
             outcome => {
-                tracing::warn!(event.id = %row.event_id, queue = self.queue.name(), %outcome, "an event was not sent");
+                tracing::warn!(
+                    event.id = %row.event_id, queue.name = self.queue.name(), sqs.outcome = %outcome,
+                    "an event was not sent"
+                );
                 Publication::Refused
             }
         });

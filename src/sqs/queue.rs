@@ -104,8 +104,8 @@ impl Queue {
         if messages.len() < count {
             // Nothing can be done about these, and the others are hidden from everyone else by now.
             tracing::warn!(
-                queue = self.name(),
-                messages = count - messages.len(),
+                queue.name = self.name(),
+                messages.count = count - messages.len(),
                 "messages came without id or receipt: they come again after the visibility timeout"
             );
         }

@@ -293,7 +293,7 @@ impl Store {
             Holds::read(&transaction),
         )?;
         // A row that cannot be read holds up its own line and no other.
-        let unread = |error: &StoreError| tracing::error!(%error, "a job stays where it is");
+        let unread = |error: &StoreError| tracing::error!(error.message = %error, "a job stays where it is");
         let put_aside = lines.len() - rows.len();
         if put_aside > 0 {
             let read: HashSet<i64> = rows.iter().map(|row| row.get(0)).collect();

@@ -1,10 +1,11 @@
 //! The log: one line an event, human or JSON, on standard error.
 //!
-//! Fields have dotted names, `job.id`, `kms.key.arn`, `error.code`; times have their unit in the name. Nothing of a
-//! message's body and no key byte is ever a field.
+//! Fields have dotted names, `job.id`, `kms.key.arn`, `error.message`; times have their unit in the name. Nothing of a
+//! message's body and no key byte is ever a field. `tests/it/log_fields.rs` reads the names in the sources.
 
 use crate::config::{Log, LogFormat};
-use std::io::IsTerminal as _;
+use std::borrow::Cow;
+use std::io::{self, IsTerminal as _, Write};
 use tracing::Span;
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::layer;
@@ -79,9 +80,56 @@ fn lines<S>(format: LogFormat) -> Box<dyn tracing_subscriber::Layer<S> + Send + 
 where
     S: tracing::Subscriber + for<'span> LookupSpan<'span>,
 {
-    let lines = layer().with_writer(std::io::stderr);
     match format {
-        LogFormat::Human => lines.with_target(false).with_ansi(std::io::stderr().is_terminal()).boxed(),
-        LogFormat::Json => lines.json().flatten_event(true).with_current_span(false).with_span_list(false).boxed(),
+        LogFormat::Human => {
+            layer().with_writer(|| OneLine).with_target(false).with_ansi(io::stderr().is_terminal()).boxed()
+        }
+        LogFormat::Json => {
+            let lines = layer().with_writer(io::stderr).json();
+            lines.flatten_event(true).with_current_span(false).with_span_list(false).boxed()
+        }
+    }
+}
+
+/// Standard error, to which an event is one line: what AWS or a server says could otherwise look like lines of our own.
+struct OneLine;
+
+impl Write for OneLine {
+    /// Of a whole event: that is how they are written.
+    fn write(&mut self, event: &[u8]) -> io::Result<usize> {
+        io::stderr().write_all(&one_line(event))?;
+        Ok(event.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        io::stderr().flush()
+    }
+}
+
+fn one_line(event: &[u8]) -> Cow<'_, [u8]> {
+    let text = event.strip_suffix(b"\n").unwrap_or(event);
+    if !text.iter().any(|byte| matches!(byte, b'\n' | b'\r')) {
+        return event.into();
+    }
+    let mut line = Vec::with_capacity(event.len() + 8);
+    for byte in text {
+        match byte {
+            b'\n' => line.extend_from_slice(b"\\n"),
+            b'\r' => line.extend_from_slice(b"\\r"),
+            other => line.push(*other),
+        }
+    }
+    line.push(b'\n');
+    line.into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_event_is_one_line_whatever_stands_in_it() {
+        assert_eq!(&*one_line(b"as it is\n"), b"as it is\n");
+        assert_eq!(&*one_line(b"one\r\n2026-01-01 INFO not ours\n\n"), b"one\\r\\n2026-01-01 INFO not ours\\n\n");
     }
 }

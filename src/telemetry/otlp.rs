@@ -51,7 +51,7 @@ impl Exporting {
     pub(super) async fn end(self) {
         let ending = tokio::task::spawn_blocking(move || self.0.shutdown_with_timeout(LAST));
         if let Ok(Err(error)) = ending.await {
-            tracing::warn!(%error, "the last traces were not exported");
+            tracing::warn!(error.message = %error, "the last traces were not exported");
         }
     }
 }
@@ -61,7 +61,7 @@ pub(super) fn follow(span: &Span, traceparent: &str) {
     let carrier = HashMap::from([("traceparent".to_owned(), traceparent.to_owned())]);
     let parent = TraceContextPropagator::new().extract(&carrier);
     if let Err(error) = span.set_parent(parent) {
-        tracing::debug!(%error, "a span could not be made part of a trace");
+        tracing::debug!(error.message = %error, "a span could not be made part of a trace");
     }
 }
 
@@ -93,7 +93,7 @@ impl HttpClient for Client {
         });
         Box::pin(async move {
             let answer: Result<_, HttpError> = sending.await?;
-            answer.inspect_err(|error| tracing::warn!(%error, "traces do not reach the collector"))
+            answer.inspect_err(|error| tracing::warn!(error.message = %error, "traces do not reach the collector"))
         })
     }
 }

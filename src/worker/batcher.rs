@@ -38,7 +38,7 @@ impl<T: Send + 'static, R: Send + 'static> Batcher<T, R> {
                 let (items, answers): (Vec<T>, Vec<_>) = taken.drain(..).unzip();
                 // A panic costs its batch, whose leases run out, and not the worker.
                 let Ok(outcomes) = AssertUnwindSafe(verb(items)).catch_unwind().await else {
-                    tracing::error!(items = count, "a batch broke off by a fault of Keyferry's own");
+                    tracing::error!(batch.items = count, "a batch broke off by a fault of Keyferry's own");
                     continue;
                 };
                 for (outcome, answer) in outcomes.into_iter().zip(answers) {

@@ -45,7 +45,9 @@ impl Leases {
                     renewed.lost.iter().filter_map(|lease| map.get(lease)).for_each(LeaseGuard::lose);
                 }
                 // The guards run out by themselves, and no AWS call leaves after that.
-                Err(error) => tracing::warn!(%error, leases = held.len(), "leases could not be renewed"),
+                Err(error) => {
+                    tracing::warn!(error.message = %error, leases.count = held.len(), "leases could not be renewed");
+                }
             }
         }
     }

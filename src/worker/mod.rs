@@ -211,7 +211,7 @@ impl Pool {
                 Err(error) => {
                     waiting.get_or_insert_with(|| self.context.health.wait(Part::Store));
                     let delay = outage.next_delay();
-                    tracing::error!(%error, retry.delay_ms = delay.as_millis(), "claiming failed");
+                    tracing::error!(error.message = %error, retry.delay_ms = delay.as_millis(), "claiming failed");
                     delay
                 }
             };
@@ -364,7 +364,7 @@ async fn settle(context: &Context, mut ends: Vec<Settlement>) -> Vec<bool> {
             Err(error) => {
                 waiting.get_or_insert_with(|| context.health.wait(Part::Store));
                 let delay = outage.next_delay();
-                tracing::error!(%error, retry.delay_ms = delay.as_millis(), "settling failed");
+                tracing::error!(error.message = %error, retry.delay_ms = delay.as_millis(), "settling failed");
                 tokio::time::sleep(delay).await;
                 continue;
             }
@@ -422,10 +422,13 @@ async fn see_holds(context: &Context, seen: &mut Vec<Hold>, stop: &CancellationT
     let holds = context.store.holds().await?;
     for hold in holds.iter().filter(|hold| !seen.iter().any(|known| known.id == hold.id)) {
         let reason = hold.reason.as_deref().unwrap_or("none given");
-        tracing::warn!(hold.id = %hold.id, scope = hold.scope, value = hold.value, by = hold.by, reason, "held");
+        tracing::warn!(
+            hold.id = %hold.id, hold.scope = hold.scope, hold.value = hold.value, hold.by = hold.by, hold.reason = reason,
+            "held"
+        );
     }
     for hold in seen.iter().filter(|known| !holds.iter().any(|hold| hold.id == known.id)) {
-        tracing::info!(hold.id = %hold.id, scope = hold.scope, value = hold.value, "a hold was released");
+        tracing::info!(hold.id = %hold.id, hold.scope = hold.scope, hold.value = hold.value, "a hold was released");
     }
     context.metrics.holds.set(i64::try_from(holds.len()).unwrap_or(i64::MAX));
     *seen = holds;
@@ -480,15 +483,19 @@ async fn keep_house(context: Arc<Context>, stop: CancellationToken) {
         // Said at once: what comes next may wait as long for the same.
         let away = |_: &StoreError| context.health.set(Part::Store, false);
         let woken = see_holds(&context, &mut holds, &stop).await.inspect_err(away);
-        let woken = woken.inspect_err(|error| tracing::warn!(%error, "holds could not be looked at"));
+        let woken = woken.inspect_err(|error| tracing::warn!(error.message = %error, "holds could not be looked at"));
         let folding = fold_backlog(&context, &mut folded, &stop).await.inspect_err(away);
-        let folding = folding.inspect_err(|error| tracing::warn!(%error, "the backlog's changes could not be folded"));
+        let folding = folding
+            .inspect_err(|error| tracing::warn!(error.message = %error, "the backlog's changes could not be folded"));
         let seeing = see_folds(&context, is_thorough).await;
-        let seeing = seeing.inspect_err(|error| tracing::warn!(%error, "folded refusals could not be told of"));
+        let seeing =
+            seeing.inspect_err(|error| tracing::warn!(error.message = %error, "folded refusals could not be told of"));
         if !has_room || Instant::now() >= room_at {
             room_at = Instant::now() + ROOM_EVERY;
             let room = context.store.check_room().await.inspect_err(away);
-            has_room = room.inspect_err(|error| tracing::warn!(%error, "the store has no room for writes")).is_ok();
+            has_room = room
+                .inspect_err(|error| tracing::warn!(error.message = %error, "the store has no room for writes"))
+                .is_ok();
         }
         let is_whole = [&woken, &folding, &seeing].into_iter().all(Result::is_ok) && has_room;
         if [woken, folding, seeing].into_iter().any(|more| more.unwrap_or(false)) {
@@ -504,7 +511,7 @@ async fn keep_house(context: Arc<Context>, stop: CancellationToken) {
                     pause = Duration::ZERO;
                 }
             }
-            Err(error) => tracing::warn!(%error, "housekeeping failed"),
+            Err(error) => tracing::warn!(error.message = %error, "housekeeping failed"),
         }
     }
 }

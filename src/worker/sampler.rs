@@ -29,7 +29,7 @@ pub(super) async fn sample(context: Arc<Context>, stop: CancellationToken) {
             Ok(()) if is_seldom => seldom_at = Instant::now() + SELDOM,
             Ok(()) => {}
             // The gauges stay as they were; the time of the last sample says so.
-            Err(error) => tracing::warn!(%error, "the store could not be sampled for metrics"),
+            Err(error) => tracing::warn!(error.message = %error, "the store could not be sampled for metrics"),
         }
         tokio::select! {
             () = stop.cancelled() => return,

@@ -26,6 +26,7 @@ fn event(id: Uuid, outcome: &str, operation: &str, request_id: &str) -> Received
         content_type: Some("application/cloudevents+json".into()),
         delivery_mode: Some(2),
         headers: BTreeMap::new(),
+        redelivered: false,
         group: None,
     }
 }

@@ -4,6 +4,7 @@
 use crate::support::process::Process;
 use crate::support::world::{Tuning, World, request};
 use crate::support::{eventually, http};
+use keyferry::job::FailureCode;
 use keyferry::telemetry::Metrics;
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
@@ -194,6 +195,51 @@ fn queries_name_metrics_that_there_are() {
         .collect();
     let unknown: Vec<&String> = named.difference(&known).collect();
     assert!(unknown.is_empty(), "{unknown:?}");
+}
+
+/// `metric{label=~"one|other"}`: the metric and its label, with the words.
+fn choices(query: &str) -> Vec<(String, BTreeSet<String>)> {
+    let mut found = Vec::new();
+    for selector in selectors(query) {
+        let Some((metric, matchers)) = selector.split_once('{') else { continue };
+        for matcher in matchers.trim_end_matches('}').split(',') {
+            if let Some((label, words)) = matcher.split_once("=~") {
+                let words = words.trim_matches('"').split('|').map(str::to_owned).collect();
+                found.push((format!("{metric} {label}"), words));
+            }
+        }
+    }
+    found
+}
+
+#[test]
+fn panels_show_all_of_what_the_alerts_of_the_same_count() {
+    let alerts = choices(&read("prometheus/alerts.yml"));
+    let mut compared = 0;
+    for Query { place, text } in panels() {
+        for (of, shown) in choices(&text) {
+            let same = |alert: &&(String, BTreeSet<String>)| alert.0 == of && !alert.1.is_disjoint(&shown);
+            for (_, counted) in alerts.iter().filter(same) {
+                assert_eq!(&shown, counted, "{place}");
+                compared += 1;
+            }
+        }
+    }
+    assert!(compared >= 2, "no panel shows what an alert counts");
+}
+
+#[test]
+fn the_panel_of_decisions_shows_every_end_that_somebody_decided() {
+    let panel = panels().into_iter().find(|query| query.place.contains("Jobs ended by operators and policy")).unwrap();
+    let decided = [
+        FailureCode::Abandoned,
+        FailureCode::Cancelled,
+        FailureCode::ReplicaNotAllowed,
+        FailureCode::Revoked,
+        FailureCode::TargetRemoved,
+    ];
+    let decided = decided.iter().map(|code| code.as_str().to_owned()).collect();
+    assert_eq!(choices(&panel.text), [("keyferry_jobs_finished_total code".to_owned(), decided)]);
 }
 
 #[test]

@@ -1,7 +1,8 @@
 //! The doctor: a healthy world is all well, and each fault has its own code.
 
-use crate::support::broker::DEAD;
+use crate::support::broker::{DEAD, JOBS, Message, Rights};
 use crate::support::db::TestDb;
+use crate::support::eventually;
 use crate::support::fake::ACCOUNT;
 use crate::support::kmip;
 use crate::support::sqs::Role;
@@ -55,20 +56,14 @@ async fn look(world: &World, environment: &[(&str, &str)]) -> Report {
 /// A world as an operator should have it, with a user of the broker who may no more than a worker has to.
 async fn healthy(carriage: Carriage) -> (World, crate::support::broker::User) {
     let world = World::over(Tuning::default(), carriage).await;
-    let user = world.vhost.user("").await;
+    let user = world.vhost.user_with("", &Rights::of_a_worker()).await;
     let own = std::fs::read_to_string(world.path("settings.toml")).unwrap();
     let plain = format!("{:?}", world.vhost.url());
     assert!(own.contains(&plain) && own.contains("[database]"));
     // No finding is to be about a machine that has other things to do.
     let own = own.replacen("[database]", "[database]\nconnect_timeout_ms = 30000", 1);
     let own = own.replacen("[rabbitmq]", "[rabbitmq]\nconnect_timeout_ms = 30000", 1);
-    let dsm = format!(
-        "[dsm.prod]\nservers = [\"{}\"]\nca_file = \"{}\"\ncert_file = \"{}\"\nkey_file = \"{}\"\n",
-        kmip::address(),
-        kmip::file("ca.crt").display(),
-        kmip::file("client.crt").display(),
-        kmip::file("client.key").display()
-    );
+    let dsm = kmip::section();
     world.write("keyferry.toml", &format!("{}\n{dsm}", own.replacen(&plain, &format!("{:?}", user.url), 1)));
     for file in ["keyferry.toml", "kek"] {
         std::fs::set_permissions(world.path(file), PermissionsExt::from_mode(0o600)).unwrap();
@@ -190,6 +185,39 @@ async fn faults_of_the_brokers_are_told_apart() {
     let report = look(&world, &[("KEYFERRY_RABBITMQ__API_URL", api)]).await;
     assert_eq!(report.troubles(), [("rabbitmq.topology", "rabbitmq_api")]);
     assert!(!report.ran.out.contains("wr0ng"));
+}
+
+#[tokio::test]
+async fn the_rights_of_the_manual_are_enough_for_the_doctor_and_a_worker_and_without_one_the_doctor_says_so() {
+    let (mut world, user) = healthy(Carriage::RABBITMQ).await;
+    // A delivery would count against the queue's limit, and lose what the message was published with.
+    let waiting = Message { body: b"waits".to_vec(), ..Message::default() };
+    world.vhost.publish(&waiting).await;
+    assert_eq!(look(&world, &[]).await.troubles(), []);
+    let none = || "^$".to_owned();
+    for (check, rights, word) in [
+        ("rabbitmq.queue", Rights { read: none(), ..Rights::of_a_worker() }, "READ"),
+        ("rabbitmq.exchange", Rights { write: none(), ..Rights::of_a_worker() }, "WRITE"),
+        ("rabbitmq.queue", Rights { read: format!("^{}$", DEAD.replace('.', r"\.")), ..Rights::all() }, "READ"),
+    ] {
+        let poor = world.vhost.user_with("", &rights).await;
+        let report = look(&world, &[("KEYFERRY_RABBITMQ__URL", &poor.url)]).await;
+        assert_eq!(report.troubles(), [(check, "rabbitmq_no_rights")], "{rights:?}");
+        let advice = report.of("rabbitmq_no_rights")["advice"].as_str().unwrap().to_owned();
+        assert!(advice.contains(&poor.name) && advice.contains(&format!("where {word} has to match")), "{advice}");
+    }
+    // Nothing was taken, and nothing was published.
+    let left = world.vhost.take(JOBS).await;
+    assert!(left.len() == 1 && !left[0].redelivered, "{left:?}");
+    assert!(world.vhost.take_events().await.is_empty());
+
+    let arn = world.fake.key().await;
+    world.serve().await;
+    world.publish(request("one", &arn, json!({"source_key_identifier": "first"}))).await;
+    world.succeeded("one").await;
+    eventually("its event is there", || async { (!world.vhost.take_events().await.is_empty()).then_some(()) }).await;
+    assert!(world.workers[0].log().lines().all(|line| !line.contains("ACCESS_REFUSED")));
+    drop(user);
 }
 
 #[tokio::test]

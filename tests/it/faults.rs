@@ -337,6 +337,15 @@ async fn a_broker_that_is_short_of_memory_is_waited_for_and_one_that_restarts_is
     eventually("the queue is empty", || async { (world.vhost.ready(JOBS).await == 0).then_some(()) }).await;
     world.says("not ready: events (blocked by the broker)").await;
     world.shows(BLOCKED, 1.0).await;
+    // After the doctor's first publish nothing is read from it any more, its good-bye neither.
+    let looked = world.run(&["doctor", "--timeout", "8s", "--json"]).await.json();
+    let found = |check: &str| {
+        let of_check = looked["checks"].as_array().unwrap().iter().find(|finding| finding["check"] == check);
+        of_check.map(|finding| finding["code"].as_str().unwrap().to_owned())
+    };
+    for check in ["rabbitmq.queue", "rabbitmq.exchange"] {
+        assert_eq!(found(check).as_deref(), Some("ok"), "{looked:#}");
+    }
     let lines = world.lines();
     // Longer than a relay's lease, by the store's clock: the window stays with the one that has it, whoever else looks.
     let other = world.start("").await;

@@ -463,7 +463,10 @@ async fn an_abandoned_rotate_takes_its_own_material_away_and_nobody_elses() {
     case.ask("dead", json!({})).await;
     let dead = case.world.failed("dead", "access_denied").await;
     assert_eq!(case.roles().await, ["CURRENT", "PENDING_ROTATION"]);
-    let ran = case.world.run(&["jobs", "abandon", "dead", "--json"]).await;
+    let asked = case.world.run(&["jobs", "abandon", "dead", "--json"]).await;
+    assert!(asked.code == Some(1) && asked.err.contains("not_confirmed"), "it deletes in AWS: {asked:?}");
+    assert_eq!(case.world.count("select count(*) from job where retry_of is not null").await, 0);
+    let ran = case.world.run(&["jobs", "abandon", "dead", "--yes", "--json"]).await;
     assert_eq!((ran.code, &ran.json()["became"]), (Some(0), &json!("requested")), "{ran:?}");
     let id = ran.json()["id"].as_str().unwrap().to_owned();
     case.world.run(&["jobs", "wait", &id]).await;
@@ -495,7 +498,7 @@ async fn an_abandoned_rotate_takes_its_own_material_away_and_nobody_elses() {
     let own = case.world.fake.show(&case.arn).await["materials"][1]["key_material_id"].clone();
     case.world.fake.stranger_deletes(&case.arn, own.as_str()).await;
     case.stranger_brings().await;
-    let ran = case.world.run(&["jobs", "abandon", "replaced", "--json"]).await;
+    let ran = case.world.run(&["jobs", "abandon", "replaced", "--yes", "--json"]).await;
     let id = ran.json()["id"].as_str().unwrap().to_owned();
     case.world.look_until("select count(*) from job where id::text = $1 and state = 'failed'", &id).await;
     let shown = case.world.run(&["jobs", "show", &id, "--json"]).await;
@@ -514,7 +517,7 @@ async fn what_only_waited_and_was_taken_away_ties_no_source_key() {
     let delete = ["keys", "delete", "spare"];
     let ran = case.world.run(&delete).await;
     assert!(ran.code != Some(0) && ran.err.contains("tied"), "it waits: {ran:?}");
-    let ran = case.world.run(&["jobs", "abandon", "dead", "--json"]).await;
+    let ran = case.world.run(&["jobs", "abandon", "dead", "--yes", "--json"]).await;
     case.world.run(&["jobs", "wait", ran.json()["id"].as_str().unwrap()]).await;
     // The checker opens every source key.
     case.world.judge().await;

@@ -1,4 +1,4 @@
-//! RabbitMQ: the way in, what the settings name, the topology, and who the worker is there.
+//! RabbitMQ: the way in, what the settings name, what the worker may do with it, the topology, and who the worker is there.
 
 use super::finding::Finding;
 use super::{settings, within};
@@ -7,9 +7,12 @@ use crate::app::open_broker;
 use crate::cli::topology::{management, rabbitmq_differences};
 use crate::config::{Loaded, Transport};
 use crate::topology::Difference;
-use lapin::options::{ExchangeDeclareOptions, QueueDeclareOptions};
-use lapin::types::FieldTable;
-use lapin::{Connection, ExchangeKind};
+use lapin::options::{
+    BasicConsumeOptions, BasicPublishOptions, BasicQosOptions, ConfirmSelectOptions, ExchangeDeclareOptions,
+    QueueDeclareOptions,
+};
+use lapin::types::{AMQPValue, FieldTable};
+use lapin::{BasicProperties, Connection, ExchangeKind};
 use std::time::Duration;
 
 const CONNECTION: &str = "rabbitmq.connection";
@@ -39,9 +42,10 @@ async fn connection(loaded: &Loaded, broker: &Broker, timeout: Duration) -> Vec<
     let looking = async {
         match broker.connect("keyferry doctor").await {
             Ok(connection) => {
-                let found = ends(loaded, &connection).await;
-                // Whatever it says: the looks are done.
-                drop(connection.close(200, "".into()).await);
+                let found = ends(loaded, broker, &connection).await;
+                // Whatever it says, if it says anything: the looks are done. One that is short of memory or disk answers the
+                // first publish of a connection, and reads nothing after that.
+                drop(tokio::time::timeout(timeout / 4, connection.close(200, "".into())).await);
                 found
             }
             Err(error) => vec![unconnected(&error)],
@@ -50,31 +54,45 @@ async fn connection(loaded: &Loaded, broker: &Broker, timeout: Duration) -> Vec<
     within(timeout, CONNECTION, "rabbitmq_unreachable", looking).await.unwrap_or_else(|finding| vec![finding])
 }
 
-/// What a setting names.
+/// What a setting names, and what a worker does with it.
 #[derive(Clone, Copy)]
 enum End {
-    Queue,
-    Exchange,
+    /// It is consumed: the right `read`.
+    Requests,
+    /// The broker itself moves messages there: no right.
+    DeadLetters,
+    /// It is published to: the right `write`.
+    Events,
 }
 
 /// What messages are taken from and events are sent to.
-async fn ends(loaded: &Loaded, connection: &Connection) -> Vec<Finding> {
+async fn ends(loaded: &Loaded, broker: &Broker, connection: &Connection) -> Vec<Finding> {
     let (settings, rabbitmq) = (&loaded.settings, &loaded.settings.rabbitmq);
     let mut found = vec![Finding::ok(CONNECTION, "RabbitMQ lets the worker in")];
     if settings.requests_from.contains(&Transport::RabbitMq) {
-        found.push(end(connection, "queue", End::Queue, &rabbitmq.queue).await);
-        found.push(end(connection, "dead_letter_queue", End::Queue, &rabbitmq.dead_letter_queue).await);
+        found.push(end(broker, connection, "queue", End::Requests, &rabbitmq.queue).await);
+        found.push(end(broker, connection, "dead_letter_queue", End::DeadLetters, &rabbitmq.dead_letter_queue).await);
     }
     if settings.events_to == Transport::RabbitMq {
-        found.push(end(connection, "exchange", End::Exchange, &rabbitmq.exchange).await);
+        found.push(end(broker, connection, "exchange", End::Events, &rabbitmq.exchange).await);
     }
     found
 }
 
-async fn end(connection: &Connection, setting: &str, end: End, name: &str) -> Finding {
+async fn end(broker: &Broker, connection: &Connection, setting: &str, end: End, name: &str) -> Finding {
     let check = format!("rabbitmq.{setting}");
-    let looked = declared(connection, end, name).await;
-    let Err(error) = looked else { return Finding::ok(check, format!("{name} is there")) };
+    let looked = match declared(connection, end, name).await {
+        Ok(()) => usable(connection, end, name).await,
+        Err(error) => Err(error),
+    };
+    let Err(error) = looked else {
+        let told = match end {
+            End::Requests => format!("{name} is there, and may be read"),
+            End::DeadLetters => format!("{name} is there"),
+            End::Events => format!("{name} is there, and may be written"),
+        };
+        return Finding::ok(check, told);
+    };
     let error = SessionError::from(error);
     match error.refusal() {
         Some(Refusal::NotFound) => Finding::failed(
@@ -83,28 +101,69 @@ async fn end(connection: &Connection, setting: &str, end: End, name: &str) -> Fi
             format!("{name}, which rabbitmq.{setting} names, is not there"),
             "keyferry topology apply",
         ),
-        Some(Refusal::Access) => Finding::failed(
-            check,
-            "rabbitmq_no_rights",
-            error.to_string(),
-            "rabbitmqctl set_permissions -p VHOST USER CONFIGURE WRITE READ",
-        ),
+        Some(Refusal::Access) => {
+            Finding::failed(check, "rabbitmq_no_rights", error.to_string(), rights(broker, end, name))
+        }
         _ => Finding::failed(check, "rabbitmq_failed", error.to_string(), "see RabbitMQ's log"),
     }
 }
 
-/// On a channel of its own: a refusal ends it.
+/// What to type.
+fn rights(broker: &Broker, end: End, name: &str) -> String {
+    let (vhost, user) = (broker.vhost(), broker.user().unwrap_or("USER"));
+    let right = if matches!(end, End::Events) { "WRITE" } else { "READ" };
+    format!("rabbitmqctl set_permissions -p {vhost} {user} CONFIGURE WRITE READ, where {right} has to match {name}")
+}
+
+/// On a channel of its own: a refusal ends it. A passive declaration takes no right: anybody may see what is there.
 async fn declared(connection: &Connection, end: End, name: &str) -> lapin::Result<()> {
     let channel = connection.create_channel().await?;
     match end {
-        End::Queue => {
+        End::Requests | End::DeadLetters => {
             let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
             channel.queue_declare(name.into(), passive, FieldTable::default()).await.map(drop)
         }
-        End::Exchange => {
+        End::Events => {
             let passive = ExchangeDeclareOptions { passive: true, ..ExchangeDeclareOptions::default() };
             channel.exchange_declare(name.into(), ExchangeKind::Topic, passive, FieldTable::default()).await
         }
+    }
+}
+
+/// Whether the worker may do there what it does. Nothing is taken and nothing is published: RabbitMQ is asked for what it
+/// cannot do, and looks at the right first. Without the right it says `ACCESS_REFUSED`, with it `PRECONDITION_FAILED`.
+///
+/// To consume or get in earnest would count a delivery of a message that is then given back, `queue.purge` asks for the
+/// same right and empties the queue, and what is published in earnest reaches consumers: a queue is bound to all events.
+async fn usable(connection: &Connection, end: End, name: &str) -> lapin::Result<()> {
+    let channel = connection.create_channel().await?;
+    let refused = match end {
+        End::DeadLetters => return Ok(()),
+        End::Requests => {
+            // Should a broker ever take it: one message, which goes back with the channel.
+            channel.basic_qos(1, BasicQosOptions::default()).await?;
+            let mut no_priority = FieldTable::default();
+            no_priority.insert("x-priority".into(), AMQPValue::LongString("none".into()));
+            let consuming =
+                channel.basic_consume(name.into(), "doctor".into(), BasicConsumeOptions::default(), no_priority);
+            consuming.await.map(drop)
+        }
+        End::Events => {
+            channel.confirm_select(ConfirmSelectOptions::default()).await?;
+            let options = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
+            let never = BasicProperties::default().with_expiration("never".into());
+            // One that events have: RabbitMQ 3 looks at the rights on topics as well.
+            let sent =
+                channel.basic_publish(name.into(), "job.rejected.unknown.unknown.unknown".into(), options, &[], never);
+            match sent.await {
+                Ok(confirmation) => confirmation.await.map(drop),
+                Err(error) => Err(error),
+            }
+        }
+    };
+    match refused {
+        Err(error) if SessionError::from(error.clone()).refusal() == Some(Refusal::Precondition) => Ok(()),
+        otherwise => otherwise,
     }
 }
 

@@ -42,7 +42,12 @@ pub(super) async fn beat(
             match outcome {
                 Outcome::Done => hand.extended(*key, asked),
                 Outcome::Refused(error) if error.is_receipt_gone() => lose(&queue, &hand, *key, &metrics).await,
-                outcome => tracing::warn!(queue = queue.name(), %outcome, "a message in hand could not be kept hidden"),
+                outcome => {
+                    tracing::warn!(
+                        queue.name = queue.name(), sqs.outcome = %outcome,
+                        "a message in hand could not be kept hidden"
+                    );
+                }
             }
         }
     }

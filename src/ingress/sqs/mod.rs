@@ -101,7 +101,7 @@ impl Ingress for Source {
         }
         self.told.call_once(|| {
             for finding in &findings {
-                tracing::warn!(queue = self.queue(), "the queue of requests {finding}");
+                tracing::warn!(queue.name = self.queue(), "the queue of requests {finding}");
             }
         });
         let limits = Limits {
@@ -168,7 +168,7 @@ impl Session {
         let all = async { while self.pollers.join_next().await.is_some() {} };
         if tokio::time::timeout(self.wait + BESIDE_WAITING, all).await.is_err() {
             tracing::warn!(
-                queue = self.requests.name(),
+                queue.name = self.requests.name(),
                 "a receive was not answered in time: what it may have brought comes again after the visibility timeout"
             );
             self.pollers.shutdown().await;
@@ -183,8 +183,8 @@ impl Session {
         let bounded = tokio::time::timeout(GIVING_BACK, release(&self.requests, &held, Duration::ZERO));
         if bounded.await.is_err() {
             tracing::warn!(
-                queue = self.requests.name(),
-                messages = held.len(),
+                queue.name = self.requests.name(),
+                messages.count = held.len(),
                 "messages could not be given back in time"
             );
         }
@@ -202,9 +202,9 @@ async fn lose(queue: &Queue, hand: &Hand, key: u64, metrics: &Metrics) {
     let Some(Loss { message, behind }) = hand.lose(key) else { return };
     metrics.sqs_messages_left.with_label_values(&["receipt_lost"]).inc();
     tracing::warn!(
-        queue = queue.name(),
+        queue.name = queue.name(),
         message.id = message,
-        behind = behind.len(),
+        messages.behind = behind.len(),
         "the receipt of a message is no longer valid: it is another's, or gone"
     );
     release(queue, &behind, Duration::ZERO).await;

@@ -41,7 +41,7 @@ pub(super) async fn poll(queue: Queue, hand: Arc<Hand>, wait: Duration, visibili
             Class::Throttled => throttled.next_delay(),
             _ => away.next_delay(),
         };
-        tracing::warn!(%error, retry.delay_ms = delay.as_millis(), "a receive failed");
+        tracing::warn!(error.message = %error, retry.delay_ms = delay.as_millis(), "a receive failed");
         tokio::select! {
             () = stop.cancelled() => return,
             () = tokio::time::sleep(delay) => {}

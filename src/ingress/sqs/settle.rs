@@ -51,7 +51,7 @@ async fn dead_letter(queue: &Queue, letters: Vec<(u64, Message)>) -> (Vec<u64>, 
             Outcome::Done => sent.push(key),
             Outcome::Refused(_) => again.push((key, message)),
             outcome => {
-                tracing::error!(queue = queue.name(), message.id, message.receive_count, %outcome,
+                tracing::error!(queue.name = queue.name(), message.id, message.receive_count, sqs.outcome = %outcome,
                                 "a refused message could not be dead-lettered; it comes again");
                 left.push(key);
             }
@@ -71,13 +71,13 @@ async fn dead_letter(queue: &Queue, letters: Vec<(u64, Message)>) -> (Vec<u64>, 
     for ((key, message), outcome) in again.into_iter().zip(outcomes) {
         if outcome == Outcome::Done {
             tracing::warn!(
-                queue = queue.name(),
+                queue.name = queue.name(),
                 message.id,
                 "a refused message was dead-lettered without its attributes"
             );
             sent.push(key);
         } else {
-            tracing::error!(queue = queue.name(), message.id, message.receive_count, %outcome,
+            tracing::error!(queue.name = queue.name(), message.id, message.receive_count, sqs.outcome = %outcome,
                             "SQS does not take a refused message; it is left to the redrive policy of its own queue");
             left.push(key);
         }
@@ -106,7 +106,7 @@ async fn delete(session: &Session, keys: &[u64]) {
         .collect();
     if let Some(outcome) = left.first() {
         session.metrics.sqs_messages_left.with_label_values(&["not_deleted"]).inc_by(left.len() as u64);
-        tracing::warn!(queue = session.requests.name(), messages = left.len(), %outcome,
+        tracing::warn!(queue.name = session.requests.name(), messages.count = left.len(), sqs.outcome = %outcome,
                        "settled messages could not be deleted; they come again as duplicates");
     }
 }

@@ -30,7 +30,7 @@ impl Identity {
         let (config, error) = self.tls.current();
         if let Some(error) = error {
             tracing::warn!(
-                dsm.connection = %self.connection, %error,
+                dsm.connection = %self.connection, error.message = %error,
                 "the certificate files cannot be read again: what they held before is used"
             );
         }

@@ -273,7 +273,7 @@ impl Pool {
         self.went_away.notify_waiters();
         if is_news {
             tracing::warn!(
-                dsm.connection = %self.name, dsm.server = %server.address, %error,
+                dsm.connection = %self.name, dsm.server = %server.address, error.message = %error,
                 "the dsm server does not answer; it is asked again now and then"
             );
         }

@@ -50,7 +50,7 @@ impl Run {
         let delay = retry::delay(class, times, retry::random_unit());
         self.attempt.context.meters.retried(class);
         tracing::warn!(
-            job.id = %self.job.id, job.attempt = self.job.attempt, kms.key.arn = %self.job.key, step, retry.class = class.as_str(),
+            job.id = %self.job.id, job.attempt = self.job.attempt, kms.key.arn = %self.job.key, job.step = step, retry.class = class.as_str(),
             retry.delay_ms = delay.as_millis(), "attempt failed: {message}"
         );
         let reason = reason(self);

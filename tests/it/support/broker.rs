@@ -81,7 +81,35 @@ impl Message {
     }
 }
 
-/// A user of the broker with all rights on one virtual host, deleted when it is dropped.
+/// What a user may on a virtual host, by names.
+#[derive(Clone, Debug)]
+pub struct Rights {
+    /// What it may make.
+    pub configure: String,
+    /// What it may publish to.
+    pub write: String,
+    /// What it may consume.
+    pub read: String,
+}
+
+impl Rights {
+    /// Everything.
+    pub fn all() -> Self {
+        let all = || ".*".to_owned();
+        Self { configure: all(), write: all(), read: all() }
+    }
+
+    /// Those that the manual tells operators to give to a worker.
+    pub fn of_a_worker() -> Self {
+        let manual = include_str!("../../../ops/manual/operating.md");
+        let line = manual.lines().find_map(|line| line.strip_prefix("rabbitmqctl set_permissions -p / keyferry "));
+        let quoted: Vec<&str> = line.expect("the manual says which rights").split('\'').collect();
+        let [_, configure, _, write, _, read, _] = quoted.as_slice() else { panic!("three rights: {quoted:?}") };
+        Self { configure: (*configure).to_owned(), write: (*write).to_owned(), read: (*read).to_owned() }
+    }
+}
+
+/// A user of the broker with rights on one virtual host, deleted when it is dropped.
 pub struct User {
     /// Its name, of its own on this broker.
     pub name: String,
@@ -126,6 +154,8 @@ pub struct Received {
     pub headers: BTreeMap<String, String>,
     /// SQS's message group.
     pub group: Option<String>,
+    /// Whether RabbitMQ had given it to somebody before.
+    pub redelivered: bool,
 }
 
 impl Received {
@@ -257,6 +287,7 @@ impl Vhost {
                 delivery_mode: *properties.delivery_mode(),
                 headers: headers(properties),
                 group: None,
+                redelivered: delivery.redelivered,
                 body: delivery.data,
             });
         }
@@ -299,12 +330,17 @@ impl Vhost {
         self.api(Method::PUT, &path, Some(policy)).await;
     }
 
-    /// Makes a user, with tags as the broker writes them.
+    /// Makes a user who may do everything, with tags as the broker writes them.
     pub async fn user(&self, tags: &str) -> User {
+        self.user_with(tags, &Rights::all()).await
+    }
+
+    /// Makes a user with these rights.
+    pub async fn user_with(&self, tags: &str, Rights { configure, write, read }: &Rights) -> User {
         let name = format!("kf-{}", Uuid::new_v4().simple());
         self.api(Method::PUT, &["users", &name], Some(json!({"password": name, "tags": tags}))).await;
-        let everything = json!({"configure": ".*", "write": ".*", "read": ".*"});
-        self.api(Method::PUT, &["permissions", &self.name, &name], Some(everything)).await;
+        let rights = json!({"configure": configure, "write": write, "read": read});
+        self.api(Method::PUT, &["permissions", &self.name, &name], Some(rights)).await;
         let mut url: Url = self.url().parse().unwrap();
         url.set_username(&name).unwrap();
         url.set_password(Some(&name)).unwrap();

@@ -32,6 +32,17 @@ pub fn address() -> String {
     variable("KEYFERRY_TEST_KMIP")
 }
 
+/// The settings of a connection `prod` to the server of the run.
+pub fn section() -> String {
+    format!(
+        "[dsm.prod]\nservers = [\"{}\"]\nca_file = \"{}\"\ncert_file = \"{}\"\nkey_file = \"{}\"\n",
+        address(),
+        file("ca.crt").display(),
+        file("client.crt").display(),
+        file("client.key").display()
+    )
+}
+
 /// What was registered under a label: its unique identifier and what has to come out.
 pub fn registered(label: &str) -> (String, Vec<u8>) {
     let seed: Value = serde_json::from_slice(&std::fs::read(file("seed.json")).unwrap()).unwrap();

@@ -235,6 +235,7 @@ fn received(message: &Value) -> Received {
         // SQS forgets nothing.
         delivery_mode: Some(2),
         body: body.as_bytes().to_vec(),
+        redelivered: false,
         group: message["Attributes"]["MessageGroupId"].as_str().map(str::to_owned),
         headers,
     }

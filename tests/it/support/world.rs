@@ -477,10 +477,7 @@ impl World {
         let address = eventually("the worker's admin port", || {
             let (log, ended) = (process.log(), process.ended());
             async move {
-                let found = log.lines().find_map(|line| {
-                    let line: Value = serde_json::from_str(line).ok()?;
-                    Some(line["admin.address"].as_str()?.to_owned())
-                });
+                let found = log.lines().find_map(admin_address);
                 assert!(found.is_some() || ended.is_none(), "the worker ended while starting:\n{log}");
                 found
             }
@@ -826,6 +823,14 @@ impl Drop for World {
             eprintln!("--- worker {at}\n{}", lines[lines.len().saturating_sub(40)..].join("\n"));
         }
         eprintln!("--- fake-kms\n{}", self.fake.log());
+    }
+}
+
+/// What a line of the log says, in JSON or for people.
+fn admin_address(line: &str) -> Option<String> {
+    match serde_json::from_str::<Value>(line) {
+        Ok(line) => line["admin.address"].as_str().map(str::to_owned),
+        Err(_) => line.split(' ').find_map(|word| word.strip_prefix("admin.address=")).map(str::to_owned),
     }
 }
 
