@@ -10,6 +10,7 @@ mod guard;
 mod held;
 mod look;
 mod session;
+mod taken;
 #[cfg(feature = "failpoints")]
 mod unread;
 
@@ -168,7 +169,8 @@ impl Kms {
             answer.and_then(|answer| {
                 let metadata =
                     answer.key_metadata.ok_or_else(|| CallError::incomplete(OPERATION.as_str(), "KeyMetadata"))?;
-                Ok(KeyDescription::of(&metadata))
+                KeyDescription::of(&metadata, key)
+                    .map_err(|name| CallError::incomplete(OPERATION.as_str(), &format!("readable {name}")))
             }),
         )
     }
@@ -191,13 +193,13 @@ impl Kms {
         self.counted(
             OPERATION,
             answer.and_then(|answer| {
-                let aws_request_id = answer.request_id().map(str::to_owned);
+                let aws_request_id = answer.request_id().and_then(taken::word);
                 let part = |name| CallError::incomplete(OPERATION.as_str(), name);
                 Ok(ImportParameters {
                     region: key.region().to_owned(),
                     wrapping,
-                    public_key: answer.public_key.ok_or_else(|| part("PublicKey"))?.into_inner(),
-                    import_token: answer.import_token.ok_or_else(|| part("ImportToken"))?.into_inner(),
+                    public_key: answer.public_key.and_then(taken::bytes).ok_or_else(|| part("PublicKey"))?,
+                    import_token: answer.import_token.and_then(taken::bytes).ok_or_else(|| part("ImportToken"))?,
                     valid_to: answer
                         .parameters_valid_to
                         .and_then(|at| OffsetDateTime::from_unix_timestamp(at.secs()).ok())
@@ -233,9 +235,11 @@ impl Kms {
         let answer = send!(self, OPERATION, request, guard);
         self.counted(
             OPERATION,
-            answer.map(|answer| Imported {
-                aws_request_id: answer.request_id().map(str::to_owned),
-                key_material_id: answer.key_material_id,
+            answer.and_then(|answer| {
+                Ok(Imported {
+                    aws_request_id: answer.request_id().and_then(taken::word),
+                    key_material_id: named_material(OPERATION, answer.key_material_id())?,
+                })
             }),
         )
     }
@@ -258,9 +262,11 @@ impl Kms {
         let answer = send!(self, OPERATION, request, guard);
         self.counted(
             OPERATION,
-            answer.map(|answer| Deleted {
-                aws_request_id: answer.request_id().map(str::to_owned),
-                key_material_id: answer.key_material_id,
+            answer.and_then(|answer| {
+                Ok(Deleted {
+                    aws_request_id: answer.request_id().and_then(taken::word),
+                    key_material_id: named_material(OPERATION, answer.key_material_id())?,
+                })
             }),
         )
     }
@@ -273,7 +279,7 @@ impl Kms {
         const OPERATION: Call = Call::RotateKeyOnDemand;
         let request = self.client(key, OPERATION)?.rotate_key_on_demand().key_id(key.to_string());
         let answer = send!(self, OPERATION, request, guard);
-        self.counted(OPERATION, answer.map(|answer| answer.request_id().map(str::to_owned)))
+        self.counted(OPERATION, answer.map(|answer| answer.request_id().and_then(taken::word)))
     }
 
     /// `GetPublicKey`: the DER `SubjectPublicKeyInfo` of a pair. Read-only.
@@ -284,10 +290,10 @@ impl Kms {
         self.counted(
             OPERATION,
             answer.and_then(|answer| {
-                Ok(answer
+                answer
                     .public_key
-                    .ok_or_else(|| CallError::incomplete(OPERATION.as_str(), "PublicKey"))?
-                    .into_inner())
+                    .and_then(taken::bytes)
+                    .ok_or_else(|| CallError::incomplete(OPERATION.as_str(), "PublicKey"))
             }),
         )
     }
@@ -298,6 +304,7 @@ impl Kms {
         const OPERATION: Call = Call::ListKeyRotations;
         // A key has at most 27: the first, 25 rotations, one that waits.
         const MOST_PAGES: usize = 10;
+        const MOST: usize = 256;
         let client = self.client(key, OPERATION)?;
         let (mut found, mut marker) = (Vec::new(), None);
         for _ in 0..MOST_PAGES {
@@ -312,8 +319,11 @@ impl Kms {
                 // One that cannot be read must not pass for one that is missing.
                 found.push(
                     HeldMaterial::of(entry)
-                        .ok_or_else(|| CallError::incomplete(OPERATION.as_str(), "material's state"))?,
+                        .ok_or_else(|| CallError::incomplete(OPERATION.as_str(), "material's id and state"))?,
                 );
+            }
+            if found.len() > MOST {
+                break;
             }
             marker = page.next_marker;
             if marker.is_none() {
@@ -344,6 +354,12 @@ impl Kms {
     fn gate(&self, guard: &LeaseGuard) -> (Gate, Departure) {
         Gate::new(guard.clone(), self.attempt_timeout)
     }
+}
+
+/// The material that an answer names, if it names one: that of an asymmetric key has no id.
+fn named_material(operation: Call, id: Option<&str>) -> Result<Option<String>, CallError> {
+    let unreadable = || CallError::incomplete(operation.as_str(), "readable KeyMaterialId");
+    id.map(|id| taken::material_id(id).ok_or_else(unreadable)).transpose()
 }
 
 fn timeouts(attempt: Duration) -> TimeoutConfig {
