@@ -9,6 +9,7 @@ mod quota;
 mod sqs;
 mod target;
 mod template;
+mod unreadable;
 
 pub use dsm::{DsmConnection, DsmProtocol};
 pub use identity::{Identity, IdentityProof, Senders};
@@ -189,7 +190,7 @@ pub enum LogFormat {
 /// A setting that is missing or wrong, with where to mend it.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
-    /// figment's own words name the setting and its file or variable.
+    /// figment's words, without the value.
     #[error("{0}")]
     Unreadable(Box<figment::Error>),
     /// The settings file is no TOML. The line itself is not told: it may hold a password.
@@ -295,7 +296,7 @@ impl Loaded {
         let text = if path.exists() { Toml::file_exact(&path) } else { Toml::string("") };
         parses(&path)?;
         let figment = Figment::from(Serialized::defaults(Defaults::default())).merge(text).merge(environment);
-        let settings = figment.extract().map_err(|error| ConfigError::Unreadable(Box::new(error)))?;
+        let settings = figment.extract().map_err(unreadable::of)?;
         let loaded = Self { settings, file: path };
         loaded.check()?;
         Ok(loaded)
