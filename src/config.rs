@@ -155,6 +155,8 @@ pub struct Worker {
     pub aws_timeout_ms: u64,
     /// How long an unanswered call may still take effect: the life of its signature.
     pub signature_life_ms: u64,
+    /// Whether KMS and STS may be another machine over plain http: for fakes.
+    pub allow_aws_over_http: bool,
     /// How long a stopping worker waits for jobs under way and for events to be confirmed.
     pub grace_ms: u64,
 }
@@ -582,6 +584,7 @@ impl Default for Worker {
             poll_ms: 500,
             aws_timeout_ms: 5_000,
             signature_life_ms: 600_000,
+            allow_aws_over_http: false,
             grace_ms: 20_000,
         }
     }

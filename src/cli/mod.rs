@@ -344,6 +344,7 @@ fn code(error: &anyhow::Error) -> &'static str {
         (Some(coded), _) => coded.code,
         (None, Some(ConfigError::Target { fault, .. })) => fault.code(),
         (None, Some(ConfigError::Quota { code, .. })) => code,
+        (None, _) if matches!(error.downcast_ref(), Some(StartError::Endpoint(_))) => "aws_endpoint_http",
         (None, _) if is_setting(error) => "setting_wrong",
         (None, _) => "failed",
     }

@@ -6,6 +6,7 @@
 mod accounts;
 mod call_error;
 mod description;
+mod endpoint;
 mod guard;
 mod held;
 mod look;
@@ -17,6 +18,7 @@ mod unread;
 pub use accounts::{Account, Role};
 pub use call_error::{CallError, ErrorKind};
 pub use description::{KeyDescription, RegionRole, Regions};
+pub use endpoint::{Encryption, PlainEndpoint};
 pub use guard::LeaseGuard;
 pub use held::{HeldMaterial, MaterialState};
 pub use look::{Look, Whose};
@@ -132,10 +134,16 @@ pub struct Kms {
 
 impl Kms {
     /// Connects nowhere. Credentials and endpoints come from the SDK's own chain (`AWS_ENDPOINT_URL_KMS`, profiles,
-    /// roles), but for what is said of an account.
-    pub async fn connect(accounts: Vec<Account>, attempt_timeout: Duration, metrics: &Metrics) -> Self {
+    /// roles), but for what is said of an account. An error where they lead over plain http to another machine.
+    pub async fn connect(
+        accounts: Vec<Account>,
+        attempt_timeout: Duration,
+        encryption: Encryption,
+        metrics: &Metrics,
+    ) -> Result<Self, PlainEndpoint> {
         let shared = aws_config::defaults(BehaviorVersion::v2026_01_12()).load().await;
-        Self::with_config(&shared, accounts, attempt_timeout, metrics)
+        endpoint::judge(&shared, encryption)?;
+        Ok(Self::with_config(&shared, accounts, attempt_timeout, metrics))
     }
 
     fn with_config(shared: &SdkConfig, accounts: Vec<Account>, attempt_timeout: Duration, metrics: &Metrics) -> Self {
