@@ -14,6 +14,10 @@ while read -r word; do
     case $word in
         block) ctl set_vm_memory_high_watermark 0 ;;
         unblock) ctl set_vm_memory_high_watermark 0.8 ;;
+        shovels)
+            echo '[rabbitmq_management, rabbitmq_auth_mechanism_ssl, rabbitmq_shovel].' >"$dir/rabbitmq/enabled_plugins"
+            ctl eval 'rabbit_plugins:ensure(rabbit_plugins:enabled_plugins_file()).'
+            ;;
         stop) ctl stop_app ;;
         start) ctl start_app && until_ok 60 rabbitmq_ready "$dir" ;;
     esac
@@ -41,6 +45,11 @@ impl PrivateBroker {
     /// Makes it believe that it is short of memory, or that it no longer is.
     pub async fn block(&self, is_short: bool) {
         self.script.say(if is_short { "block" } else { "unblock" }).await;
+    }
+
+    /// Lets it run shovels, which it does not by itself.
+    pub async fn enable_shovels(&self) {
+        self.script.say("shovels").await;
     }
 
     /// Stops the broker as for a restart: every connection is closed, and nobody listens.
