@@ -3,13 +3,13 @@
 mod reload;
 
 use crate::amqp::Broker;
-use crate::config::{ConfigError, Intake as IntakeSettings, Loaded, Rates, Target, Transport};
+use crate::config::{self, ConfigError, Intake as IntakeSettings, Loaded, Rates, Target, Transport};
 use crate::ingress::Ingress;
 use crate::ingress::rabbitmq::Queue;
 use crate::ingress::sqs::Source;
 use crate::intake::{Fuse, Intake, Limits, Marks, Watch};
 use crate::job::Scarce;
-use crate::kms::{Account, Kms, Role};
+use crate::kms::{Account, Encryption, Kms, PlainEndpoint, Role};
 use crate::outbox::rabbitmq::Exchange;
 use crate::outbox::sqs::Events;
 use crate::outbox::{Destination, Relay};
@@ -54,6 +54,9 @@ pub enum StartError {
     /// Metrics.
     #[error("metrics cannot be registered: {0}")]
     Metrics(#[from] prometheus::Error),
+    /// An endpoint of AWS's.
+    #[error(transparent)]
+    Endpoint(#[from] PlainEndpoint),
     /// A part ended without being told to.
     #[error("a part of the worker broke off, by a fault of Keyferry's own; the log says where: start it again")]
     Broken,
@@ -65,6 +68,18 @@ pub enum StartError {
         /// Why.
         error: std::io::Error,
     },
+}
+
+async fn open_kms(loaded: &Loaded, metrics: &Metrics) -> Result<Kms, StartError> {
+    let worker = &loaded.settings.worker;
+    let kms = Kms::connect(accounts(loaded)?, worker.aws_timeout(), encryption(worker), metrics).await?;
+    kms.warm();
+    Ok(kms)
+}
+
+/// Whether calls of KMS and STS must be encrypted wherever they go.
+pub fn encryption(settings: &config::Worker) -> Encryption {
+    if settings.allow_aws_over_http { Encryption::Optional } else { Encryption::Required }
 }
 
 /// The store, with a schema that fits.
@@ -135,8 +150,7 @@ pub async fn serve(loaded: &Loaded, stop: CancellationToken, hang_up: Signal) ->
     for warning in loaded.target_file_warnings() {
         tracing::warn!("{warning}");
     }
-    let kms = Kms::connect(accounts(loaded)?, settings.worker.aws_timeout(), &metrics).await;
-    kms.warm();
+    let kms = open_kms(loaded, &metrics).await?;
 
     let finished = CancellationToken::new();
     let (address, admin) = serve_admin(settings.admin.listen, metrics.clone(), health.clone(), finished.clone())

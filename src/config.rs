@@ -10,6 +10,7 @@ mod rates;
 mod sqs;
 mod target;
 mod template;
+mod unreadable;
 
 pub use dsm::{DsmConnection, DsmProtocol};
 pub use identity::{Identity, IdentityProof, Senders};
@@ -156,6 +157,8 @@ pub struct Worker {
     pub aws_timeout_ms: u64,
     /// How long an unanswered call may still take effect: the life of its signature.
     pub signature_life_ms: u64,
+    /// Whether KMS and STS may be another machine over plain http: for fakes.
+    pub allow_aws_over_http: bool,
     /// How long a stopping worker waits for jobs under way and for events to be confirmed.
     pub grace_ms: u64,
 }
@@ -191,7 +194,7 @@ pub enum LogFormat {
 /// A setting that is missing or wrong, with where to mend it.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
-    /// figment's own words name the setting and its file or variable.
+    /// figment's words, without the value.
     #[error("{0}")]
     Unreadable(Box<figment::Error>),
     /// The settings file is no TOML. The line itself is not told: it may hold a password.
@@ -297,7 +300,7 @@ impl Loaded {
         let text = if path.exists() { Toml::file_exact(&path) } else { Toml::string("") };
         parses(&path)?;
         let figment = Figment::from(Serialized::defaults(Defaults::default())).merge(text).merge(environment);
-        let settings = figment.extract().map_err(|error| ConfigError::Unreadable(Box::new(error)))?;
+        let settings = figment.extract().map_err(unreadable::of)?;
         let loaded = Self { settings, file: path };
         loaded.check()?;
         Ok(loaded)
@@ -583,6 +586,7 @@ impl Default for Worker {
             poll_ms: 500,
             aws_timeout_ms: 5_000,
             signature_life_ms: 600_000,
+            allow_aws_over_http: false,
             grace_ms: 20_000,
         }
     }

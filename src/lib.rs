@@ -31,10 +31,10 @@
 //! | [`source`] | obtains key material, holds it briefly, zeroises it | `job`; for servers also `config`, `retry`, `telemetry`, `tls` |
 //! | [`wrap`](mod@wrap) | wraps material under a public key; pure | `job` |
 //! | [`audit`] | what is recorded | `job` |
-//! | [`kms`] | performs one AWS call truthfully, as the key's account lets it | `job`, `telemetry` |
+//! | [`kms`] | performs one AWS call truthfully, as the key's account lets it | `job`, `telemetry`, `words` |
 //! | [`tls`] | who a client is and whom it trusts | - |
 //! | [`amqp`] | connections to RabbitMQ | `config`, `tls` |
-//! | [`sqs`] | performs calls and batches of SQS truthfully | `retry`, `telemetry` |
+//! | [`sqs`] | performs calls and batches of SQS truthfully | `retry`, `telemetry`, `words` |
 //! | [`ingress`] | broker deliveries in, settlements out | `job`, `amqp`, `sqs`, `retry`, `telemetry` |
 //! | [`store`] | every SQL statement and transaction | `job`, `audit`, `quota`, the sealed types of `source`, `config`, `telemetry`, `tls`, `words` |
 //! | [`intake`] | parse, authorise, accept or refuse, settle | `ingress`, `job`, `policy`, `retry`, `source`, `store`, `telemetry` |
@@ -42,7 +42,7 @@
 //! | [`outbox`] | committed events to the broker until confirmed | `amqp`, `sqs`, `retry`, `store`, `telemetry` |
 //! | [`worker`] | drives a job | `audit`, `config`, `job`, `kms`, `policy`, `retry`, `source`, `store`, `telemetry`, `wrap` |
 //! | [`topology`] | RabbitMQ's queues as data, compared over its management API | `tls` |
-//! | [`words`] | closed sets of words | - |
+//! | [`words`] | closed sets of words; others' words, made harmless | - |
 //! | [`config`] | settings | `job`, `policy`, `quota` |
 //! | [`telemetry`] | logs, metrics, traces, admin HTTP | `config`, `tls`, `words` |
 //! | [`app`], [`cli`] | composition; commands | all |

@@ -34,7 +34,7 @@ pub enum TopologyError {
 /// A difference between the broker and the definitions.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
 pub struct Difference {
-    /// `queue`, `exchange`, `binding`, `policy` or `user`.
+    /// `queue`, `exchange`, `binding`, `policy`, `user` or `shovel`.
     pub kind: &'static str,
     /// Its name.
     pub name: String,
@@ -108,6 +108,18 @@ impl Management {
         let rights = self.client.get(self.url(&["api", "vhosts", &self.vhost, "permissions"])?);
         let rights = self.send(rights).await?;
         Ok(impersonators(&users, &rights))
+    }
+
+    /// Shovels that write into the virtual host and leave no mark on what they pass on: a shovel that logs in as nobody, as by
+    /// default, keeps a `user-id` that was compared elsewhere, or nowhere. Only those that this broker runs are known here.
+    pub async fn shovels(&self) -> Result<Vec<Difference>, TopologyError> {
+        let asked = self.client.get(self.url(&["api", "parameters", "shovel"])?);
+        match self.send(asked).await {
+            Ok(found) => Ok(shovels(&found, &self.vhost)),
+            // Without the plugin there are none.
+            Err(TopologyError::Refused { status: 404, .. }) => Ok(Vec::new()),
+            Err(error) => Err(error),
+        }
     }
 
     /// The tags of a user.
@@ -211,6 +223,44 @@ fn missing_names(settings: &Names<'_>, wanted: &Value, present: &Value) -> Vec<D
         .collect()
 }
 
+fn shovels(parameters: &Value, vhost: &str) -> Vec<Difference> {
+    let all = parameters.as_array().into_iter().flatten();
+    let found = all.filter(|shovel| {
+        let value = &shovel["value"];
+        let uris: Vec<&Value> = match &value["dest-uri"] {
+            Value::Array(uris) => uris.iter().collect(),
+            uri => vec![uri],
+        };
+        let own = shovel["vhost"].as_str().unwrap_or_default();
+        let is_marked = value["dest-add-forward-headers"] == true || value["add-forward-headers"] == true;
+        !is_marked && uris.iter().any(|uri| is_into(uri.as_str().unwrap_or_default(), own, vhost))
+    });
+    found
+        .map(|shovel| Difference {
+            kind: "shovel",
+            name: format!("{} of virtual host {}", text(&shovel["name"]), text(&shovel["vhost"])),
+            problem: "writes into this virtual host and may pass messages on in any user's name: set its \
+                      dest-add-forward-headers to true, or let signatures prove who sends"
+                .into(),
+        })
+        .collect()
+}
+
+/// Whether a shovel's URI may lead into a virtual host. One without a path leads into the shovel's own, and one that is not
+/// understood may lead anywhere. The broker's own name cannot be told from others.
+fn is_into(uri: &str, own: &str, vhost: &str) -> bool {
+    let Some((_, rest)) = uri.split_once("://") else { return true };
+    let place = rest.split(['?', '#']).next().unwrap_or_default();
+    match place.split_once('/') {
+        Some((_, path)) => percent_decoded(path) == vhost,
+        None => own == vhost,
+    }
+}
+
+fn text(value: &Value) -> &str {
+    value.as_str().unwrap_or_default()
+}
+
 fn impersonators(users: &Value, rights: &Value) -> Vec<Difference> {
     let all = |list: &'_ Value| list.as_array().cloned().unwrap_or_default();
     let with_rights: Vec<Value> = all(rights).iter().map(|right| right["user"].clone()).collect();
@@ -294,6 +344,26 @@ mod tests {
     use super::*;
     use crate::tls;
     use serde_json::json;
+
+    #[test]
+    fn shovels_that_leave_no_mark_in_the_virtual_host_are_found() {
+        let shovel = |name: &str, vhost: &str, value: Value| json!({"name": name, "vhost": vhost, "value": value});
+        let all = json!([
+            shovel("own", "a", json!({"dest-uri": "amqp://"})),
+            shovel("by-path", "b", json!({"dest-uri": ["amqps://u:p@host/x", "amqp:///a?heartbeat=5"]})),
+            shovel("unread", "b", json!({"dest-uri": {}})),
+            shovel("elsewhere", "a", json!({"dest-uri": "amqp:///b"})),
+            shovel("others", "b", json!({"dest-uri": "amqp://localhost"})),
+            shovel("marked", "a", json!({"dest-uri": "amqp://", "dest-add-forward-headers": true})),
+            shovel("marked-of-old", "a", json!({"dest-uri": "amqp://", "add-forward-headers": true})),
+        ]);
+        let names = |vhost: &str| shovels(&all, vhost).into_iter().map(|one| one.name).collect::<Vec<_>>();
+        let found = ["own of virtual host a", "by-path of virtual host b", "unread of virtual host b"];
+        assert_eq!(names("a"), found);
+        assert!(shovels(&json!([]), "a").is_empty());
+        let slash = json!([shovel("s", "b", json!({"dest-uri": "amqp://host/%2f"}))]);
+        assert_eq!(shovels(&slash, "/").len(), 1);
+    }
 
     #[test]
     fn whoever_may_send_as_anybody_is_found() {

@@ -1,4 +1,14 @@
-//! Closed sets of words: the stable texts of codes, classes and kinds, which label metrics too.
+//! Closed sets of words: the stable texts of codes, classes and kinds, which label metrics too. And others' words, made harmless.
+
+/// Others' words without what forges lines of a log, moves a terminal's cursor, or turns the direction of what is read: blanks
+/// are in its place.
+pub fn printable(text: &str) -> impl Iterator<Item = char> {
+    let is_meant_for_machines = |c: char| {
+        let is_direction = matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+        c.is_control() || is_direction || matches!(c, '\u{2028}' | '\u{2029}')
+    };
+    text.chars().map(move |c| if is_meant_for_machines(c) { ' ' } else { c })
+}
 
 /// A closed set of words.
 pub trait Words: Copy + 'static {
@@ -41,4 +51,15 @@ macro_rules! words {
             }
         }
     };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::printable;
+
+    #[test]
+    fn others_words_stay_in_their_line_and_give_no_commands() {
+        let text: String = printable("a\nb\r\x1b[2Jc\0d\u{9b}e\u{202e}f\u{2028}g äöü 鍵").collect();
+        assert_eq!(text, "a b  [2Jc d e f g äöü 鍵");
+    }
 }

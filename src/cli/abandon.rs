@@ -1,7 +1,7 @@
 //! `keyferry jobs abandon`.
 
 use super::jobs::Sent;
-use super::output::Output;
+use super::output::{Output, printable};
 use super::{Coded, Failed, operator};
 use crate::config::Loaded;
 use crate::job::rfc3339;
@@ -138,13 +138,14 @@ impl Abandon {
         }
         let last = job.error.as_ref().and_then(|error| error["message"].as_str()).unwrap_or("none");
         eprint!(
-            "{} of {} on {}\n  accepted {}, {} attempts, last error: {last}\n\
+            "{} of {} on {}\n  accepted {}, {} attempts, last error: {}\n\
              To abandon {}. Abandon it? Type yes: ",
             job.operation.as_deref().unwrap_or_default(),
-            job.principal,
-            job.key.as_deref().unwrap_or_default(),
+            printable(&job.principal),
+            printable(job.key.as_deref().unwrap_or_default()),
             rfc3339(job.accepted_at),
             job.attempts,
+            printable(last),
             deed.means(),
         );
         std::io::stderr().flush()?;

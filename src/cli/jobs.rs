@@ -3,7 +3,7 @@
 use super::Failed;
 use super::abandon::Abandon;
 use super::cancel::Cancel;
-use super::output::{Output, duration};
+use super::output::{Output, duration, printable};
 use super::retry::Retry;
 use super::sender::principal;
 use crate::app::{open_broker, open_store};
@@ -253,7 +253,7 @@ impl Followed {
 /// Why it did not succeed, in one line.
 fn reason(id: &str, view: &JobView) -> Option<String> {
     let error = view.error.as_ref().filter(|_| view.state != "succeeded")?;
-    Some(format!("{id}: {}", error["message"].as_str()?))
+    Some(printable(&format!("{id}: {}", error["message"].as_str()?)))
 }
 
 /// Summarises and gives the exit code.

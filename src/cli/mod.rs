@@ -296,12 +296,13 @@ fn warn_of_open_files(loaded: &Loaded) {
     }
 }
 
-/// Who is named in the audit trail: the operating system's user, as far as it says.
+/// Who is named in the audit trail: the name that the environment gives, which anybody can set, and the user id that the
+/// operating system knows.
 fn operator() -> String {
-    ["SUDO_USER", "USER", "LOGNAME"]
-        .iter()
-        .find_map(|name| std::env::var(name).ok())
-        .unwrap_or_else(|| "unknown".into())
+    let name = ["SUDO_USER", "USER", "LOGNAME"].iter().find_map(|name| std::env::var(name).ok());
+    let name = name.unwrap_or_else(|| "unknown".into());
+    let printable: String = crate::words::printable(&name).take(64).collect();
+    format!("{printable} (uid {})", rustix::process::getuid().as_raw())
 }
 
 /// Cancelled by SIGTERM or SIGINT.
@@ -347,6 +348,7 @@ fn code(error: &anyhow::Error) -> &'static str {
         (Some(coded), _) => coded.code,
         (None, Some(ConfigError::Target { fault, .. })) => fault.code(),
         (None, Some(ConfigError::Quota { code, .. })) => code,
+        (None, _) if matches!(error.downcast_ref(), Some(StartError::Endpoint(_))) => "aws_endpoint_http",
         (None, _) if is_setting(error) => "setting_wrong",
         (None, _) => "failed",
     }

@@ -62,7 +62,7 @@ const EXPECTED: &str = "expected a number of seconds, or one with s, m, h or d, 
 
 /// Others' words, without what a terminal would take for a command.
 pub(super) fn printable(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
+    crate::words::printable(text).collect()
 }
 
 /// A reader that has gone away, as `head` does, is no error.
@@ -72,6 +72,8 @@ fn print(text: &str) {
 }
 
 pub(super) fn table<const N: usize>(head: [&str; N], rows: &[[String; N]]) -> String {
+    // Cells hold what senders, brokers and AWS wrote.
+    let rows: Vec<[String; N]> = rows.iter().map(|row| std::array::from_fn(|column| printable(&row[column]))).collect();
     let widths: [usize; N] = std::array::from_fn(|column| {
         rows.iter().map(|row| row[column].chars().count()).chain([head[column].len()]).max().unwrap_or(0)
     });
@@ -103,5 +105,11 @@ mod tests {
     fn columns_are_as_wide_as_their_widest_cell() {
         let rows = [["a".to_owned(), "long".to_owned()], ["bcd".to_owned(), String::new()]];
         assert_eq!(table(["X", "Y"], &rows), "X    Y\na    long\nbcd");
+    }
+
+    #[test]
+    fn a_cell_is_one_cell_and_moves_no_cursor() {
+        let rows = [["a\x1b[2J\nb".to_owned(), "c".to_owned()]];
+        assert_eq!(table(["X", "Y"], &rows), "X        Y\na [2J b  c");
     }
 }

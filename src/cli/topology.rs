@@ -65,7 +65,7 @@ impl Topology {
     }
 }
 
-/// What differs at RabbitMQ, users included whose rights undo what a policy goes by.
+/// What differs at RabbitMQ, users and shovels included that undo what a policy goes by.
 pub(super) async fn rabbitmq_differences(loaded: &Loaded) -> anyhow::Result<Vec<Difference>> {
     let management = management(loaded)?;
     let mut found = management.check(&names(loaded)).await?;
@@ -78,6 +78,7 @@ pub(super) async fn rabbitmq_differences(loaded: &Loaded) -> anyhow::Result<Vec<
     };
     if is_word_taken {
         found.extend(management.impersonators().await?);
+        found.extend(management.shovels().await?);
     }
     Ok(found)
 }

@@ -282,7 +282,8 @@ fn is_word(byte: u8) -> bool {
     byte.is_ascii_alphanumeric() || b"_+=,.@-".contains(&byte)
 }
 
-/// What is said there is signed, and no secret but import tokens and wrapped material; still nobody is to listen.
+/// What is said there is signed, but not what is answered: whoever is on the way could answer with a public key of his own, and
+/// would be sent every key wrapped for him.
 fn is_endpoint(text: &str) -> bool {
     let Ok(url) = Url::parse(text) else { return false };
     let is_bare = url.path() == "/" && url.query().is_none() && url.fragment().is_none();

@@ -22,6 +22,8 @@ const LONGEST_VALIDITY: Duration = Duration::seconds(364 * 86_400 + 23 * 3_600);
 const LONGEST_WAIT: Duration = Duration::days(30);
 /// How long a job is tried when the request sets no `deadline`.
 const DEFAULT_PATIENCE: Duration = Duration::days(3);
+/// How long after its start a job may be tried at most.
+const LONGEST_PATIENCE: Duration = Duration::days(90);
 /// AWS allows 256; the rest is the job's mark.
 const LONGEST_DESCRIPTION: usize = 200;
 
@@ -348,7 +350,19 @@ impl Request {
     /// When the job gives up.
     pub fn deadline_from(&self, accepted_at: OffsetDateTime) -> OffsetDateTime {
         let start = self.not_before.map_or(accepted_at, |not_before| not_before.max(accepted_at));
-        self.deadline.unwrap_or(start + DEFAULT_PATIENCE)
+        self.deadline.unwrap_or(start.saturating_add(DEFAULT_PATIENCE))
+    }
+
+    /// When a job that does this once more gives up: as long after its start as the former, which is in the store and may be
+    /// older than the bound of a deadline.
+    pub fn deadline_again(
+        &self,
+        now: OffsetDateTime,
+        accepted_at: OffsetDateTime,
+        deadline: OffsetDateTime,
+    ) -> OffsetDateTime {
+        let start = |at: OffsetDateTime| self.not_before.map_or(at, |not_before| not_before.max(at));
+        start(now).saturating_add((deadline - start(accepted_at)).min(LONGEST_PATIENCE))
     }
 
     /// Whether its times fit at `now`, the store's clock.
@@ -370,6 +384,15 @@ impl Request {
                 "deadline",
                 RefusalCode::InvalidValue,
                 "deadline: expected a time after now and after not_before",
+            ));
+        }
+        if let Some(deadline) = self.deadline
+            && deadline - start > LONGEST_PATIENCE
+        {
+            return Err(Refusal::of(
+                "deadline",
+                RefusalCode::InvalidValue,
+                "deadline: expected at most 90 days after now and after not_before",
             ));
         }
         self.judge_expiry(start)

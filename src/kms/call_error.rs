@@ -4,6 +4,8 @@
 //! Reference). Throttling, validation and access errors are not modelled by the SDK; their codes are.
 
 use super::guard::{Departure, Dropped};
+use super::taken;
+use crate::words::printable;
 use aws_credential_types::provider::error::CredentialsError;
 use aws_sdk_kms::config::http::HttpResponse;
 use aws_sdk_kms::error::{ProvideErrorMetadata, SdkError};
@@ -126,7 +128,7 @@ impl CallError {
         if let Some(of_session) = cause::<Self>(error) {
             return of_session.clone();
         }
-        let code = ProvideErrorMetadata::code(error).map(str::to_owned);
+        let code = ProvideErrorMetadata::code(error).and_then(taken::word);
         let kind = match error {
             _ if cause::<Dropped>(error).is_some() => ErrorKind::Dropped,
             // It did not get as far as the gate: without credentials a request cannot even be signed.
@@ -147,9 +149,9 @@ impl CallError {
             Some(text) => text.to_owned(),
             None => root_cause(error),
         };
-        // Postgres stores no NUL, and a long page of some proxy helps nobody.
-        let message = message.replace('\0', "").chars().take(500).collect();
-        Self { operation, kind, code, message, aws_request_id: error.request_id().map(str::to_owned) }
+        // Postgres stores no NUL, logs are lines, and a long page of some proxy helps nobody.
+        let message = printable(&message).take(500).collect();
+        Self { operation, kind, code, message, aws_request_id: error.request_id().and_then(taken::word) }
     }
 
     /// For the SDK, from which [`CallError::of`] has it back.

@@ -1,5 +1,6 @@
 //! What `DescribeKey` says of a key, in our types, and its echo for the result.
 
+use super::taken::{MOST_ENTRIES, is_bounded, material_id};
 use crate::job::{Expiry, KeyArn, rfc3339};
 use aws_sdk_kms::primitives::DateTime;
 use aws_sdk_kms::types::{
@@ -30,12 +31,19 @@ pub struct Regions {
 }
 
 impl Regions {
-    /// `None`: AWS does not name them as its documentation promises.
-    fn of(configuration: &MultiRegionConfiguration) -> Option<Self> {
-        let arn = |key: &MultiRegionKey| KeyArn::parse(key.arn()?).ok();
+    /// `None`: AWS does not name them as its documentation promises. They differ from the key in their Region only: no
+    /// other key may be touched in its name.
+    fn of(configuration: &MultiRegionConfiguration, key: &KeyArn) -> Option<Self> {
+        let arn = |other: &MultiRegionKey| {
+            KeyArn::parse(other.arn()?).ok().filter(|other| other.order_key() == key.order_key())
+        };
+        let replicas = configuration.replica_keys();
+        if replicas.len() > MOST_ENTRIES {
+            return None;
+        }
         Some(Self {
             primary: arn(configuration.primary_key()?)?,
-            replicas: configuration.replica_keys().iter().map(arn).collect::<Option<_>>()?,
+            replicas: replicas.iter().map(arn).collect::<Option<_>>()?,
         })
     }
 }
@@ -66,9 +74,17 @@ pub struct KeyDescription {
 }
 
 impl KeyDescription {
-    pub(super) fn of(metadata: &KeyMetadata) -> Self {
+    /// The error names a field that is not as AWS's documentation promises.
+    pub(super) fn of(metadata: &KeyMetadata, key: &KeyArn) -> Result<Self, String> {
         let text = |value: Option<&str>| value.unwrap_or_default().to_owned();
-        Self {
+        let aws_param = aws_param(metadata);
+        if let Some((name, _)) = aws_param.iter().find(|(_, value)| !is_bounded(value)) {
+            return Err(name.clone());
+        }
+        let regions =
+            metadata.multi_region_configuration().map(|all| Regions::of(all, key).ok_or("MultiRegionConfiguration"));
+        let current = metadata.current_key_material_id();
+        Ok(Self {
             origin: text(metadata.origin.as_ref().map(OriginType::as_str)),
             is_external: metadata.origin == Some(OriginType::External),
             is_customer_managed: metadata.key_manager == Some(KeyManagerType::Customer),
@@ -79,11 +95,11 @@ impl KeyDescription {
                 Some(MultiRegionKeyType::Replica) => RegionRole::Replica,
                 _ => RegionRole::Single,
             },
-            regions: metadata.multi_region_configuration().and_then(Regions::of),
-            current_material: metadata.current_key_material_id.clone(),
+            regions: regions.transpose()?,
+            current_material: current.map(|id| material_id(id).ok_or("CurrentKeyMaterialId")).transpose()?,
             expiry: expiry(metadata.expiration_model.as_ref(), metadata.valid_to),
-            aws_param: aws_param(metadata),
-        }
+            aws_param: Value::Object(aws_param),
+        })
     }
 
     /// Whether the key shows that it holds, or has held, material. A key without material ids shows
@@ -107,7 +123,8 @@ pub(super) fn to_time(at: DateTime) -> Option<OffsetDateTime> {
     OffsetDateTime::from_unix_timestamp(at.secs()).ok()
 }
 
-fn aws_param(metadata: &KeyMetadata) -> Value {
+/// Every text of the metadata that is used at all.
+fn aws_param(metadata: &KeyMetadata) -> Map<String, Value> {
     let mut fields = Map::new();
     let mut put = |name: &str, value: Option<Value>| {
         if let Some(value) = value {
@@ -158,5 +175,5 @@ fn aws_param(metadata: &KeyMetadata) -> Value {
     put("MultiRegion", metadata.multi_region.map(Value::from));
     let regions = metadata.multi_region_configuration();
     put("MultiRegionKeyType", regions.and_then(|of| of.multi_region_key_type()).map(|of| json!(of.as_str())));
-    Value::Object(fields)
+    fields
 }

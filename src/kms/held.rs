@@ -1,6 +1,7 @@
 //! What `ListKeyRotations` says of one material.
 
 use super::description::{expiry, to_time};
+use super::taken::material_id;
 use crate::job::Expiry;
 use aws_sdk_kms::types::{ImportState, KeyMaterialState, RotationsListEntry};
 use time::OffsetDateTime;
@@ -44,7 +45,7 @@ impl HeldMaterial {
             _ => MaterialState::Pending,
         };
         Some(Self {
-            id: entry.key_material_id()?.to_owned(),
+            id: material_id(entry.key_material_id()?)?,
             state,
             is_imported: *entry.import_state()? == ImportState::Imported,
             expiry: expiry(entry.expiration_model(), entry.valid_to().copied()),

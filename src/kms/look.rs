@@ -1,6 +1,6 @@
 //! Harmless calls for whoever wants to know whether AWS is there, lets it in, and as whom, and shows the same time.
 
-use super::{Call, CallError, Kms, LeaseGuard};
+use super::{Call, CallError, Kms, LeaseGuard, taken};
 use crate::job::KeyArn;
 use aws_sdk_kms::config::interceptors::BeforeDeserializationInterceptorContextRef;
 use aws_sdk_kms::config::{ConfigBag, Intercept, RuntimeComponents};
@@ -49,8 +49,8 @@ impl Kms {
             OPERATION,
             answer.and_then(|answer| {
                 Ok(Whose {
-                    account: answer.account.ok_or_else(|| part("Account"))?,
-                    arn: answer.arn.ok_or_else(|| part("Arn"))?,
+                    account: answer.account().and_then(taken::word).ok_or_else(|| part("Account"))?,
+                    arn: answer.arn().and_then(taken::arn).ok_or_else(|| part("Arn"))?,
                 })
             }),
         )

@@ -6,16 +6,19 @@
 mod accounts;
 mod call_error;
 mod description;
+mod endpoint;
 mod guard;
 mod held;
 mod look;
 mod session;
+mod taken;
 #[cfg(feature = "failpoints")]
 mod unread;
 
 pub use accounts::{Account, Role};
 pub use call_error::{CallError, ErrorKind};
 pub use description::{KeyDescription, RegionRole, Regions};
+pub use endpoint::{Encryption, PlainEndpoint};
 pub use guard::LeaseGuard;
 pub use held::{HeldMaterial, MaterialState};
 pub use look::{Look, Whose};
@@ -131,10 +134,16 @@ pub struct Kms {
 
 impl Kms {
     /// Connects nowhere. Credentials and endpoints come from the SDK's own chain (`AWS_ENDPOINT_URL_KMS`, profiles,
-    /// roles), but for what is said of an account.
-    pub async fn connect(accounts: Vec<Account>, attempt_timeout: Duration, metrics: &Metrics) -> Self {
+    /// roles), but for what is said of an account. An error where they lead over plain http to another machine.
+    pub async fn connect(
+        accounts: Vec<Account>,
+        attempt_timeout: Duration,
+        encryption: Encryption,
+        metrics: &Metrics,
+    ) -> Result<Self, PlainEndpoint> {
         let shared = aws_config::defaults(BehaviorVersion::v2026_01_12()).load().await;
-        Self::with_config(&shared, accounts, attempt_timeout, metrics)
+        endpoint::judge(&shared, encryption)?;
+        Ok(Self::with_config(&shared, accounts, attempt_timeout, metrics))
     }
 
     fn with_config(shared: &SdkConfig, accounts: Vec<Account>, attempt_timeout: Duration, metrics: &Metrics) -> Self {
@@ -168,7 +177,8 @@ impl Kms {
             answer.and_then(|answer| {
                 let metadata =
                     answer.key_metadata.ok_or_else(|| CallError::incomplete(OPERATION.as_str(), "KeyMetadata"))?;
-                Ok(KeyDescription::of(&metadata))
+                KeyDescription::of(&metadata, key)
+                    .map_err(|name| CallError::incomplete(OPERATION.as_str(), &format!("readable {name}")))
             }),
         )
     }
@@ -191,13 +201,13 @@ impl Kms {
         self.counted(
             OPERATION,
             answer.and_then(|answer| {
-                let aws_request_id = answer.request_id().map(str::to_owned);
+                let aws_request_id = answer.request_id().and_then(taken::word);
                 let part = |name| CallError::incomplete(OPERATION.as_str(), name);
                 Ok(ImportParameters {
                     region: key.region().to_owned(),
                     wrapping,
-                    public_key: answer.public_key.ok_or_else(|| part("PublicKey"))?.into_inner(),
-                    import_token: answer.import_token.ok_or_else(|| part("ImportToken"))?.into_inner(),
+                    public_key: answer.public_key.and_then(taken::bytes).ok_or_else(|| part("PublicKey"))?,
+                    import_token: answer.import_token.and_then(taken::bytes).ok_or_else(|| part("ImportToken"))?,
                     valid_to: answer
                         .parameters_valid_to
                         .and_then(|at| OffsetDateTime::from_unix_timestamp(at.secs()).ok())
@@ -233,9 +243,11 @@ impl Kms {
         let answer = send!(self, OPERATION, request, guard);
         self.counted(
             OPERATION,
-            answer.map(|answer| Imported {
-                aws_request_id: answer.request_id().map(str::to_owned),
-                key_material_id: answer.key_material_id,
+            answer.and_then(|answer| {
+                Ok(Imported {
+                    aws_request_id: answer.request_id().and_then(taken::word),
+                    key_material_id: named_material(OPERATION, answer.key_material_id())?,
+                })
             }),
         )
     }
@@ -258,9 +270,11 @@ impl Kms {
         let answer = send!(self, OPERATION, request, guard);
         self.counted(
             OPERATION,
-            answer.map(|answer| Deleted {
-                aws_request_id: answer.request_id().map(str::to_owned),
-                key_material_id: answer.key_material_id,
+            answer.and_then(|answer| {
+                Ok(Deleted {
+                    aws_request_id: answer.request_id().and_then(taken::word),
+                    key_material_id: named_material(OPERATION, answer.key_material_id())?,
+                })
             }),
         )
     }
@@ -273,7 +287,7 @@ impl Kms {
         const OPERATION: Call = Call::RotateKeyOnDemand;
         let request = self.client(key, OPERATION)?.rotate_key_on_demand().key_id(key.to_string());
         let answer = send!(self, OPERATION, request, guard);
-        self.counted(OPERATION, answer.map(|answer| answer.request_id().map(str::to_owned)))
+        self.counted(OPERATION, answer.map(|answer| answer.request_id().and_then(taken::word)))
     }
 
     /// `GetPublicKey`: the DER `SubjectPublicKeyInfo` of a pair. Read-only.
@@ -284,10 +298,10 @@ impl Kms {
         self.counted(
             OPERATION,
             answer.and_then(|answer| {
-                Ok(answer
+                answer
                     .public_key
-                    .ok_or_else(|| CallError::incomplete(OPERATION.as_str(), "PublicKey"))?
-                    .into_inner())
+                    .and_then(taken::bytes)
+                    .ok_or_else(|| CallError::incomplete(OPERATION.as_str(), "PublicKey"))
             }),
         )
     }
@@ -298,6 +312,7 @@ impl Kms {
         const OPERATION: Call = Call::ListKeyRotations;
         // A key has at most 27: the first, 25 rotations, one that waits.
         const MOST_PAGES: usize = 10;
+        const MOST: usize = 256;
         let client = self.client(key, OPERATION)?;
         let (mut found, mut marker) = (Vec::new(), None);
         for _ in 0..MOST_PAGES {
@@ -312,8 +327,11 @@ impl Kms {
                 // One that cannot be read must not pass for one that is missing.
                 found.push(
                     HeldMaterial::of(entry)
-                        .ok_or_else(|| CallError::incomplete(OPERATION.as_str(), "material's state"))?,
+                        .ok_or_else(|| CallError::incomplete(OPERATION.as_str(), "material's id and state"))?,
                 );
+            }
+            if found.len() > MOST {
+                break;
             }
             marker = page.next_marker;
             if marker.is_none() {
@@ -344,6 +362,12 @@ impl Kms {
     fn gate(&self, guard: &LeaseGuard) -> (Gate, Departure) {
         Gate::new(guard.clone(), self.attempt_timeout)
     }
+}
+
+/// The material that an answer names, if it names one: that of an asymmetric key has no id.
+fn named_material(operation: Call, id: Option<&str>) -> Result<Option<String>, CallError> {
+    let unreadable = || CallError::incomplete(operation.as_str(), "readable KeyMaterialId");
+    id.map(|id| taken::material_id(id).ok_or_else(unreadable)).transpose()
 }
 
 fn timeouts(attempt: Duration) -> TimeoutConfig {

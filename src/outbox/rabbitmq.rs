@@ -9,10 +9,14 @@ use lapin::options::{BasicPublishOptions, ConfirmSelectOptions, ExchangeDeclareO
 use lapin::types::{AMQPValue, FieldTable};
 use lapin::{BasicProperties, Channel, Confirmation, Connection, ExchangeKind};
 use std::pin::pin;
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 /// `delivery_mode` of a message that survives the broker's restart (AMQP 0-9-1).
 const PERSISTENT: u8 = 2;
+
+/// One by one, events are published within this: well within the lease that a relay has on them.
+const WINDOW_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// A topic exchange.
 #[derive(Clone, Debug)]
@@ -23,10 +27,10 @@ pub struct Exchange {
     pub name: String,
 }
 
-/// One connection, one channel with confirms.
+/// One connection, one channel with confirms. A channel that the broker closed over an event has a successor.
 pub struct Publisher {
     connection: Connection,
-    channel: Channel,
+    channel: Mutex<Channel>,
     exchange: String,
     timeout: Duration,
 }
@@ -40,11 +44,10 @@ impl Destination for Exchange {
         let timeout = broker.timeout();
         let opening = async {
             let connection = broker.connect("keyferry events").await?;
-            let channel = connection.create_channel().await?;
+            let channel = confirming(&connection).await?;
             let passive = ExchangeDeclareOptions { passive: true, ..ExchangeDeclareOptions::default() };
             channel.exchange_declare(name.as_str().into(), ExchangeKind::Topic, passive, FieldTable::default()).await?;
-            channel.confirm_select(ConfirmSelectOptions::default()).await?;
-            Ok(Publisher { connection, channel, exchange: name.clone(), timeout })
+            Ok(Publisher { connection, channel: Mutex::new(channel), exchange: name.clone(), timeout })
         };
         within(timeout, opening).await
     }
@@ -53,7 +56,34 @@ impl Destination for Exchange {
 impl super::Publisher for Publisher {
     type Error = SessionError;
 
+    /// The broker closes the channel over a message that it will never take, such as one beyond its `max_message_size`. In a
+    /// window it is not known which: they are sent one by one, and only that one is held.
     async fn publish(&self, rows: &[OutboxRow]) -> Result<Vec<Publication>, SessionError> {
+        match self.publish_together(rows).await {
+            Err(error) if self.has_lost_only_the_channel() && error.refusal().is_none() => {
+                self.publish_one_by_one(rows).await
+            }
+            outcome => outcome,
+        }
+    }
+
+    fn check(&self) -> Result<(), SessionError> {
+        check(&self.channel())
+    }
+
+    fn is_blocked(&self) -> bool {
+        self.connection.status().blocked()
+    }
+
+    async fn close(self) {
+        // The broker forgets an unclosed connection as well.
+        drop(tokio::time::timeout(self.timeout, self.connection.close(200, "stopping".into())).await);
+    }
+}
+
+impl Publisher {
+    async fn publish_together(&self, rows: &[OutboxRow]) -> Result<Vec<Publication>, SessionError> {
+        let channel = self.channel();
         let publishing = async {
             let mut confirmations = Vec::with_capacity(rows.len());
             for row in rows {
@@ -68,7 +98,7 @@ impl super::Publisher for Publisher {
                 };
                 let options = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
                 let exchange = self.exchange.as_str().into();
-                let sent = self.channel.basic_publish(
+                let sent = channel.basic_publish(
                     exchange,
                     row.routing_key.as_str().into(),
                     options,
@@ -83,21 +113,46 @@ impl super::Publisher for Publisher {
         self.unless_silent(publishing).await
     }
 
-    fn check(&self) -> Result<(), SessionError> {
-        check(&self.channel)
+    /// Each waits for its confirmation. What there is no time for is left to the next window.
+    async fn publish_one_by_one(&self, rows: &[OutboxRow]) -> Result<Vec<Publication>, SessionError> {
+        let until = Instant::now() + WINDOW_TIMEOUT;
+        self.renew().await?;
+        let mut outcomes = Vec::with_capacity(rows.len());
+        for row in rows {
+            if Instant::now() >= until {
+                outcomes.push(Publication::Late);
+                continue;
+            }
+            match self.publish_together(std::slice::from_ref(row)).await {
+                Ok(published) => outcomes.extend(published),
+                // A right that is missing, or the exchange, is no fault of this event.
+                Err(error) if self.has_lost_only_the_channel() && error.refusal().is_none() => {
+                    let bytes = row.body.len();
+                    tracing::warn!(event.id = %row.event_id, event.bytes = bytes, %error, "an event was not sent");
+                    outcomes.push(Publication::Refused);
+                    self.renew().await?;
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(outcomes)
     }
 
-    fn is_blocked(&self) -> bool {
-        self.connection.status().blocked()
+    /// Another channel on the same connection.
+    async fn renew(&self) -> Result<(), SessionError> {
+        let channel = within(self.timeout, confirming(&self.connection)).await?;
+        *self.channel.lock().unwrap_or_else(PoisonError::into_inner) = channel;
+        Ok(())
     }
 
-    async fn close(self) {
-        // The broker forgets an unclosed connection as well.
-        drop(tokio::time::timeout(self.timeout, self.connection.close(200, "stopping".into())).await);
+    fn channel(&self) -> Channel {
+        self.channel.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
-}
 
-impl Publisher {
+    fn has_lost_only_the_channel(&self) -> bool {
+        self.connection.status().connected() && !self.channel().status().connected()
+    }
+
     /// Gives up on a broker that is silent. One that has said that it is short of memory or disk is waited for: to publish
     /// on another connection would only give it the same again.
     async fn unless_silent<T>(&self, work: impl Future<Output = Result<T, SessionError>>) -> Result<T, SessionError> {
@@ -112,6 +167,12 @@ impl Publisher {
             }
         }
     }
+}
+
+async fn confirming(connection: &Connection) -> Result<Channel, SessionError> {
+    let channel = connection.create_channel().await?;
+    channel.confirm_select(ConfirmSelectOptions::default()).await?;
+    Ok(channel)
 }
 
 fn headers(traceparent: String) -> FieldTable {

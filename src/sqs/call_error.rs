@@ -4,6 +4,7 @@
 //! older query protocol (`AWS.SimpleQueueService.NonExistentQueue`); both spellings are known here.
 
 use crate::retry::Class;
+use crate::words::printable;
 use aws_sdk_sqs::config::http::HttpResponse;
 use aws_sdk_sqs::error::{ProvideErrorMetadata, SdkError};
 use std::error::Error as StdError;
@@ -92,7 +93,7 @@ impl CallError {
     where
         E: ProvideErrorMetadata + StdError + 'static,
     {
-        let code = ProvideErrorMetadata::code(error).map(str::to_owned);
+        let code = ProvideErrorMetadata::code(error).map(|code| printable(code).take(MOST_TEXT).collect::<String>());
         let fault = match error {
             SdkError::ServiceError(answer) => match code.as_deref().and_then(Fault::of_code) {
                 Some(fault) => fault,
@@ -109,7 +110,7 @@ impl CallError {
             _ => Fault::Away,
         };
         let message = ProvideErrorMetadata::message(error).map_or_else(|| root_cause(error), str::to_owned);
-        let message = message.chars().take(MOST_TEXT).collect();
+        let message = printable(&message).take(MOST_TEXT).collect();
         Self { operation, queue: queue.to_owned(), fault, code, message }
     }
 
@@ -163,8 +164,9 @@ impl EntryError {
 
 impl fmt::Display for EntryError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let text: String = self.message.chars().take(MOST_TEXT).collect();
-        write!(f, "{}: {text}", self.code)
+        let text: String = printable(&self.message).take(MOST_TEXT).collect();
+        let code: String = printable(&self.code).take(MOST_TEXT).collect();
+        write!(f, "{code}: {text}")
     }
 }
 

@@ -295,6 +295,15 @@ async fn a_message_is_received_whole_and_everything_is_asked_for() {
     assert_eq!(request["MessageAttributeNames"], serde_json::json!(["All"]));
 }
 
+#[tokio::test]
+async fn what_sqs_says_stays_in_its_line() {
+    let error = EntryError { is_senders_fault: true, code: "Bad\r".into(), message: "no\n\u{1b}[2J".into() };
+    assert_eq!(error.to_string(), "Bad : no  [2J");
+    let said = r#"{"__type":"InvalidParameterValue","message":"no\n2026-11-28 all is well"}"#.to_owned();
+    let (queue, _) = queue("q", vec![(400, "InvalidParameterValue", said)]).await;
+    assert_eq!(queue.attributes().await.unwrap_err().message, "no 2026-11-28 all is well");
+}
+
 #[test]
 fn a_receipt_is_gone_only_when_sqs_says_so() {
     let error =

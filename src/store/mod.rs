@@ -79,7 +79,7 @@ pub mod statements {
     pub use super::lock::{AUDIT_COUNTS, LOCK};
     pub use super::observe::{EXPIRED_LATELY, EXPIRY, FEW_ROTATIONS, MOST_EVENTS, MOST_EXPIRING, OUTBOX, WORK};
     pub use super::quota::RESERVE;
-    pub use super::refuse::{KNOWN_REFUSALS, METERS};
+    pub use super::refuse::{KNOWN_REFUSALS, METERS, TURNS};
     pub use super::release::RELEASE;
     pub use super::session_options;
     pub use super::settle::END_JOBS;

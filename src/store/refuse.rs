@@ -26,8 +26,12 @@ pub const TOLD_A_MINUTE: i64 = 10;
 pub const KEPT: i64 = 100_000;
 
 /// Waits for the turn of whoever refuses messages of the same senders for the same reasons, by whichever transport they came:
-/// a message that comes over two is one. Held until the transaction ends, and taken in one order.
-const TURNS: &str = "select pg_advisory_xact_lock(turn) from unnest($1::bigint[]) as turn";
+/// a message that comes over two is one. Held until the transaction ends, and taken in one order. Rows, which only a worker may
+/// lock: an advisory lock could be kept from us by anybody who may connect.
+pub const TURNS: &str = "select from refusal_turn where turn = any($1::integer[]) order by turn for no key update";
+
+/// Rows of `refusal_turn`: from zero on.
+const TURN_COUNT: u16 = 1024;
 
 /// Locks meters, in the order of their keys.
 pub const METERS: &str = "
@@ -71,15 +75,14 @@ impl<'a> Kin<'a> {
     }
 
     /// By which whoever refuses the like waits for each other. Two that share one by chance wait for nothing.
-    fn turn(&self) -> i64 {
+    fn turn(&self) -> i32 {
         let mut hash = Sha256::new();
         for part in ["keyferry refusals", self.principal, self.identity, self.code] {
             hash.update(part.len().to_be_bytes());
             hash.update(part);
         }
-        let mut first = [0; 8];
-        first.copy_from_slice(&hash.finalize()[..8]);
-        i64::from_be_bytes(first)
+        let [first, second, ..] = <[u8; 32]>::from(hash.finalize());
+        i32::from(u16::from_be_bytes([first, second]) % TURN_COUNT)
     }
 }
 
@@ -216,8 +219,8 @@ async fn read<'a>(
     let proved: Vec<bool> = verdicts.iter().map(|verdict| verdict.5).collect();
     let (metered, asked): ([&(dyn ToSql + Sync); 4], [&(dyn ToSql + Sync); 6]) =
         ([&principals, &identities, &ingresses, &codes], [&askers, &hashes, &digests, &reasons, &claims, &proved]);
-    let turns: BTreeSet<i64> = kins.iter().map(Kin::turn).collect();
-    let turns: Vec<i64> = turns.into_iter().collect();
+    let turns: BTreeSet<i32> = kins.iter().map(Kin::turn).collect();
+    let turns: Vec<i32> = turns.into_iter().collect();
     let taking: [&(dyn ToSql + Sync); 1] = [&turns];
     let take = transaction.prepare_cached(TURNS).await?;
     // One round trip: they run in this order.

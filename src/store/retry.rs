@@ -316,7 +316,7 @@ impl FailedJob {
 
     /// As long after its start as that of the failed job was.
     fn new_deadline(&self, now: OffsetDateTime) -> OffsetDateTime {
-        self.start(now) + (self.place.deadline - self.start(self.place.accepted_at))
+        self.request.deadline_again(now, self.place.accepted_at, self.place.deadline)
     }
 
     fn accepted(&self, retry: &NewRetry, operator: &str) -> Fact {

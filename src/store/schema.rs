@@ -4,11 +4,15 @@ use super::{Store, StoreError, connection};
 use crate::config::Database;
 use refinery::embed_migrations;
 use tokio_postgres::Client;
+use tokio_postgres::error::SqlState;
 
 embed_migrations!("migrations");
 
-/// Any two migrating processes wait for each other on this.
+/// Any two migrating processes wait for each other on this. Everybody who may connect can take it: it is not waited for without
+/// end, and neither is any other lock.
 const ADVISORY_LOCK: i64 = 0x6B66_6D69_6772_6174;
+/// Locks are waited for as long as so many statements of a worker may take.
+const PATIENCE: u64 = 6;
 
 /// What `migrate` did.
 #[derive(Debug, serde::Serialize)]
@@ -30,6 +34,11 @@ pub enum SchemaError {
         "the roles keyferry_worker and keyferry_reader do not exist: run ops/postgres/roles.sql as a superuser first"
     )]
     NoRoles,
+    /// Somebody keeps the lock by which migrating processes wait for each other.
+    #[error(
+        "another session holds the lock of migrations: {0}; if it is no keyferry migrate, end it as a superuser: select pg_terminate_backend(pid)"
+    )]
+    Locked(String),
     /// A migration failed or one that was applied has been changed.
     #[error("migration failed: {0}")]
     Failed(String),
@@ -61,20 +70,26 @@ pub async fn migrate(owner_url: &str, settings: &Database) -> Result<Migrated, S
     let (config, tls) = connection(owner_url, settings, "database.owner_url")?;
     let (mut client, connection) = config.connect(tls).await.map_err(StoreError::from)?;
     let driver = tokio::spawn(connection);
-    let outcome = migrate_on(&mut client).await;
+    let outcome = migrate_on(&mut client, PATIENCE * settings.statement_timeout_ms).await;
     drop(client);
     // The connection ends when its client is gone; its own error was the client's error too.
     drop(driver.await);
     outcome
 }
 
-async fn migrate_on(client: &mut Client) -> Result<Migrated, SchemaError> {
+async fn migrate_on(client: &mut Client, lock_timeout_ms: u64) -> Result<Migrated, SchemaError> {
     let roles = "select count(*) from pg_roles where rolname in ('keyferry_worker', 'keyferry_reader')";
     let found: i64 = client.query_one(roles, &[]).await.map_err(StoreError::from)?.get(0);
     if found < 2 {
         return Err(SchemaError::NoRoles);
     }
-    client.execute("select pg_advisory_lock($1)", &[&ADVISORY_LOCK]).await.map_err(StoreError::from)?;
+    client.batch_execute(&format!("set lock_timeout = {lock_timeout_ms}")).await.map_err(StoreError::from)?;
+    if let Err(error) = client.execute("select pg_advisory_lock($1)", &[&ADVISORY_LOCK]).await {
+        return Err(match error.code() {
+            Some(&SqlState::LOCK_NOT_AVAILABLE) => SchemaError::Locked(holders(client).await?),
+            _ => StoreError::from(error).into(),
+        });
+    }
     let report = migrations::runner()
         .set_abort_divergent(true)
         .set_abort_missing(true)
@@ -85,6 +100,18 @@ async fn migrate_on(client: &mut Client) -> Result<Migrated, SchemaError> {
     let applied =
         report.applied_migrations().iter().map(|migration| format!("V{}__{}", migration.version(), migration.name()));
     Ok(Migrated { applied: applied.collect(), version: newest() })
+}
+
+/// Who holds the advisory lock, as far as the owner is told of other roles' sessions.
+async fn holders(client: &Client) -> Result<String, StoreError> {
+    const HOLDERS: &str = "
+        select coalesce(string_agg(format('pid %s, role %s, application %L', pid, usename, application_name), '; '),
+                        'it has just let go')
+        from pg_locks join pg_stat_activity using (pid)
+        where locktype = 'advisory' and granted and objsubid = 1
+          and database = (select oid from pg_database where datname = current_database())
+          and (classid::bigint << 32) | objid::bigint = $1";
+    Ok(client.query_one(HOLDERS, &[&ADVISORY_LOCK]).await?.get(0))
 }
 
 impl Store {

@@ -6,11 +6,24 @@
 use crate::config::{Log, LogFormat};
 use std::borrow::Cow;
 use std::io::{self, IsTerminal as _, Write};
-use tracing::Span;
+use tracing::level_filters::LevelFilter;
+use tracing::{Metadata, Span};
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::{FilterExt as _, filter_fn};
 use tracing_subscriber::fmt::layer;
 use tracing_subscriber::prelude::*;
 use tracing_subscriber::registry::LookupSpan;
+
+/// What others print when they are let: lapin passwords and the bodies of messages, the driver of Postgres every value that is
+/// written, the AWS SDK whole requests with import tokens, wrapped material and external ids.
+const TALKATIVE: [(&str, LevelFilter); 6] = [
+    ("lapin", LevelFilter::INFO),
+    ("amq_protocol", LevelFilter::INFO),
+    ("tokio_postgres", LevelFilter::INFO),
+    ("aws_smithy_runtime", LevelFilter::WARN),
+    ("aws_runtime", LevelFilter::WARN),
+    ("aws_sigv4", LevelFilter::WARN),
+];
 
 /// What has been started.
 #[derive(Debug)]
@@ -24,18 +37,12 @@ type Fault = Box<dyn std::error::Error + Send + Sync>;
 
 /// Starts logging for the process. The error says what is wrong with `log.filter`.
 pub fn start_logs(log: &Log) -> Result<Logs, Fault> {
-    let mut filter = EnvFilter::try_new(&log.filter)?;
-    if !log.filter.contains("aws_smithy") {
-        // At `trace` it prints whole requests: import tokens, wrapped material, external ids.
-        filter = filter.add_directive("aws_smithy_runtime=warn".parse()?);
-    }
+    let filter = EnvFilter::try_new(&log.filter)?.and(filter_fn(keeps_secrets));
     #[cfg(feature = "otlp")]
     {
         let exporting = super::otlp::Exporting::start()?;
         let spans = exporting.as_ref().map(|exporting| {
-            let ours = tracing_subscriber::filter::filter_fn(|about| {
-                about.is_span() && about.target().starts_with("keyferry")
-            });
+            let ours = filter_fn(|about| about.is_span() && about.target().starts_with("keyferry"));
             tracing_opentelemetry::layer()
                 .with_tracer(exporting.tracer())
                 .with_location(false)
@@ -48,9 +55,16 @@ pub fn start_logs(log: &Log) -> Result<Logs, Fault> {
     }
     #[cfg(not(feature = "otlp"))]
     {
-        tracing_subscriber::registry().with(filter).with(lines(log.format)).try_init()?;
+        tracing_subscriber::registry().with(lines(log.format).with_filter(filter)).try_init()?;
         Ok(Logs {})
     }
+}
+
+/// Whether a line may be written at all, whatever `log.filter` says.
+fn keeps_secrets(about: &Metadata<'_>) -> bool {
+    let is_of =
+        |name: &str| about.target().strip_prefix(name).is_some_and(|rest| rest.is_empty() || rest.starts_with(':'));
+    TALKATIVE.iter().all(|(name, most)| *about.level() <= *most || !is_of(name))
 }
 
 impl Logs {

@@ -167,7 +167,7 @@ impl Run {
                 let message = format!("the deadline passed; the last error was: {last}");
                 return self.fail(FailureCode::DeadlineExceeded, &message);
             }
-            if job.now >= job.deadline + SETTLE_AFTER_DEADLINE {
+            if job.now >= job.deadline.saturating_add(SETTLE_AFTER_DEADLINE) {
                 let message = "the deadline passed, and a day later AWS still had not said what became of the job; \
                                look at the key in AWS";
                 return self.fail(FailureCode::OutcomeUnknown, message);

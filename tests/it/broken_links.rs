@@ -119,6 +119,39 @@ async fn an_event_that_nobody_wants_waits_and_delays_no_other() {
     world.finish().await;
 }
 
+/// The broker closes the channel over it, and over whatever is published with it.
+#[tokio::test]
+async fn an_event_beyond_the_brokers_size_waits_and_delays_no_other() {
+    let mut world = World::new(Tuning::default()).await;
+    // One window: what is too long stands in its middle.
+    let beyond = "
+        insert into outbox (event_id, routing_key, body, due_at)
+        select gen_random_uuid(), 'job.failed.x',
+               '{\"data\":{\"job\":{\"request_id\":\"e' || n || '\"}},\"pad\":\"' ||
+                   repeat('x', case n when 3 then 150000 else 10 end) || '\"}',
+               keyferry_now()
+        from generate_series(1, 6) as n";
+    world.client.batch_execute(beyond).await.unwrap();
+    let at = world.start("").await;
+    world.until("it is held", "select count(*) from outbox where held_because = 'refused by the broker'", 1).await;
+    world.until("the others are told", "select count(*) from outbox where held_because is null", 0).await;
+    for n in [1, 2, 4, 5, 6] {
+        assert!(!world.events_of(&format!("e{n}")).await.is_empty(), "e{n}");
+    }
+    assert!(world.events_of("e3").await.is_empty());
+    assert!(world.workers[at].metric("keyferry_events_held_total").await >= 1.0);
+    // It is tried again, and harms nobody then either: nor does it cost the session.
+    world.db.advance(Duration::from_secs(600)).await;
+    let arn = world.fake.key().await;
+    world.publish(request("r1", &arn, json!({}))).await;
+    world.succeeded("r1").await;
+    assert_eq!(world.events_of("r1").await.len(), 1);
+    world.until("it was tried again", "select count(*) from outbox where attempts >= 2", 1).await;
+    let broken = "keyferry_broker_sessions_broken_total{role=\"events\",transport=\"rabbitmq\"}";
+    assert!(world.workers[at].metric(broken).await < 0.5);
+    // Not judged by the checker: these events are told by no job.
+}
+
 #[tokio::test]
 async fn while_postgres_is_away_messages_are_kept_in_hand() {
     let mut world = World::with_worker(Tuning::default()).await;

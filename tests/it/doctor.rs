@@ -390,3 +390,22 @@ async fn what_is_taken_or_hangs_is_told_and_hides_nothing() {
     let dsm = report["checks"].as_array().unwrap().iter().find(|finding| finding["check"] == "dsm.prod").unwrap();
     assert_eq!(dsm["verdict"], "ok");
 }
+
+/// Whoever is on the way there could have every key wrapped for himself.
+#[tokio::test]
+async fn plain_http_to_another_machine_is_refused_unless_it_is_allowed() {
+    let world = World::new(Tuning::default()).await;
+    let far = world.fake.url().replace("127.0.0.1", "kms.invalid");
+    for variable in ["AWS_ENDPOINT_URL_KMS", "AWS_ENDPOINT_URL_STS"] {
+        let environment = [(variable, &*far)];
+        let report = look(&world, &environment).await;
+        assert!(report.of("aws_endpoint_http")["message"].as_str().unwrap().contains("http://kms.invalid"));
+        let ran = world.run_with(&["serve", "--json"], &environment, "").await;
+        assert_eq!(ran.code, Some(1), "{ran:?}");
+        assert!(ran.err.contains("http://kms.invalid") && ran.err.contains("worker.allow_aws_over_http"), "{ran:?}");
+    }
+    let allowed = ("KEYFERRY_WORKER__ALLOW_AWS_OVER_HTTP", "true");
+    let report = look(&world, &[allowed]).await;
+    assert_eq!(report.of("aws_over_http")["verdict"], "warning");
+    look(&world, &[allowed, ("AWS_ENDPOINT_URL_KMS", &far)]).await.of("aws_over_http");
+}

@@ -1,6 +1,7 @@
 //! Who asks, by RabbitMQ's own word, and what the policy lets them do. The checker sees to rows, entries and events.
 
-use crate::support::broker::{DEAD, Message, User};
+use crate::support::broker::{DEAD, JOBS, Message, User};
+use crate::support::private_broker::PrivateBroker;
 use crate::support::snapshot::Refusal;
 use crate::support::world::{Tuning, World, request};
 use serde_json::json;
@@ -289,6 +290,33 @@ async fn whoever_may_send_as_anybody_is_found() {
     let plain = World::new(Tuning::default()).await;
     let _liar = plain.vhost.user("impersonator").await;
     assert_eq!(plain.run(&["topology", "check"]).await.code, Some(0));
+}
+
+#[tokio::test]
+async fn a_shovel_that_leaves_no_mark_is_found() {
+    let broker = PrivateBroker::start().await;
+    let world = World::beside(Tuning::default(), &broker).await;
+    let payroll = world.vhost.user("").await;
+    let policy = format!("{}{}", principal("payroll", &[&payroll], ""), rule("imports", &["payroll"], &["import"], ""));
+    world.with_policy(&policy, "");
+    assert_eq!(world.run(&["topology", "check"]).await.code, Some(0), "without the plugin there is none");
+    broker.enable_shovels().await;
+    world.vhost.declare_classic("side-door").await;
+    let shovel = |marked: bool| {
+        json!({
+            "src-uri": "amqp://", "src-queue": "side-door", "dest-uri": "amqp://", "dest-queue": JOBS,
+            "dest-add-forward-headers": marked
+        })
+    };
+    world.vhost.set_shovel("marked", shovel(true)).await;
+    assert_eq!(world.run(&["topology", "check"]).await.code, Some(0));
+    world.vhost.set_shovel("quiet", shovel(false)).await;
+    let ran = world.run(&["topology", "check", "--json"]).await;
+    assert_eq!((ran.code, &ran.json()[0]["kind"]), (Some(1), &json!("shovel")), "{ran:?}");
+    assert!(ran.json()[0]["name"].as_str().unwrap().starts_with("quiet of virtual host"), "{ran:?}");
+    let ran = world.run(&["doctor", "--json"]).await;
+    let checks = ran.json()["checks"].as_array().unwrap().clone();
+    assert_eq!(checks.iter().filter(|one| one["code"] == "rabbitmq_shovel").count(), 1, "{ran:?}");
 }
 
 #[tokio::test]

@@ -246,7 +246,7 @@ async fn a_retry_is_judged_in_the_name_of_whoever_asked() {
         .await
         .unwrap()
         .get(0);
-    for said in [r#""operator":"tester""#, r#""principal":"payroll""#, r#""rule":"what payroll may""#, &failed] {
+    for said in [r#""operator":"tester (uid "#, r#""principal":"payroll""#, r#""rule":"what payroll may""#, &failed] {
         assert!(accepted.contains(said), "{said}: {accepted}");
     }
     world.finish().await;

@@ -3,7 +3,7 @@
 use crate::support::broker::Message;
 use crate::support::kmip;
 use crate::support::world::{Carriage, Carrier, Tuning, World, random, request};
-use crate::support::{eventually, http};
+use crate::support::{eventually, http, variable};
 use keyferry::audit::Kind;
 use keyferry::job::{FailureCode, RefusalCode};
 use serde_json::{Value, json};
@@ -268,4 +268,25 @@ async fn the_admin_port_says_what_it_gives_and_that_it_ends() {
         assert_eq!(answer.headers()["connection"], "close", "{page}");
     }
     world.finish().await;
+}
+
+/// Whatever is asked of the log.
+#[tokio::test]
+async fn no_filter_brings_a_body_or_a_password_into_the_log() {
+    let password = url::Url::parse(&variable("KEYFERRY_TEST_AMQP")).unwrap().password().unwrap().to_owned();
+    // As text, and as the bytes of a buffer are printed.
+    let bytes = |text: &str| text.bytes().map(|byte| byte.to_string()).collect::<Vec<_>>().join(", ");
+    for filter in ["trace", "info,lapin=trace,lapin::channel=trace,tokio_postgres=trace,aws_smithy_runtime=trace"] {
+        let mut world = World::new(Tuning::default()).await;
+        world.environment.push(("KEYFERRY_LOG__FILTER", filter.into()));
+        let at = world.start("").await;
+        let arn = world.fake.key().await;
+        world.publish(json!({"id": "r1", "key": arn, MARKER: true})).await;
+        world.refused(1).await;
+        let log = world.workers[at].log();
+        for secret in [MARKER, &password] {
+            assert!(!log.contains(secret) && !log.contains(&bytes(secret)), "{filter}");
+        }
+        world.finish().await;
+    }
 }

@@ -3,11 +3,11 @@
 use super::database::Seen;
 use super::finding::Finding;
 use super::{clock, within};
-use crate::app::accounts;
+use crate::app::{accounts, encryption};
 use crate::cli::sender::now;
 use crate::config::Loaded;
 use crate::job::KeyArn;
-use crate::kms::{Account, CallError, ErrorKind, Kms, Look, Role, Whose};
+use crate::kms::{Account, CallError, ErrorKind, Kms, Look, PlainEndpoint, Role, Whose};
 use crate::telemetry::Metrics;
 use futures_util::future::join_all;
 use std::time::Duration;
@@ -32,17 +32,27 @@ pub(super) async fn check(loaded: &Loaded, seen: Option<&Seen>, timeout: Duratio
     let Ok(accounts) = accounts(loaded) else {
         return Ok(vec![Finding::skipped(CHECK, "needs_settings", "a file that targets name is not as it should be")]);
     };
-    let (metrics, targets) = (Metrics::new()?, accounts.clone());
+    let (metrics, targets, worker) = (Metrics::new()?, accounts.clone(), &loaded.settings.worker);
     let asking = Box::pin(async {
-        let kms = Kms::connect(accounts, loaded.settings.worker.aws_timeout(), &metrics).await;
-        join_all(targets.iter().map(|target| of_target(&kms, target, seen))).await
+        let kms = Kms::connect(accounts, worker.aws_timeout(), encryption(worker), &metrics).await?;
+        Ok::<_, PlainEndpoint>(join_all(targets.iter().map(|target| of_target(&kms, target, seen))).await)
     });
     let found = match within(timeout, CHECK, "aws_unreachable", asking).await {
-        Ok(found) => found,
+        Ok(Ok(found)) => found,
+        Ok(Err(plain)) => {
+            let advice = "name an https endpoint, or none";
+            return Ok(vec![Finding::failed("aws.endpoint", "aws_endpoint_http", plain.to_string(), advice)]);
+        }
         Err(finding) => return Ok(vec![finding]),
     };
     let (found, clocks): (Vec<_>, Vec<_>) = found.into_iter().unzip();
-    Ok(found.into_iter().flatten().chain(clocks.into_iter().flatten().take(1)).collect())
+    let over_http = worker.allow_aws_over_http.then(|| {
+        let told = "worker.allow_aws_over_http is on: on the way to an endpoint over plain http everybody can learn every key \
+                    that is imported";
+        Finding::warning("aws.endpoint", "aws_over_http", told, "take it out, unless KMS is a fake")
+    });
+    let found = over_http.into_iter().chain(found.into_iter().flatten());
+    Ok(found.chain(clocks.into_iter().flatten().take(1)).collect())
 }
 
 /// What there is to say of a target, and of AWS's clock.

@@ -124,7 +124,9 @@ fn of_schema(schema: Result<(), SchemaError>) -> Finding {
             ("binary_too_old", "install the keyferry that migrated this database, or a newer one")
         }
         SchemaError::NoRoles => ("schema_no_roles", "psql -f ops/postgres/roles.sql"),
-        SchemaError::Failed(_) | SchemaError::Store(_) => ("schema_unreadable", "see postgres.rights"),
+        SchemaError::Locked(_) | SchemaError::Failed(_) | SchemaError::Store(_) => {
+            ("schema_unreadable", "see postgres.rights")
+        }
     };
     Finding::failed(CHECK, code, error.to_string(), advice)
 }

@@ -211,6 +211,10 @@ fn different(Difference { kind, name, problem }: &Difference) -> Finding {
         let advice = format!("rabbitmqctl set_user_tags {name}");
         return Finding::warning(USER, "rabbitmq_impersonator", message, advice);
     }
+    if *kind == "shovel" {
+        let advice = "set dest-add-forward-headers in the shovel's parameters, or identity_proof = \"signature\"";
+        return Finding::warning(USER, "rabbitmq_shovel", message, advice);
+    }
     let advice = "keyferry topology apply makes what is missing; what is there and different is yours to change";
     Finding::failed(TOPOLOGY, "rabbitmq_topology", message, advice)
 }

@@ -213,6 +213,21 @@ fn patience_is_counted_from_the_start_of_the_job() {
 }
 
 #[test]
+fn patience_is_at_most_ninety_days_from_the_start_of_the_job() {
+    parse(&with(r#","deadline":"2027-02-22T12:00:00Z""#)).unwrap();
+    parse(&with(r#","not_before":"2026-11-30T12:00:00Z","deadline":"2027-02-28T12:00:00Z""#)).unwrap();
+    for late in [
+        r#","deadline":"2027-02-22T12:00:01Z""#,
+        r#","deadline":"9999-12-31T23:59:59Z""#,
+        r#","not_before":"2026-11-30T12:00:00Z","deadline":"2027-02-28T12:00:01Z""#,
+    ] {
+        let refusal = parse(&with(late)).unwrap_err().refusal;
+        assert_eq!((refusal.code.as_str(), refusal.field.as_deref()), ("invalid_value", Some("deadline")));
+        assert!(refusal.message.contains("at most 90 days"), "{}", refusal.message);
+    }
+}
+
+#[test]
 fn two_sources_are_two_namespaces_of_ids() {
     let id = RequestId::parse("a").unwrap();
     assert_ne!(id_hash("", &id), id_hash("/payroll", &id));

@@ -1,7 +1,7 @@
 //! Connections, time-outs and the schema's version: what goes wrong says so, soon, and tells no password.
 
 use super::given::{accept, arn, job, refusal, until_waiting, value};
-use crate::support::db::{TestDb, ca_file};
+use crate::support::db::{TestDb, ca_file, connect};
 use keyferry::config::Database;
 use keyferry::job::RefusalCode;
 use keyferry::store::{Candidate, SchemaError, Store, StoreError, migrate};
@@ -184,6 +184,23 @@ async fn migrating_twice_and_at_once_is_harmless() {
     let store = db.store().await;
     store.check_schema().await.unwrap();
     accept(&store, &[job("a", &arn(1))]).await;
+}
+
+#[tokio::test]
+async fn whoever_keeps_the_lock_of_migrations_is_named() {
+    let db = TestDb::create_empty().await;
+    let mut url: Url = db.reader_url().parse().unwrap();
+    url.query_pairs_mut().append_pair("application_name", "report");
+    let reader = connect(&url).await;
+    let pid: i32 = value(&reader, "select pg_backend_pid()", &[]).await;
+    reader.batch_execute("select pg_advisory_lock(7738993309157319028)").await.unwrap();
+    let hasty = Database { statement_timeout_ms: 50, ..db.settings() };
+    let error = migrate(&db.owner_url(), &hasty).await.unwrap_err();
+    assert!(matches!(error, SchemaError::Locked(_)), "{error}");
+    let holder = format!("pid {pid}, role keyferry_reader, application 'report'");
+    assert!(error.to_string().contains(&holder), "{error}");
+    reader.batch_execute("select pg_advisory_unlock_all()").await.unwrap();
+    migrate(&db.owner_url(), &db.settings()).await.unwrap();
 }
 
 #[tokio::test]

@@ -1,14 +1,14 @@
 //! Floods of refusals: the first of a minute are told of, the rest is counted, and each is still known.
 
-use super::given::{assert_audit_holds, contents, nobody, refusal, value};
-use crate::support::db::TestDb;
-use crate::support::eventually;
+use super::given::{assert_audit_holds, contents, nobody, refusal, until_waiting, value};
+use crate::support::db::{TestDb, connect};
 use keyferry::job::RefusalCode;
 use keyferry::store::{Candidate, KEPT, NewRefusal, Sender, Store, TOLD_A_MINUTE, Verdict, statements};
 use serde_json::{Value, json};
 use std::time::Duration;
 use time::OffsetDateTime;
 use tokio_postgres::Client;
+use tokio_postgres::error::SqlState;
 use uuid::Uuid;
 
 const MINUTE: Duration = Duration::from_secs(60);
@@ -112,9 +112,33 @@ const GATE: &str = "
         as $$ begin perform pg_advisory_xact_lock_shared(42); return new; end $$;
     create trigger gate before insert on refusal for each row execute function gate();
     create trigger gate before insert on refusal_folded for each row execute function gate()";
-const AT_THE_GATE: &str = "
-    select count(*) from pg_locks join pg_database on pg_database.oid = database
-    where locktype = 'advisory' and not granted and datname = current_database()";
+
+/// Advisory locks can be taken, and kept, by everybody who may connect.
+#[tokio::test]
+async fn refusals_wait_for_no_lock_that_a_reader_could_keep() {
+    let db = early().await;
+    let (store, client) = (db.store().await, db.client().await);
+    let reader = connect(&db.reader_url().parse().unwrap()).await;
+    for lock in [
+        "select from refusal_turn for key share",
+        "select from refusal_meter for key share",
+        "do $$ begin lock table refusal_turn in access share mode; end $$",
+        "do $$ begin lock table refusal_meter in row share mode; end $$",
+    ] {
+        let error = reader.batch_execute(lock).await.unwrap_err();
+        assert_eq!(error.code(), Some(&SqlState::INSUFFICIENT_PRIVILEGE), "{lock}");
+    }
+    // As if a reader kept all of them: whoever asks for one gets none.
+    let kept = "
+        do $$ declare lock regprocedure; begin
+            for lock in select oid::regprocedure from pg_proc where proname ~ '^pg_(try_)?advisory_.*lock' loop
+                execute format('revoke execute on function %s from public', lock);
+            end loop;
+        end $$";
+    client.batch_execute(kept).await.unwrap();
+    refuse(&store, &flood("f", 450, CODE)).await;
+    assert_eq!(counts(&client).await, [TOLD_A_MINUTE, 440, 440]);
+}
 
 #[tokio::test]
 async fn a_message_that_comes_over_two_transports_at_once_is_counted_once() {
@@ -133,10 +157,8 @@ async fn a_message_that_comes_over_two_transports_at_once_is_counted_once() {
         let (mine, theirs) = (over("rabbitmq", message.clone()), over("sqs", message));
         let (one, other) = (one.clone(), other.clone());
         let both = tokio::spawn(async move { tokio::join!(refuse(&one, &mine), refuse(&other, &theirs)) });
-        eventually("both are about to record it", || async {
-            (value::<i64>(&client, AT_THE_GATE, &[]).await == 2).then_some(())
-        })
-        .await;
+        // The one at the gate, the other behind it.
+        until_waiting(&client, 2).await;
         client.execute("select pg_advisory_unlock(42)", &[]).await.unwrap();
         both.await.unwrap();
         let after = counts(&client).await;
@@ -292,6 +314,7 @@ async fn what_was_folded_costs_nothing_later() {
     let asked = "select array_agg(sha256((n * 900)::text::bytea))::text from generate_series(1, 100) as n";
     let asked = format!("'{}'", value::<String>(&admin, asked, &[]).await);
     let bounds = [
+        ("turns", statements::TURNS, "'{7,8,9}'".to_owned(), 3, 30),
         ("meters", statements::METERS, "'{p7,p8}', '{\"\",\"\"}', '{t,t}', '{not_json,not_json}'".to_owned(), 2, 60),
         (
             "known",

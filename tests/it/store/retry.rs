@@ -48,6 +48,19 @@ impl Case {
     }
 }
 
+/// Accepted before deadlines had a bound.
+#[tokio::test]
+async fn a_deadline_at_the_end_of_time_is_retried_within_bounds() {
+    let case = case().await;
+    accept(&case.store, &[job_with("j", &arn(1), json!({"deadline": "9999-12-31T23:59:59Z"}))]).await;
+    let first = claim_one(&case.store).await;
+    assert!(settle(&case.store, &failed(&first, "no")).await);
+    case.db.advance(Duration::from_secs(3_600)).await;
+    case.retry(first.id).await;
+    let given = "select deadline - accepted_at = interval '90 days' from job where retry_of is not null";
+    assert!(value::<bool>(&case.client, given, &[]).await);
+}
+
 #[tokio::test]
 async fn a_retry_takes_the_last_place_and_the_same_bytes_and_says_so() {
     let case = case().await;

@@ -169,6 +169,7 @@ async fn the_reader_reads_everything_but_secrets_and_writes_nothing() {
         "update refusal_meter set seen = 0",
         "insert into policy_load values ('x', now())",
         "select from line for update",
+        "select turn from refusal_turn",
         "create temporary table x ()",
         "create table x ()",
     ] {

@@ -312,6 +312,11 @@ impl Vhost {
         self.api(Method::PUT, &["policies", &self.name, name], Some(policy)).await;
     }
 
+    /// Makes a shovel.
+    pub async fn set_shovel(&self, name: &str, value: Value) {
+        self.api(Method::PUT, &["parameters", "shovel", &self.name, name], Some(json!({"value": value}))).await;
+    }
+
     /// Deletes a queue.
     pub async fn delete_queue(&self, queue: &str) {
         self.channel().queue_delete(queue.into(), QueueDeleteOptions::default()).await.unwrap();

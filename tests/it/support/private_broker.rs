@@ -16,6 +16,10 @@ while read -r word; do
         unblock) ctl set_vm_memory_high_watermark 0.8 ;;
         kill) kill -KILL -- "-$MQ_PID" && until_ok 10 rabbitmq_gone "$MQ_PID" ;;
         start) rabbitmq_launch "$dir" >&2 ;;
+        shovels)
+            echo '[rabbitmq_management, rabbitmq_auth_mechanism_ssl, rabbitmq_shovel].' >"$dir/rabbitmq/enabled_plugins"
+            ctl eval 'rabbit_plugins:ensure(rabbit_plugins:enabled_plugins_file()).'
+            ;;
     esac
     echo "$word"
 done
@@ -41,6 +45,11 @@ impl PrivateBroker {
     /// Makes it believe that it is short of memory, or that it no longer is.
     pub async fn block(&self, is_short: bool) {
         self.script.say(if is_short { "block" } else { "unblock" }).await;
+    }
+
+    /// Lets it run shovels, which it does not by itself.
+    pub async fn enable_shovels(&self) {
+        self.script.say("shovels").await;
     }
 
     /// Kills it: every connection is closed, and nobody listens. What it had confirmed is on disk.
