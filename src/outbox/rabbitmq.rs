@@ -128,7 +128,7 @@ impl Publisher {
                 // A right that is missing, or the exchange, is no fault of this event.
                 Err(error) if self.has_lost_only_the_channel() && error.refusal().is_none() => {
                     let bytes = row.body.len();
-                    tracing::warn!(event.id = %row.event_id, event.bytes = bytes, %error, "an event was not sent");
+                    tracing::warn!(event.id = %row.event_id, event.bytes = bytes, error.message = %error, "an event was not sent");
                     outcomes.push(Publication::Refused);
                     self.renew().await?;
                 }
