@@ -273,7 +273,7 @@ async fn links(loaded: &Loaded, broker: Option<Broker>, metrics: &Metrics) -> Re
     };
     let events = match (&broker, &client) {
         (Some(broker), _) if settings.events_to == Transport::RabbitMq => {
-            EventLink::RabbitMq(Exchange { broker: broker.clone(), name: settings.rabbitmq.exchange.clone() })
+            EventLink::RabbitMq(Exchange::new(broker.clone(), settings.rabbitmq.exchange.clone()))
         }
         (_, Some(client)) => EventLink::Sqs(Events { queue: client.queue(loaded.sqs_events_url()?) }),
         (_, None) => {

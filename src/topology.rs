@@ -246,14 +246,14 @@ fn shovels(parameters: &Value, vhost: &str) -> Vec<Difference> {
         .collect()
 }
 
-/// Whether a shovel's URI may lead into a virtual host. One without a path leads into the shovel's own, and one that is not
-/// understood may lead anywhere. The broker's own name cannot be told from others.
+/// Whether a shovel's URI may lead into a virtual host. One without a path leads into the default one, by some protocols into
+/// the shovel's own, and one that is not understood may lead anywhere. The broker's own name cannot be told from others.
 fn is_into(uri: &str, own: &str, vhost: &str) -> bool {
     let Some((_, rest)) = uri.split_once("://") else { return true };
     let place = rest.split(['?', '#']).next().unwrap_or_default();
     match place.split_once('/') {
         Some((_, path)) => percent_decoded(path) == vhost,
-        None => own == vhost,
+        None => own == vhost || vhost == "/",
     }
 }
 
@@ -363,6 +363,7 @@ mod tests {
         assert!(shovels(&json!([]), "a").is_empty());
         let slash = json!([shovel("s", "b", json!({"dest-uri": "amqp://host/%2f"}))]);
         assert_eq!(shovels(&slash, "/").len(), 1);
+        assert!(names("/").iter().any(|name| name.starts_with("others")), "without a path: {:?}", names("/"));
     }
 
     #[test]

@@ -181,6 +181,7 @@ impl<D: Destination> Relay<D> {
             self.record(&rows, &outcomes).await;
             cursor.judge_held(&rows, &outcomes);
             cursor.unconfirmed = late(rows, &outcomes);
+            self.keep(&cursor.unconfirmed).await;
         }
     }
 
@@ -207,13 +208,20 @@ impl<D: Destination> Relay<D> {
             self.tell_blocked(is_blocked);
             if is_blocked && kept_at.is_none_or(|at| at.elapsed() >= KEEP) {
                 kept_at = Some(Instant::now());
-                if let Err(error) = self.store.keep_events(rows, LEASE).await {
-                    tracing::warn!(
-                        error.message = %error,
-                        "events that the broker blocks could not be kept: others may publish them too"
-                    );
-                }
+                self.keep(rows).await;
             }
+        }
+    }
+
+    /// They stay this relay's for another lease.
+    async fn keep(&self, rows: &[OutboxRow]) {
+        if !rows.is_empty()
+            && let Err(error) = self.store.keep_events(rows, LEASE).await
+        {
+            tracing::warn!(
+                error.message = %error,
+                "events that wait for the broker could not be kept: others may publish them too"
+            );
         }
     }
 

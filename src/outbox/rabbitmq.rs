@@ -2,29 +2,38 @@
 //! flow control on publishers never stalls acknowledgements.
 
 use super::{Destination, LOOK, Publication, traceparent};
-use crate::amqp::{Broker, SessionError, check, within};
+use crate::amqp::{Broker, Refusal, SessionError, check, within};
 use crate::store::OutboxRow;
 use futures_util::future::try_join_all;
 use lapin::options::{BasicPublishOptions, ConfirmSelectOptions, ExchangeDeclareOptions};
 use lapin::types::{AMQPValue, FieldTable};
 use lapin::{BasicProperties, Channel, Confirmation, Connection, ExchangeKind};
 use std::pin::pin;
-use std::sync::{Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 /// `delivery_mode` of a message that survives the broker's restart (AMQP 0-9-1).
 const PERSISTENT: u8 = 2;
 
-/// One by one, events are published within this: well within the lease that a relay has on them.
-const WINDOW_TIMEOUT: Duration = Duration::from_secs(20);
+/// After so long no other event of a window is begun one by one: the rest is taken anew.
+const WINDOW_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// A topic exchange.
 #[derive(Clone, Debug)]
 pub struct Exchange {
-    /// The broker.
-    pub broker: Broker,
-    /// The exchange's name.
-    pub name: String,
+    broker: Broker,
+    name: String,
+    /// The broker has refused a message of the window, and it is not known which. Outlives sessions: such a refusal may end
+    /// one.
+    has_culprit: Arc<AtomicBool>,
+}
+
+impl Exchange {
+    /// By its name.
+    pub fn new(broker: Broker, name: String) -> Self {
+        Self { broker, name, has_culprit: Arc::default() }
+    }
 }
 
 /// One connection, one channel with confirms. A channel that the broker closed over an event has a successor.
@@ -33,6 +42,7 @@ pub struct Publisher {
     channel: Mutex<Channel>,
     exchange: String,
     timeout: Duration,
+    has_culprit: Arc<AtomicBool>,
 }
 
 impl Destination for Exchange {
@@ -40,14 +50,15 @@ impl Destination for Exchange {
     type Publisher = Publisher;
 
     async fn open(&self) -> Result<Publisher, SessionError> {
-        let Self { broker, name } = self;
+        let Self { broker, name, has_culprit } = self;
         let timeout = broker.timeout();
         let opening = async {
             let connection = broker.connect("keyferry events").await?;
             let channel = confirming(&connection).await?;
             let passive = ExchangeDeclareOptions { passive: true, ..ExchangeDeclareOptions::default() };
             channel.exchange_declare(name.as_str().into(), ExchangeKind::Topic, passive, FieldTable::default()).await?;
-            Ok(Publisher { connection, channel: Mutex::new(channel), exchange: name.clone(), timeout })
+            let (exchange, has_culprit) = (name.clone(), Arc::clone(has_culprit));
+            Ok(Publisher { connection, channel: Mutex::new(channel), exchange, timeout, has_culprit })
         };
         within(timeout, opening).await
     }
@@ -56,15 +67,23 @@ impl Destination for Exchange {
 impl super::Publisher for Publisher {
     type Error = SessionError;
 
-    /// The broker closes the channel over a message that it will never take, such as one beyond its `max_message_size`. In a
-    /// window it is not known which: they are sent one by one, and only that one is held.
+    /// The broker closes the channel over a message that it will never take, such as one beyond its `max_message_size`, and
+    /// the connection, where the rest of that message comes when the channel is gone. In a window it is not known which it is:
+    /// they are sent one by one, if need be on the next connection, and only that one is held.
     async fn publish(&self, rows: &[OutboxRow]) -> Result<Vec<Publication>, SessionError> {
-        match self.publish_together(rows).await {
-            Err(error) if self.has_lost_only_the_channel() && error.refusal().is_none() => {
-                self.publish_one_by_one(rows).await
+        let until = Instant::now() + WINDOW_TIMEOUT;
+        if !self.has_culprit.load(Ordering::Relaxed) {
+            match self.publish_together(rows).await {
+                Err(error) if self.is_of_a_message(&error) => {
+                    self.has_culprit.store(true, Ordering::Relaxed);
+                    self.renew().await?;
+                }
+                outcome => return outcome,
             }
-            outcome => outcome,
         }
+        let outcomes = self.publish_one_by_one(rows, until).await?;
+        self.has_culprit.store(outcomes.contains(&Publication::Late), Ordering::Relaxed);
+        Ok(outcomes)
     }
 
     fn check(&self) -> Result<(), SessionError> {
@@ -113,29 +132,41 @@ impl Publisher {
         self.unless_silent(publishing).await
     }
 
-    /// Each waits for its confirmation. What there is no time for is left to the next window.
-    async fn publish_one_by_one(&self, rows: &[OutboxRow]) -> Result<Vec<Publication>, SessionError> {
-        let until = Instant::now() + WINDOW_TIMEOUT;
-        self.renew().await?;
+    /// Each waits for its confirmation. What there is no time for, or no connection any more, is left to the next window.
+    async fn publish_one_by_one(&self, rows: &[OutboxRow], until: Instant) -> Result<Vec<Publication>, SessionError> {
         let mut outcomes = Vec::with_capacity(rows.len());
         for row in rows {
             if Instant::now() >= until {
-                outcomes.push(Publication::Late);
-                continue;
+                break;
             }
             match self.publish_together(std::slice::from_ref(row)).await {
                 Ok(published) => outcomes.extend(published),
-                // A right that is missing, or the exchange, is no fault of this event.
-                Err(error) if self.has_lost_only_the_channel() && error.refusal().is_none() => {
+                Err(error) if self.is_of_a_message(&error) => {
                     let bytes = row.body.len();
-                    tracing::warn!(event.id = %row.event_id, event.bytes = bytes, error.message = %error, "an event was not sent");
+                    tracing::warn!(
+                        event.id = %row.event_id, event.bytes = bytes, error.message = %error, "an event was not sent"
+                    );
                     outcomes.push(Publication::Refused);
-                    self.renew().await?;
+                    // What was learnt must not be lost with the connection.
+                    if self.renew().await.is_err() {
+                        break;
+                    }
                 }
                 Err(error) => return Err(error),
             }
         }
+        outcomes.resize(rows.len(), Publication::Late);
         Ok(outcomes)
+    }
+
+    /// Whether the broker closed the channel over an event. A right that is missing, or the exchange, is no fault of one.
+    fn is_of_a_message(&self, error: &SessionError) -> bool {
+        let has_lost_only_the_channel = self.connection.status().connected() && !self.channel().status().connected();
+        match error.refusal() {
+            Some(refusal) => refusal == Refusal::Precondition,
+            // Whoever comes after it on the channel is told no more than that.
+            None => has_lost_only_the_channel,
+        }
     }
 
     /// Another channel on the same connection.
@@ -147,10 +178,6 @@ impl Publisher {
 
     fn channel(&self) -> Channel {
         self.channel.lock().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-
-    fn has_lost_only_the_channel(&self) -> bool {
-        self.connection.status().connected() && !self.channel().status().connected()
     }
 
     /// Gives up on a broker that is silent. One that has said that it is short of memory or disk is waited for: to publish

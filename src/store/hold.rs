@@ -9,7 +9,7 @@
 //! doubt, which is settled first.
 
 use super::accept::insert_audit;
-use super::{ClaimedJob, Ending, Replicas, Store, StoreError, urgent};
+use super::{ClaimedJob, Ending, ReplicaStep, Replicas, Store, StoreError, urgent};
 use crate::audit::{Fact, Kind};
 use crate::job::KeyArn;
 use deadpool_postgres::Transaction;
@@ -249,7 +249,7 @@ impl Store {
                 let (kind, value) = (scope.kind(), scope.value());
                 let replicas = Replicas::read(row.get(2));
                 // A rotate is at work in other Regions as well.
-                let is_elsewhere = kind == "region" && replicas.0.contains_key(&value);
+                let is_elsewhere = kind == "region" && replicas.0.get(&value) == Some(&ReplicaStep::Tried);
                 is_elsewhere
                     || Scope::of_job(row.get(0), &key).iter().any(|of| of.kind() == kind && of.value() == value)
             })

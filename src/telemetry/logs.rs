@@ -15,13 +15,14 @@ use tracing_subscriber::prelude::*;
 use tracing_subscriber::registry::LookupSpan;
 
 /// What others print when they are let: lapin passwords and the bodies of messages, the driver of Postgres every value that is
-/// written, the AWS SDK whole requests with import tokens, wrapped material and external ids.
-const TALKATIVE: [(&str, LevelFilter); 6] = [
+/// written, the AWS SDK whole requests with import tokens, wrapped material and external ids, and the command that gives credentials.
+const TALKATIVE: [(&str, LevelFilter); 7] = [
     ("lapin", LevelFilter::INFO),
     ("amq_protocol", LevelFilter::INFO),
     ("tokio_postgres", LevelFilter::INFO),
     ("aws_smithy_runtime", LevelFilter::WARN),
     ("aws_runtime", LevelFilter::WARN),
+    ("aws_config", LevelFilter::DEBUG),
     ("aws_sigv4", LevelFilter::WARN),
 ];
 
@@ -37,7 +38,7 @@ type Fault = Box<dyn std::error::Error + Send + Sync>;
 
 /// Starts logging for the process. The error says what is wrong with `log.filter`.
 pub fn start_logs(log: &Log) -> Result<Logs, Fault> {
-    let filter = EnvFilter::try_new(&log.filter)?.and(filter_fn(keeps_secrets));
+    let filter = EnvFilter::try_new(&log.filter)?.and(filter_fn(keeps_secrets).with_max_level_hint(LevelFilter::TRACE));
     #[cfg(feature = "otlp")]
     {
         let exporting = super::otlp::Exporting::start()?;

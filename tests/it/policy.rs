@@ -304,7 +304,7 @@ async fn a_shovel_that_leaves_no_mark_is_found() {
     world.vhost.declare_classic("side-door").await;
     let shovel = |marked: bool| {
         json!({
-            "src-uri": "amqp://", "src-queue": "side-door", "dest-uri": "amqp://", "dest-queue": JOBS,
+            "src-uri": "amqp://", "src-queue": "side-door", "dest-uri": format!("amqp:///{}", world.vhost.name()), "dest-queue": JOBS,
             "dest-add-forward-headers": marked
         })
     };

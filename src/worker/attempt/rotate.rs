@@ -292,7 +292,7 @@ impl Run {
                 return self.wait_for_aws("ListKeyRotations", message, None, FailureCode::UnexpectedAnswer);
             }
             // Its own rotation had no answer, and has come.
-            Place::Before if self.job.progress.rotation_sent => {
+            Place::Before if self.in_doubt && self.job.progress.rotation_sent => {
                 self.answered = Some(Answered { key_material_id: Some(id.to_owned()) });
                 return self.verify_rotation(asked, kind, &held, id).await;
             }

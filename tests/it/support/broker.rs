@@ -176,6 +176,11 @@ pub struct Vhost {
 }
 
 impl Vhost {
+    /// Its name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
     /// An empty one on the broker of the run.
     pub async fn create() -> Self {
         Self::create_on(&variable("KEYFERRY_TEST_AMQP"), &variable("KEYFERRY_TEST_RABBITMQ_API")).await
