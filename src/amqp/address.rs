@@ -15,6 +15,9 @@ const PARAMETERS: [&str; 4] = ["auth_mechanism", "channel_max", "frame_max", "he
 /// gives no sign for twice as long is gone.
 const HEARTBEAT: u16 = 20;
 
+/// Bytes of a frame where nothing is consumed. lapin keeps room for 32 frames each way, of 128 KiB with RabbitMQ's default.
+const PUBLISHED_FRAME: u32 = 16 * 1024;
+
 /// How the client says who it is (SASL).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Mechanism {
@@ -90,6 +93,15 @@ impl Address {
         self.uri.clone()
     }
 
+    /// The same for a connection that consumes nothing: a body is split into frames, and so is what comes back of it. Where
+    /// others' messages are consumed the broker's own size is needed, since no header is split.
+    pub(super) fn uri_to_publish(&self) -> AMQPUri {
+        let mut uri = self.uri();
+        let asked = uri.query.frame_max.filter(|bytes| *bytes > 0);
+        uri.query.frame_max = Some(asked.map_or(PUBLISHED_FRAME, |bytes| bytes.min(PUBLISHED_FRAME)));
+        uri
+    }
+
     pub(super) fn host(&self) -> &str {
         &self.uri.authority.host
     }
@@ -135,6 +147,12 @@ mod tests {
         assert_eq!(address.password().expose_secret(), "p/w");
         assert!(address.is_tls() && address.mechanism() == Mechanism::Plain);
         assert_eq!((address.uri().authority.port, address.uri().query.heartbeat), (1, Some(7)));
+        let frames = |url: &str| Address::parse(url).unwrap().uri_to_publish().query.frame_max;
+        assert_eq!(
+            ["", "?frame_max=0", "?frame_max=131072"].map(|more| frames(&format!("amqp://h{more}"))),
+            [Some(16_384); 3]
+        );
+        assert_eq!(frames("amqp://h?frame_max=8192"), Some(8_192));
         // What is handed to lapin, which prints it in traces, knows no secret.
         assert!(!format!("{:?}", address.uri()).contains("p/w"));
     }

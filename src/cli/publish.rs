@@ -48,7 +48,8 @@ impl Link {
             Transport::RabbitMq => {
                 let broker = open_broker(loaded)?;
                 let patience = broker.timeout();
-                let connection = broker.connect("keyferry submit").await.context("RabbitMQ cannot be reached")?;
+                let connection =
+                    broker.connect_to_publish("keyferry submit").await.context("RabbitMQ cannot be reached")?;
                 let channel = within(patience, async {
                     let channel = connection.create_channel().await?;
                     channel.confirm_select(ConfirmSelectOptions::default()).await?;

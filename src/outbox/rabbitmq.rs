@@ -53,7 +53,7 @@ impl Destination for Exchange {
         let Self { broker, name, has_culprit } = self;
         let timeout = broker.timeout();
         let opening = async {
-            let connection = broker.connect("keyferry events").await?;
+            let connection = broker.connect_to_publish("keyferry events").await?;
             let channel = confirming(&connection).await?;
             let passive = ExchangeDeclareOptions { passive: true, ..ExchangeDeclareOptions::default() };
             channel.exchange_declare(name.as_str().into(), ExchangeKind::Topic, passive, FieldTable::default()).await?;
