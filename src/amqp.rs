@@ -136,12 +136,17 @@ impl Broker {
     /// no restart. lapin's recovery stays off: a session that broke is built anew by its owner, with everything that
     /// belongs to it.
     pub async fn connect(&self, name: &str) -> Result<Connection, SessionError> {
-        within(self.0.timeout, self.attempt(name, self.0.address.uri())).await
+        self.connect_with(name, self.0.address.uri()).await
     }
 
     /// The same for a session that only publishes. It takes a fraction of the memory.
     pub async fn connect_to_publish(&self, name: &str) -> Result<Connection, SessionError> {
-        within(self.0.timeout, self.attempt(name, self.0.address.uri_to_publish())).await
+        self.connect_with(name, self.0.address.uri_to_publish()).await
+    }
+
+    async fn connect_with(&self, name: &str, address: AMQPUri) -> Result<Connection, SessionError> {
+        // Large, and rare.
+        within(self.0.timeout, Box::pin(self.attempt(name, address))).await
     }
 
     async fn attempt(&self, name: &str, address: AMQPUri) -> Result<Connection, SessionError> {
