@@ -26,7 +26,9 @@ use uuid::Uuid;
 /// Messages of one transaction at most.
 const BATCH: usize = 200;
 
-/// For the batch in hand at the end: dead letters that were sent and not settled would be sent twice.
+/// For the batch in hand at the end: what was committed and not settled would come again.
+const LAST_DECISION: Duration = Duration::from_secs(1);
+/// The same: dead letters that were sent and not settled would be sent twice.
 const LAST_SETTLING: Duration = Duration::from_secs(5);
 
 /// A message as the parser took it.
@@ -199,8 +201,8 @@ impl<I: Ingress> Intake<I> {
             };
             crate::failpoint!("intake.after_receive");
             let verdicts = tokio::select! {
-                () = stop.cancelled() => return Ok(End::Stopped),
                 verdicts = self.decide(&batch) => verdicts,
+                () = after(stop, LAST_DECISION) => return Ok(End::Stopped),
             };
             failures.reset();
             crate::failpoint!("intake.after_commit");
@@ -213,14 +215,10 @@ impl<I: Ingress> Intake<I> {
                 .collect();
             self.announce(&verdicts);
             crate::failpoint!("intake.before_settle");
-            let too_long = async {
-                stop.cancelled().await;
-                tokio::time::sleep(LAST_SETTLING).await;
-            };
             tokio::select! {
                 settled = session.settle(&settlements) => settled?,
                 // What is not settled comes again, as a duplicate.
-                () = too_long => return Ok(End::Stopped),
+                () = after(stop, LAST_SETTLING) => return Ok(End::Stopped),
             }
             crate::failpoint!("intake.after_settle");
         }
@@ -510,4 +508,10 @@ impl Lookup {
             KeyRef::Id(id) => self.keys.get(id),
         }
     }
+}
+
+/// So long after the stop.
+async fn after(stop: &CancellationToken, grace: Duration) {
+    stop.cancelled().await;
+    tokio::time::sleep(grace).await;
 }

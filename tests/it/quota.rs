@@ -190,11 +190,12 @@ async fn a_cancelled_job_that_waits_long_for_a_slot_settles_what_is_in_doubt_fir
     let arns = world.fake.seed(json!({"count": 2})).await;
     let (doubted, other) = (&arns[0], &arns[1]);
     world.fake.fault(IMPORT, doubted, Some(1), json!({"kind": "lose_answer"})).await;
+    // Its third attempt stands still there.
+    world.fake.fault_after("DescribeKey", doubted, 2, json!({"kind": "hold"})).await;
     world.serve().await;
     world.publish(request("doubted", doubted, json!({"source_key_identifier": "payroll"}))).await;
     // Its parameters are used up: it needs others, and so a slot, to learn what became of its import.
     world.fake.wait(1, &format!("operation={IMPORT}&key={doubted}&outcome=InvalidImportTokenException")).await;
-    world.fake.fault("DescribeKey", doubted, Some(1), json!({"kind": "hold"})).await;
     world.fake.held(1, "DescribeKey", doubted).await;
     let ran = world.run(&["jobs", "cancel", "doubted", "--json"]).await;
     assert_eq!(ran.code, Some(0), "{ran:?}");
