@@ -16,8 +16,9 @@ use uuid::Uuid;
 const POLL: Duration = Duration::from_millis(200);
 
 /// Stop jobs at once, in every worker, until they are released. What waits goes on waiting, dry runs too; a call to AWS
-/// that is under way, or is about to be sent, goes on to its answer, and no other step follows it; --wait waits for that. Deadlines go on counting: a job whose deadline
-/// passes while it is held fails when it is released. Jobs behind a held one on the same key wait with it.
+/// that is under way, or is about to be sent, goes on to its answer, and no other step follows it; --wait waits for that.
+/// Deadlines go on counting: a job whose deadline passes while it is held fails when it is released. Jobs behind a held one
+/// on the same key wait with it.
 #[derive(Debug, Args)]
 pub(super) struct Hold {
     #[command(subcommand)]

@@ -56,15 +56,17 @@ impl Rates {
     /// How far apart the calls of an account and Region are to be; `None`: they are not counted. What the settings say of
     /// that account goes before what Service Quotas says, and that before what they say of all.
     pub fn pace(&self, account: &str, region: &str, operation: Scarce) -> Option<Pace> {
-        let figure = || self.figures.get(&(account.to_owned(), region.to_owned(), operation)).copied();
+        // Asked before every call with a scarce quota: without files nothing is copied for it.
+        let figure = || {
+            let place = (!self.figures.is_empty()).then(|| (account.to_owned(), region.to_owned(), operation))?;
+            self.figures.get(&place).copied()
+        };
         closest(&self.quota, account, region, operation, figure)
     }
 
     /// Accounts and Regions of which Service Quotas says something.
     pub fn places(&self) -> usize {
-        let mut places: Vec<_> = self.figures.keys().map(|(account, region, _)| (account, region)).collect();
-        places.dedup();
-        places.len()
+        places(&self.figures).len()
     }
 
     /// What may be meant otherwise, as sentences.
@@ -149,15 +151,19 @@ fn place(arn: &str) -> Option<(String, String)> {
     }
 }
 
+/// Accounts and Regions, each once.
+fn places(figures: &Figures) -> Vec<(&str, &str)> {
+    let mut places: Vec<_> = figures.keys().map(|(account, region, _)| (account.as_str(), region.as_str())).collect();
+    places.dedup();
+    places
+}
+
 /// Figures that nothing asks for: a file of the wrong account, as likely as not.
 fn strangers(figures: &Figures, targets: &[Target]) -> Vec<String> {
     let is_target = |account: &str, region: &str| {
         targets.iter().any(|target| target.account == account && target.regions.iter().any(|own| own == region))
     };
-    let mut places: Vec<(&str, &str)> =
-        figures.keys().map(|(account, region, _)| (account.as_str(), region.as_str())).collect();
-    places.dedup();
-    let odd = places.into_iter().filter(|(account, region)| !is_target(account, region));
+    let odd = places(figures).into_iter().filter(|(account, region)| !is_target(account, region));
     odd.map(|(account, region)| format!("{SETTING} tells of account {account} in {region}, which is no target"))
         .collect()
 }

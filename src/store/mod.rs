@@ -179,7 +179,7 @@ impl Store {
         for kind in FaultKind::ALL {
             metrics.store_faults.with_label_values(&[kind.as_str()]);
         }
-        // Said once, before the first connection.
+        // What was connected before, for the first look at the schema, is not counted.
         self.metrics.get_or_init(|| metrics.clone());
         self
     }

@@ -139,11 +139,7 @@ async fn a_rotate_remembers_what_it_rotates_from_when_its_first_call_that_may_ha
 #[tokio::test]
 async fn of_two_regions_that_stayed_away_the_one_that_is_back_is_served() {
     let (mut case, replica) = two_regions(Tuning::hasty()).await;
-    case.world.respell(
-        r#"regions = ["eu-central-1", "us-east-1"]"#,
-        r#"regions = ["eu-central-1", "us-east-1", "eu-west-1"]"#,
-    );
-    case.world.workers[0].stop().await;
+    case.gets_a_third_region().await;
     let third = case.world.fake.replica(&case.arn, "eu-west-1").await;
     let first = case.first.clone();
     case.world.fake.stranger_imports_as(&third, &first, Some(ImportType::ExistingKeyMaterial), None).await.unwrap();

@@ -48,6 +48,15 @@ impl Case {
         calls.iter().filter(|call| call["access_key"] == WORKER && !is_late(call)).count()
     }
 
+    /// The next worker may reach a third Region too; this one is stopped.
+    pub async fn gets_a_third_region(&mut self) {
+        self.world.respell(
+            r#"regions = ["eu-central-1", "us-east-1"]"#,
+            r#"regions = ["eu-central-1", "us-east-1", "eu-west-1"]"#,
+        );
+        self.world.workers[0].stop().await;
+    }
+
     /// The materials as roles, in the double's order.
     pub async fn roles(&self) -> Vec<String> {
         let key = self.world.fake.show(&self.arn).await;
@@ -402,11 +411,7 @@ async fn a_region_that_stays_away_leaves_the_job_resumable_and_shows_how_far_it_
 #[tokio::test]
 async fn a_replica_that_came_meanwhile_is_not_forgotten() {
     let (mut case, _) = two_regions(Tuning::hasty()).await;
-    case.world.respell(
-        r#"regions = ["eu-central-1", "us-east-1"]"#,
-        r#"regions = ["eu-central-1", "us-east-1", "eu-west-1"]"#,
-    );
-    case.world.workers[0].stop().await;
+    case.gets_a_third_region().await;
     case.world.serve().await;
     let second = case.world.symmetric_key("second").await;
     case.world.fake.fault_after("ListKeyRotations", &case.arn, 1, json!({"kind": "hold"})).await;

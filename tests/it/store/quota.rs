@@ -260,7 +260,14 @@ async fn throttling_slows_a_lane_for_all_and_it_recovers_but_one_hot_key_does_no
         throttle(&store, &[line, line + 1]).await;
         db.advance(Duration::from_millis(600)).await;
     }
-    assert!(factor(&store).await >= 0.0625, "never none");
+    let least = factor(&store).await;
+    assert!(least >= 0.0625, "never none");
+    // The same rate said again changes nothing; another one was never throttled.
+    let say = async |rate: f64| store.govern(&[(lane(GET), Some(Pace::of(rate, 0.0, 0.5)))]).await.unwrap();
+    say(1.0).await;
+    assert!(about(factor(&store).await, least));
+    say(2.0).await;
+    assert!(about(factor(&store).await, 1.0), "the old rate was slowed down");
     let other: f64 = value(&client, "select min(factor) from lane where interval_ms is null", &[]).await;
     assert!(about(other, 1.0), "no other lane is slowed");
 }

@@ -7,6 +7,7 @@ pub mod db;
 pub mod fake;
 pub mod kmip;
 pub mod link;
+pub mod looking;
 pub mod private_broker;
 pub mod private_postgres;
 pub mod process;
